@@ -1,0 +1,161 @@
+"""Low-rank factors on their grids: the inner alternation, each factor rounded with feedback in its own metric."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qlr_jax.core.ldlq import column_block, feedback, ldlq, pad_metric, pad_to_tiles
+from qlr_jax.core.low_rank import refit_left, refit_right, top_subspace
+from qlr_jax.core.objective import quadratic
+from qlr_jax.core.quantizers import Quantizer
+from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Factors:
+    """L diag(s) and R as values and codes, for a batch; components beyond the rank are zero in `left`."""
+
+    left: Array  # (b, m, k), component scales included
+    right: Array  # (b, k, n), unit rows where R's grid has no scale of its own
+    component: Array  # (b, k)
+    left_codes: Array
+    right_codes: Array
+    left_scales: Grid
+    right_scales: Grid
+
+    def product(self) -> Array:
+        return jnp.matmul(self.left, self.right, precision="highest")
+
+    def of(self, i: int) -> Factors:
+        """The factors of one matrix of the batch."""
+        return jax.tree.map(lambda a: a[i], self)
+
+
+def no_factors(count: int) -> Factors:
+    """Rank 0: nothing stored, nothing added."""
+    empty = jnp.zeros((count, 0))
+    return Factors(empty, empty, empty, empty, empty, (), ())
+
+
+@partial(jax.jit, static_argnames=("families", "steps", "inner"))
+def fit_factors(
+    target: Array,
+    hessian: Array,
+    right_feedback: Array,
+    basis: Array,
+    mask: Array,
+    data: tuple[Grid, Grid],
+    *,
+    families: tuple[Quantizer, Quantizer],
+    steps: int,
+    inner: int,
+) -> tuple[Factors, Array]:
+    """Rounded factors of A: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
+
+    Start from the rank-constrained optimum (`top_subspace`), then in turn R ← (LᵀL)⁻¹LᵀA, rounded in the metric H, and
+    L ← A H Rᵀ (R H Rᵀ)⁻¹, rounded in the metric R H Rᵀ (LPLR, arXiv 2310.11028; the feedback is ours).
+
+    Args:
+        target: A, (b, m, n).
+        right_feedback: F of H at R's column block.
+        basis: (b, m, k') to start the subspace iteration from.
+        mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
+        data, families: of the quantizers of L and R.
+
+    Returns:
+        The factors, and the basis for a warm start.
+    """
+    (m, n), k = target.shape[-2:], mask.shape[0]
+    left_family, right_family = families
+    basis, _ = top_subspace(target, hessian, basis, steps)
+    start = jnp.pad(basis, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
+    own_scales = not (left_family.unit or right_family.unit)
+
+    def pair(left: Array) -> tuple[Factors, Array]:
+        wanted, _ = refit_right(target, left, mask)
+        right, right_codes, right_scales = _round_right(jnp.swapaxes(wanted, -1, -2), right_feedback, right_family, data[1])
+        right = right * mask[:, None]
+        wanted, metric = refit_left(target, right, hessian, mask)
+        left, component, left_codes, left_scales = _round_left(wanted * mask, metric, mask, left_family, data[0], own_scales)
+        new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
+        return new, quadratic(target - new.product(), hessian)
+
+    def again(state: tuple[Array, Factors, Array], _: None) -> tuple[tuple[Array, Factors, Array], None]:
+        left, best, least = state
+        new, error = pair(left)
+        better = error < least
+        best = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, best)
+        return (new.left, best, jnp.minimum(error, least)), None
+
+    # the first round runs inside the scan too: one compilation of the roundings, whatever `inner` is
+    shapes = jax.eval_shape(pair, start)[0]
+    blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    (_, best, _), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
+    return best, basis
+
+
+def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid) -> tuple[Array, Array, Grid]:
+    """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales."""
+    cols = wanted.shape[-1]
+    scales = family.fit(wanted, per_row=True)
+    padded = pad_to_tiles(wanted, 1, family.tile[1])
+    values, codes = ldlq(padded, factor, family.grid(scales, cols), data, family)
+    values = values[..., :cols]
+    if not family.unit:
+        return values, codes, scales
+    size = scales[0]
+    return values / jnp.where(size > 0, size, 1.0), codes, ()
+
+
+def _round_left(
+    wanted: Array, metric: Array, mask: Array, family: Quantizer, data: Grid, own_scales: bool
+) -> tuple[Array, Array, Array, Grid]:
+    """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales."""
+    m, k = wanted.shape[-2:]
+    width = column_block(family, transposed=True)
+    # a ridge as for H: the smallest components must not drive the feedback
+    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
+    factor, _ = feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)
+    size = jnp.ones((*wanted.shape[:-2], 1, k)) if own_scales else jnp.sqrt(jnp.mean(jnp.square(wanted), axis=-2, keepdims=True))
+    size = jnp.where(size > 0, size, 1.0)
+    scaled = wanted / size
+    scales = () if family.unit else family.fit(jnp.swapaxes(scaled, -1, -2), per_row=True)
+    grid = (jnp.ones((1, 1, 1)),) if family.unit else tuple(jnp.swapaxes(g, -1, -2) for g in family.grid(scales, m))
+    padded = pad_to_tiles(scaled, family.tile[1], 1)
+    # F is for L itself: for components in units of their size it turns into diag(size) F diag(size)⁻¹
+    turned = factor * jnp.swapaxes(size, -1, -2) / size
+    values, codes = ldlq(padded, turned, grid, data, family, transposed=True)
+    return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales
+
+
+def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: float) -> dict[str, np.ndarray]:
+    """The stored arrays of one matrix's factors, with g = backbone_scale (in the solver's units) taken out of L."""
+    left, right = spec.factor_quantizers(state_bits)
+    rank = spec.rank
+    component = np.asarray(factors.component)[:rank] / backbone_scale
+
+    def rows(codes: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+        height = quantizer.tile[0]
+        return np.asarray(codes)[: -(-rank // height)]
+
+    arrays: dict[str, np.ndarray] = {}
+    left_scales = tuple(np.asarray(s)[:rank] for s in factors.left_scales)
+    left_codes = rows(factors.left_codes, left)
+    if spec.component_scales:
+        arrays["component_scale"] = component.astype(np.float16)
+    elif left_scales:  # the component's size goes into its own scales
+        left_scales = (left_scales[0] * component[:, None], *left_scales[1:])
+    else:  # bf16: into the values
+        left_codes = (left_codes.astype(np.float32) * component[:, None]).astype(left_codes.dtype)
+    arrays |= {f"left.{k}": v for k, v in left.pack(left_codes, left_scales).items()}
+    right_scales = tuple(np.asarray(s)[:rank] for s in factors.right_scales)
+    return arrays | {f"right.{k}": v for k, v in right.pack(rows(factors.right_codes, right), right_scales).items()}

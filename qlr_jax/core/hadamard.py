@@ -1,0 +1,85 @@
+"""Randomized Hadamard rotations of any size, by formula: nothing but a seed is stored."""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core.typing import Array
+
+INPUT, OUTPUT = 0, 1  # salts: the two sides of a square matrix are rotated independently
+
+
+def signs(seed: int, salt: int, size: int) -> np.ndarray:
+    """±1 for each of `size` coordinates: the top bit of an integer hash of (seed, salt, index).
+
+    A hash rather than a generator, so that JAX, numpy and PyTorch agree to the bit with nothing stored.
+
+    Example:
+        >>> signs(0, INPUT, 4).tolist() == signs(0, INPUT, 4).tolist()
+        True
+    """
+    word = np.uint64((seed * 2 + salt) & 0xFFFFFFFF)
+    x = (np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B1) + word * np.uint64(0x85EBCA6B) + np.uint64(0x27D4EB2F)) & np.uint64(0xFFFFFFFF)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
+    x ^= x >> np.uint64(16)
+    return np.where(x >> np.uint64(31), -1.0, 1.0).astype(np.float32)
+
+
+def block_size(size: int, block: int) -> int:
+    """The rotation block that is used for `size`: the whole of it where `block` is 0 or shares too little with it.
+
+    Example:
+        >>> block_size(768, 0), block_size(768, 128), block_size(101, 64)
+        (768, 128, 101)
+    """
+    shared = math.gcd(size, block) if block else size
+    return shared if shared >= 32 else size
+
+
+def _hartley(q: int) -> np.ndarray:
+    """cas(2π jk / q) / √q: symmetric, orthogonal, any q."""
+    angle = 2 * np.pi * np.outer(np.arange(q), np.arange(q)) / q
+    return ((np.cos(angle) + np.sin(angle)) / np.sqrt(q)).astype(np.float32)
+
+
+@partial(jax.jit, static_argnames=("block",))
+def transform(x: Array, block: int) -> Array:
+    """Multiply the last axis by K = I ⊗ (H_{2^k} ⊗ O_q), 2^k q = block, q odd; K is symmetric and K K = I.
+
+    H is the Walsh-Hadamard matrix over 2^(k/2), O the Hartley matrix cas(2π ij / q) / √q, so every size has a dense,
+    well mixing orthogonal matrix by formula. Cost per vector: block · (log2 2^k + q).
+    """
+    size = x.shape[-1]
+    odd = block // (block & -block)
+    power = block // odd
+    y = x.reshape(*x.shape[:-1], size // block, power, odd)
+    if odd > 1:
+        y = jnp.matmul(y, _hartley(odd), precision="highest")
+    step = 1
+    lead = y.shape[:-2]
+    while step < power:
+        pair = y.reshape(*lead, power // (2 * step), 2, step, odd)
+        a, b = pair[..., 0, :, :], pair[..., 1, :, :]
+        y = jnp.stack([a + b, a - b], axis=-3).reshape(*lead, power, odd)
+        step *= 2
+    return (y * np.float32(power**-0.5)).reshape(x.shape).astype(x.dtype)
+
+
+def rotate(x: Array, sign: Array | np.ndarray, block: int) -> Array:
+    """V x along the last axis, V = K diag(sign)."""
+    return transform(x * sign, block)
+
+
+def unrotate(x: Array, sign: Array | np.ndarray, block: int) -> Array:
+    """Vᵀ x along the last axis: the inverse of `rotate`."""
+    return transform(x, block) * sign
+
+
+def rotate_hessian(hessian: Array, sign: Array | np.ndarray, block: int) -> Array:
+    """V H Vᵀ, symmetric to the last bit."""
+    rotated = rotate(jnp.swapaxes(rotate(hessian, sign, block), -1, -2), sign, block)
+    return (rotated + jnp.swapaxes(rotated, -1, -2)) / 2

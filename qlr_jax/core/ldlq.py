@@ -1,0 +1,125 @@
+"""Rounding with linear feedback: the half-step that finds Q, and rounds the factors in their own metrics."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.scipy.linalg import solve_triangular
+
+from qlr_jax.core.quantizers import Quantizer
+from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.typing import Array, Float
+
+ELEMENT_BLOCK = 32  # columns that an elementwise grid handles between two updates of the feedback
+
+
+@partial(jax.jit, static_argnames=("block",))
+def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, "*b n n"], Float[Array, "*b"]]:
+    """F and tr(D) of the block LDLᵀ factor: H = (I + F) D (I + F)ᵀ, F strictly block-lower, D block-diagonal.
+
+    If column blocks are rounded from last to first, each as W_b + Σ_{c > b} E_c F_cb with E = W − Ŵ, then
+    tr(E H Eᵀ) = tr(η D ηᵀ), η the rounding errors alone (QuIP, arXiv 2307.13304, section 3; in blocks: QuIP#, section 4.1).
+
+    Args:
+        hessian: positive definite (damp it first).
+        block: columns a block; n must be a multiple of it.
+
+    Example:
+        >>> f, trace = feedback(jnp.array([[1.0, 0.0], [0.5, 1.0]]) @ jnp.array([[1.0, 0.5], [0.0, 1.0]]), 1)
+        >>> f.tolist(), float(trace)
+        ([[0.0, 0.0], [0.5, 0.0]], 2.0)
+    """
+    n = hessian.shape[-1]
+    lower = jnp.linalg.cholesky(hessian)
+    count = n // block
+    lead = hessian.shape[:-2]
+    tiles = lower.reshape(*lead, count, block, count, block)
+    corner = jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)  # (*b, count, block, block)
+    trace = jnp.sum(jnp.square(corner), axis=(-3, -2, -1))
+    # C · blockdiag(C_bb)⁻¹, a column block at a time: solve X C_bb = C_:b
+    columns = jnp.moveaxis(lower.reshape(*lead, n, count, block), -2, -3)  # (*b, count, n, block)
+    unit = solve_triangular(jnp.swapaxes(corner, -1, -2), jnp.swapaxes(columns, -1, -2), lower=False)
+    factor = jnp.moveaxis(jnp.swapaxes(unit, -1, -2), -3, -2).reshape(*lead, n, n)
+    index = jnp.arange(n) // block
+    return jnp.where(index[:, None] > index[None, :], factor, 0.0), trace
+
+
+def _columns(array: Array, start: Array | int, width: int) -> Array:
+    return array if array.shape[-1] == 1 else lax.dynamic_slice_in_dim(array, start, width, axis=-1)
+
+
+def column_block(quantizer: Quantizer, transposed: bool = False) -> int:
+    """Columns that the feedback treats as one block for this grid: a tile's width, or single columns."""
+    height, width = quantizer.tile
+    return height if transposed else width
+
+
+@partial(jax.jit, static_argnames=("family", "transposed"))
+def ldlq(
+    weight: Float[Array, "*b m n"], factor: Float[Array, "*b n n"], grid: Grid, data: Grid, family: Quantizer, transposed: bool = False
+) -> tuple[Float[Array, "*b m n"], Array]:
+    """Round `weight` on a grid with feedback F (from `feedback`, at `column_block` columns a block).
+
+    Args:
+        weight: whole tiles of the quantizer.
+        factor: F.
+        grid: the quantizer's grid, broadcastable to `weight`.
+        data, family: what of the quantizer is data, and the rest, static: one compilation serves a family and shape.
+        transposed: the quantizer stores the transpose of `weight`.
+
+    Returns:
+        values on the grid, and the codes as `pack` takes them.
+    """
+    n, lead = weight.shape[-1], weight.ndim - 1
+    elementwise = family.tile == (1, 1)
+    width = next(w for w in range(min(ELEMENT_BLOCK, n), 0, -1) if n % w == 0) if elementwise else column_block(family, transposed)
+
+    def round_elements(target: Array, original: Array, local: Grid, part: Array) -> tuple[Array, Array]:
+        def one(error: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
+            into = lax.dynamic_slice_in_dim(part, j, 1, axis=-1)
+            aim = lax.dynamic_slice_in_dim(target, j, 1, axis=-1) + jnp.matmul(error, into, precision="highest")
+            value, code = family.round_block(aim, tuple(_columns(g, j, 1) for g in local), data, transposed)
+            missed = lax.dynamic_slice_in_dim(original, j, 1, axis=-1) - value
+            return lax.dynamic_update_slice_in_dim(error, missed, j, axis=-1), (value[..., 0], code[..., 0])
+
+        _, (values, codes) = lax.scan(one, jnp.zeros_like(target), jnp.arange(width - 1, -1, -1))
+        return jnp.moveaxis(values[::-1], 0, -1), jnp.moveaxis(codes[::-1], 0, -1)
+
+    def step(error: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
+        start = block * width
+        into = lax.dynamic_slice_in_dim(factor, start, width, axis=-1)
+        original = lax.dynamic_slice_in_dim(weight, start, width, axis=-1)
+        # `error` is still zero in this block and before it
+        target = original + jnp.matmul(error, into, precision="highest")
+        local = tuple(_columns(g, start, width) for g in grid)
+        if elementwise:
+            value, code = round_elements(target, original, local, lax.dynamic_slice_in_dim(into, start, width, axis=-2))
+        else:
+            value, code = family.round_block(target, local, data, transposed)
+        return lax.dynamic_update_slice_in_dim(error, original - value, start, axis=-1), (value, code)
+
+    _, (values, codes) = lax.scan(step, jnp.zeros_like(weight), jnp.arange(n // width - 1, -1, -1))
+    values = jnp.moveaxis(values[::-1], 0, -2).reshape(weight.shape)
+    # (blocks, *b, m, width) for elements, (blocks, *b, m / height, 256) for walks
+    codes = jnp.moveaxis(codes[::-1], 0, lead)
+    codes = codes.reshape(weight.shape) if elementwise else codes
+    return values, jnp.swapaxes(codes, lead - 1, lead) if transposed else codes
+
+
+def pad_to_tiles(array: Array, height: int, width: int) -> Array:
+    """Zeros to whole tiles on the last two axes."""
+    rows, cols = array.shape[-2:]
+    return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, -rows % height), (0, -cols % width)])
+
+
+def pad_metric(metric: Float[Array, "*b n n"], width: int) -> Float[Array, "*b p p"]:
+    """The metric of a padded matrix: padding costs nothing, so it gets an identity scaled to the rest, and no coupling."""
+    n = metric.shape[-1]
+    extra = -n % width
+    if not extra:
+        return metric
+    scale = jnp.trace(metric, axis1=-2, axis2=-1)[..., None] / n
+    padded = jnp.pad(metric, [(0, 0)] * (metric.ndim - 2) + [(0, extra), (0, extra)])
+    filler = jnp.concatenate([jnp.zeros((n,)), jnp.ones((extra,))])
+    return padded + (filler * scale)[..., None, :] * jnp.eye(n + extra)

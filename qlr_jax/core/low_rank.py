@@ -1,0 +1,86 @@
+"""Rank-constrained regression: the best L R for A in the metric H, without an inverse or a large decomposition."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core.typing import Array, Float
+
+BUCKETS = (16, 32, 64, 128, 256)
+
+
+def bucket(rank: int, limit: int) -> int:
+    """Columns that a rank is computed with: the next of 16, 32, 64, 128, 256, then multiples of 256; at most `limit`.
+
+    Example:
+        >>> bucket(20, 4096), bucket(300, 4096), bucket(8, 10)
+        (32, 512, 10)
+    """
+    fitting = [b for b in BUCKETS if b >= rank]
+    return min(fitting[0] if fitting else -(-rank // 256) * 256, limit)
+
+
+def start_basis(rows: int, columns: int, seed: int) -> np.ndarray:
+    """A random orthonormal (rows, columns) to start the iteration from."""
+    basis, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))
+    return basis.astype(np.float32)
+
+
+def _mm(*parts: Array) -> Array:
+    out = parts[0]
+    for part in parts[1:]:
+        out = jnp.matmul(out, part, precision="highest")
+    return out
+
+
+@partial(jax.jit, static_argnames=("steps",))
+def top_subspace(
+    matrix: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"], basis: Float[Array, "*b m k"], steps: int
+) -> tuple[Float[Array, "*b m k"], Float[Array, "*b k"]]:
+    """Leading eigenvectors of A H Aᵀ, largest first, and their eigenvalues, by subspace iteration from `basis`.
+
+    U_rU_rᵀA with the first r of them minimises tr((A − X) H (A − X)ᵀ) over rank-r X (rank-constrained regression; Halko,
+    Martinsson, Tropp, arXiv 0909.4061, for the iteration). Columns beyond the rank are oversampling.
+    """
+    for _ in range(steps):
+        grown = _mm(matrix, _mm(hessian, _mm(jnp.swapaxes(matrix, -1, -2), basis)))
+        # equal scale keeps QR out of the underflow range; a zero matrix gives the identity's columns
+        size = jnp.max(jnp.abs(grown), axis=(-2, -1), keepdims=True)
+        basis = jnp.linalg.qr(grown / jnp.where(size > 0, size, 1.0))[0]
+    right = _mm(jnp.swapaxes(basis, -1, -2), matrix)
+    gram = _mm(right, hessian, jnp.swapaxes(right, -1, -2))
+    value, vector = jnp.linalg.eigh((gram + jnp.swapaxes(gram, -1, -2)) / 2)
+    return _mm(basis, vector[..., ::-1]), jnp.maximum(value[..., ::-1], 0.0)
+
+
+@jax.jit
+def refit_left(
+    matrix: Float[Array, "*b m n"], right: Float[Array, "*b k n"], hessian: Float[Array, "*b n n"], mask: Float[Array, "k"]
+) -> tuple[Float[Array, "*b m k"], Float[Array, "*b k k"]]:
+    """L = A H Rᵀ (R H Rᵀ)⁻¹ on the masked components, and their metric R H Rᵀ (the identity elsewhere)."""
+    weighted = _mm(right, hessian)
+    metric = _mm(weighted, jnp.swapaxes(right, -1, -2))
+    return _solve(metric, _mm(weighted, jnp.swapaxes(matrix, -1, -2)), mask)
+
+
+@jax.jit
+def refit_right(
+    matrix: Float[Array, "*b m n"], left: Float[Array, "*b m k"], mask: Float[Array, "k"]
+) -> tuple[Float[Array, "*b n k"], Float[Array, "*b k k"]]:
+    """Rᵀ of R = (LᵀL)⁻¹ Lᵀ A on the masked components, and their metric LᵀL (the identity elsewhere)."""
+    transposed = jnp.swapaxes(left, -1, -2)
+    return _solve(_mm(transposed, left), _mm(transposed, matrix), mask)
+
+
+def _solve(metric: Array, rhs: Array, mask: Array) -> tuple[Array, Array]:
+    """(M⁻¹ B)ᵀ, with M made safe: unused components decoupled, and a ridge far below what quantization costs."""
+    both = mask[:, None] * mask[None, :]
+    metric = (metric + jnp.swapaxes(metric, -1, -2)) / 2 * both
+    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None] / jnp.maximum(jnp.sum(mask), 1.0)
+    mean = jnp.where(mean > 0, mean, 1.0)
+    metric = metric + (mask * 1e-6 * mean + (1.0 - mask) * mean)[..., None, :] * jnp.eye(mask.shape[0])
+    factor = jnp.linalg.cholesky(metric)
+    solved = jax.scipy.linalg.cho_solve((factor, True), rhs * mask[:, None])
+    return jnp.swapaxes(solved, -1, -2), metric

@@ -1,0 +1,131 @@
+"""QLRMatrix: a compressed matrix as it is stored, and what it means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core import hadamard
+from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
+from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What is needed beside the arrays to read them: recorded with every matrix.
+
+    Attributes:
+        spec: canonical spec.
+        shape: (out, in).
+        seed: of the rotation's signs.
+        rotation_block: 0 for full-width rotations, else the block of a block-diagonal one.
+        state_bits: of trellis codes.
+    """
+
+    spec: str
+    shape: tuple[int, int]
+    seed: int = 0
+    rotation_block: int = 0
+    state_bits: int = DEFAULT_STATE_BITS
+
+
+@jax.tree_util.register_pytree_with_keys_class
+@dataclass(frozen=True)
+class QLRMatrix:
+    """W ≈ g · Uᵀ (Q + L diag(s) R) V, packed; `dense()` is the specification of every packer, exporter and kernel.
+
+    Arrays, by name (`<part>.<array>`; which are there follows from the spec):
+        backbone.codes, backbone.scales, backbone.zeros     Q (m, n), as its quantizer stores it
+        left.*, right.*                                      Lᵀ (rank, m) and R (rank, n), one row a component
+        component_scale                                      s, float16 (rank,)
+        scale                                                g, float32 (1,)
+
+    Example:
+        >>> import qlr_jax as qlr
+        >>> value = qlr.solve(np.eye(32, dtype=np.float32), None, "int-4g32").value
+        >>> value.dense().shape, value.nbytes == qlr.Spec.parse("int-4g32").nbytes((32, 32))
+        ((32, 32), True)
+    """
+
+    arrays: Mapping[str, Array]
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layout.shape
+
+    @property
+    def spec(self) -> Spec:
+        return Spec.parse(self.layout.spec)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored arrays."""
+        return sum(int(a.nbytes) for a in self.arrays.values())
+
+    def part(self, name: str) -> dict[str, Array]:
+        """The arrays of `backbone`, `left` or `right`, by their own names."""
+        return {key.split(".", 1)[1]: value for key, value in self.arrays.items() if key.startswith(name + ".")}
+
+    def backbone(self) -> Array:
+        """g · Q (m, n) in the rotated basis."""
+        rows, cols = self.shape
+        scale = self.arrays["scale"][0] if "scale" in self.arrays else 1.0
+        return scale * self.spec.quantizer(self.layout.state_bits).decode(self.part("backbone"), rows, cols)
+
+    def factors(self) -> tuple[Array, Array]:
+        """g · L diag(s) (m, rank) and R (rank, n), in the rotated basis."""
+        rows, cols = self.shape
+        spec = self.spec
+        left, right = spec.factor_quantizers(self.layout.state_bits)
+        l = left.decode(self.part("left"), spec.rank, rows).T * self.arrays["scale"][0]
+        if spec.component_scales:
+            l = l * self.arrays["component_scale"].astype(jnp.float32)
+        return l, right.decode(self.part("right"), spec.rank, cols)
+
+    def unrotated_factors(self) -> tuple[Array, Array]:
+        """(Uᵀ L, R V): factors of the same product in the basis of W, with no rotation left in them."""
+        l, r = self.factors()
+        if not self.spec.rotated:
+            return l, r
+        (u, ub), (v, vb) = self._rotations()
+        return hadamard.unrotate(l.T, u, ub).T, hadamard.unrotate(r, v, vb)
+
+    def _rotations(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+        (m, n), layout = self.shape, self.layout
+        return (
+            (hadamard.signs(layout.seed, hadamard.OUTPUT, m), hadamard.block_size(m, layout.rotation_block)),
+            (hadamard.signs(layout.seed, hadamard.INPUT, n), hadamard.block_size(n, layout.rotation_block)),
+        )
+
+    def dense(self) -> Array:
+        """Ŵ (m, n) in float32."""
+        total = self.backbone()
+        if self.spec.rank:
+            l, r = self.factors()
+            total = total + jnp.matmul(l, r, precision="highest")
+        if not self.spec.rotated:
+            return total
+        (u, ub), (v, vb) = self._rotations()
+        return hadamard.unrotate(hadamard.unrotate(total, v, vb).T, u, ub).T
+
+    def without_factors(self) -> QLRMatrix:
+        """The backbone alone, as a matrix of its own."""
+        text = str(replace(self.spec, rank=0, left="", right=""))
+        kept = {k: v for k, v in self.arrays.items() if k == "scale" or k.startswith("backbone.")}
+        return QLRMatrix(kept, replace(self.layout, spec=text))
+
+    def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        names = tuple(sorted(self.arrays))
+        return [(jax.tree_util.DictKey(n), self.arrays[n]) for n in names], (names, self.layout)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, leaves: Any) -> QLRMatrix:
+        names, layout = aux
+        return cls(dict(zip(names, leaves, strict=True)), layout)

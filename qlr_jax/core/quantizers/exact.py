@@ -1,0 +1,81 @@
+"""The two grids that round nothing: `bf16` keeps the weights in bfloat16, `none` keeps nothing at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.typing import Array
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """`bf16`: 16 bits a weight, no scale."""
+
+    name = "bf16"
+    bits = 16.0
+    unit = False
+    tile = (1, 1)
+
+    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {"codes": ((rows, cols), np.dtype(ml_dtypes.bfloat16))}
+
+    def fit(self, x: Array, per_row: bool) -> Grid:
+        return ()
+
+    def grid(self, scales: Grid, cols: int) -> Grid:
+        return ()
+
+    def family(self) -> BFloat16:
+        return self
+
+    def data(self) -> Grid:
+        return ()
+
+    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+        codes = x.astype(jnp.bfloat16)
+        return codes.astype(jnp.float32), codes
+
+    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+        return {"codes": np.ascontiguousarray(np.asarray(codes))}
+
+    def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
+        return jnp.asarray(arrays["codes"]).astype(jnp.float32)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """`none`: no backbone; the factors carry everything."""
+
+    name = "none"
+    bits = 0.0
+    unit = False
+    tile = (1, 1)
+
+    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        return {}
+
+    def fit(self, x: Array, per_row: bool) -> Grid:
+        return ()
+
+    def grid(self, scales: Grid, cols: int) -> Grid:
+        return ()
+
+    def family(self) -> Nothing:
+        return self
+
+    def data(self) -> Grid:
+        return ()
+
+    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+        return jnp.zeros_like(x), jnp.zeros(x.shape, jnp.uint8)
+
+    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+        return {}
+
+    def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
+        return jnp.zeros((rows, cols), jnp.float32)

@@ -1,0 +1,125 @@
+"""Integers with a scale a group: `int-4g32`, `int-3g128a`; whole rows where no group is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
+from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.typing import Array, Float
+from qlr_jax.errors import QLRError
+
+
+@dataclass(frozen=True)
+class Integer:
+    """`int-b[g<group>][a]`: value = scale · q, q in [−2^(b−1), 2^(b−1)), or scale · (u − zero), u in [0, 2^b), asymmetric.
+
+    At one symmetric bit the two values are ± scale / 2. Scales are fp16 and searched for the least squared error, zeros uint8.
+
+    Example:
+        >>> from qlr_jax.core.quantizers.base import stored_bytes
+        >>> stored_bytes(Integer(4, 32), 2, 64)   # 64 bytes of codes, 4 scales
+        72
+    """
+
+    width: int
+    group: int = 0  # 0: one scale a row
+    asymmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.width <= 8:
+            raise QLRError(f"int-{self.width} is not offered; pass 1 to 8 bits, e.g. int-4g32")
+        if self.group and not 16 <= self.group <= 256:
+            raise QLRError(f"a group of {self.group} is not offered; pass 16 to 256 weights, or none for a scale a row")
+
+    @property
+    def name(self) -> str:
+        return f"int-{self.width}" + (f"g{self.group}" if self.group else "") + ("a" if self.asymmetric else "")
+
+    @property
+    def bits(self) -> float:
+        return float(self.width)
+
+    @property
+    def unit(self) -> bool:
+        return False
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        return 1, 1
+
+    def _groups(self, cols: int) -> int:
+        return -(-cols // self.group) if self.group else 1
+
+    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        groups = self._groups(cols)
+        arrays = {
+            "codes": ((rows, stream_bytes(cols, self.width)), np.dtype(np.uint8)),
+            "scales": ((rows, groups), np.dtype(np.float16)),
+        }
+        return arrays | ({"zeros": ((rows, groups), np.dtype(np.uint8))} if self.asymmetric else {})
+
+    def _round(self, x: Array, scale: Array, zero: Array) -> Array:
+        safe = jnp.where(scale > 0, scale, 1.0)
+        return jnp.clip(jnp.round(x / safe + zero), 0, 2**self.width - 1)
+
+    @property
+    def _middle(self) -> float:
+        return 0.5 if self.width == 1 else float(2 ** (self.width - 1))
+
+    def fit(self, x: Float[Array, "*b rows cols"], per_row: bool) -> Grid:
+        cols, size = x.shape[-1], self.group or x.shape[-1]
+        groups = self._groups(cols)
+        missing = groups * size - cols
+        # the last, partial group is filled with its own last weight: its range does not change
+        parts = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge").reshape(*x.shape[:-1], groups, size)
+        if self.asymmetric:
+            low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
+            full, zero_at = (high - low) / (2**self.width - 1), -low
+        else:
+            low = high = None
+            full, zero_at = jnp.abs(parts).max(-1) / max(self._middle - 0.5, 0.5), None
+        best_error = jnp.full(full.shape, jnp.inf)
+        best_scale, best_zero = full, jnp.full(full.shape, self._middle)
+        for shrink in np.linspace(0.35, 1.0, 27):
+            scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
+            if zero_at is None:
+                zero = jnp.full(full.shape, self._middle)
+            else:
+                safe = jnp.where(scale > 0, scale, 1.0)
+                zero = jnp.clip(jnp.round(zero_at * shrink / safe), 0, 2**self.width - 1)
+            q = self._round(parts, scale[..., None], zero[..., None])
+            error = jnp.sum(jnp.square((q - zero[..., None]) * scale[..., None] - parts), axis=-1)
+            better = error < best_error
+            best_error = jnp.where(better, error, best_error)
+            best_scale, best_zero = jnp.where(better, scale, best_scale), jnp.where(better, zero, best_zero)
+        return best_scale, best_zero
+
+    def grid(self, scales: Grid, cols: int) -> Grid:
+        return tuple(jnp.repeat(s, self.group or cols, axis=-1)[..., :cols] for s in scales)
+
+    def family(self) -> Integer:
+        return self
+
+    def data(self) -> Grid:
+        return ()
+
+    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+        scale, zero = grid
+        q = self._round(x, scale, zero)
+        return (q - zero) * scale, q.astype(jnp.uint8)
+
+    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+        scale, zero = (np.asarray(s) for s in scales)
+        arrays = {"codes": pack_stream(np.asarray(codes), self.width), "scales": scale.astype(np.float16)}
+        return arrays | ({"zeros": zero.astype(np.uint8)} if self.asymmetric else {})
+
+    def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
+        q = unpack_stream(jnp.asarray(arrays["codes"]), self.width, cols).astype(jnp.float32)
+        scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
+        zero = jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
+        scale, zero = self.grid((scale, zero), cols)
+        return (q - zero) * scale

@@ -1,0 +1,108 @@
+"""A spec: in one short string, how a matrix is stored.
+
+    <backbone>[/rot][+r<rank>@<factors>[,<factors of R>]]
+
+    trellis-2.25      trellis-2+r32@trellis-4      int-4g32+r16@bf16      int-3g128a/rot      none+r64@int-8,bf16
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from qlr_jax.core.quantizers import Nothing, Quantizer, parse_quantizer, stored_bytes
+from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
+from qlr_jax.errors import QLRError
+
+_PATTERN = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
+SCALE_BYTES = 4  # g, one float32 a matrix
+COMPONENT_BYTES = 2  # one float16 a component, where a factor's grid has no scale of its own
+
+
+@dataclass(frozen=True)
+class Spec:
+    """How W ≈ g · Uᵀ (Q + L diag(s) R) V is stored: the grids of Q, L and R, the rank, and whether U, V rotate.
+
+    Raises:
+        QLRError: from `parse`, for text that is not a spec, naming the part that is wrong.
+
+    Example:
+        >>> str(Spec.parse("trellis-2.0+r32@trellis-4,trellis-4"))
+        'trellis-2+r32@trellis-4'
+        >>> Spec.parse("trellis-2").bits((4096, 4096))
+        2.0000019073486328
+    """
+
+    backbone: str
+    rotated: bool
+    rank: int = 0
+    left: str = ""
+    right: str = ""
+
+    @classmethod
+    def parse(cls, text: str | Spec) -> Spec:
+        if isinstance(text, Spec):
+            return text
+        match = _PATTERN.fullmatch(text.strip())
+        if not match:
+            raise QLRError(f"{text!r} is not a spec; pass <backbone>[/rot][+r<rank>@<factors>], e.g. trellis-2+r32@trellis-4")
+        backbone = parse_quantizer(match["backbone"])
+        always = backbone.unit
+        if always and match["rot"]:
+            raise QLRError(f"{text!r}: {backbone.name} is rotated always; leave /rot out")
+        rank = int(match["rank"] or 0)
+        if match["rank"] and rank == 0:
+            raise QLRError(f"{text!r}: rank 0 is written by leaving +r out")
+        if rank == 0:
+            if isinstance(backbone, Nothing):
+                raise QLRError(f"{text!r} keeps nothing of the matrix; give it factors, e.g. none+r64@int-8")
+            return cls(backbone.name, always or bool(match["rot"]))
+        left, right = parse_quantizer(match["left"]), parse_quantizer(match["right"] or match["left"])
+        if isinstance(left, Nothing) or isinstance(right, Nothing):
+            raise QLRError(f"{text!r}: factors cannot be none; leave +r out for rank 0")
+        return cls(backbone.name, always or bool(match["rot"]), rank, left.name, right.name)
+
+    def __str__(self) -> str:
+        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().unit else "")
+        if self.rank:
+            text += f"+r{self.rank}@{self.left}" + (f",{self.right}" if self.right != self.left else "")
+        return text
+
+    def quantizer(self, state_bits: int = DEFAULT_STATE_BITS) -> Quantizer:
+        """The grid of Q."""
+        return parse_quantizer(self.backbone, state_bits=state_bits)
+
+    def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
+        """The grids of Lᵀ (rank, m) and R (rank, n): walks of a trellis lie across as many components as divide the rank, 8 at most."""
+        rows = math.gcd(self.rank, 8)
+        return (
+            parse_quantizer(self.left, tile_rows=rows, state_bits=state_bits),
+            parse_quantizer(self.right, tile_rows=rows, state_bits=state_bits),
+        )
+
+    @property
+    def component_scales(self) -> bool:
+        """Whether s is stored: where L's or R's grid has no scale of its own."""
+        return self.rank > 0 and any(q.unit for q in self.factor_quantizers())
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether g is stored: always, but for weights that are kept as they are."""
+        return self.backbone != "bf16" or self.rank > 0
+
+    def nbytes(self, shape: tuple[int, int]) -> int:
+        """Bytes of all that is stored for a matrix of `shape` (out, in): codes, scales, factors, padding."""
+        rows, cols = shape
+        if self.rank > min(shape):
+            raise QLRError(f"{self}: rank {self.rank} is larger than the {rows} × {cols} matrix allows; pass at most {min(shape)}")
+        total = stored_bytes(self.quantizer(), rows, cols) + SCALE_BYTES * self.has_scale
+        if self.rank:
+            left, right = self.factor_quantizers()
+            total += stored_bytes(left, self.rank, rows) + stored_bytes(right, self.rank, cols)
+            total += COMPONENT_BYTES * self.rank * self.component_scales
+        return total
+
+    def bits(self, shape: tuple[int, int]) -> float:
+        """Average bits per weight of a matrix of `shape` (out, in), everything stored counted."""
+        return 8 * self.nbytes(shape) / (shape[0] * shape[1])
