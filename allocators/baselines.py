@@ -1,0 +1,122 @@
+"""Simple allocations that the exact one is compared with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from allocators.allocation import Allocation, check_limit, from_picks
+from allocators.errors import Infeasible
+from allocators.greedy import fill
+from allocators.hull import Blocks
+from allocators.knapsack import allocate
+from allocators.table import OptionTable
+
+
+def uniform(table: OptionTable, limit: int) -> Allocation:
+    """The best single spec: of those that every counted row offers and that fit, the one of least damage; nothing is filled up.
+
+        min over specs s of Σ damage(i, s)   subject to   Σ bytes(i, s) ≤ limit
+
+    Rows with a single option (locked) keep it. Uncounted rows (embeddings, head) get the best that still fits beside the spec.
+
+    table   the table before pruning
+    limit   bytes of all rows
+    raises  Infeasible where no single spec fits
+
+    >>> from allocators.options import Option, Row
+    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+    >>> dict(uniform(OptionTable((Row("q", 64, options), Row("k", 64, options))), 63).specs)
+    {'q': 'int-3', 'k': 'int-3'}
+    """
+    start, limit = time.perf_counter(), check_limit(table, limit)
+    counted, others = table.select(lambda row: row.counted), table.select(lambda row: not row.counted)
+    if counted is None:
+        raise Infeasible("no row of the table counts toward bits per weight, so there is no uniform spec")
+    best: tuple[float, dict[str, str]] | None = None
+    for spec in table.uniform_specs():
+        chosen = {row.name: spec if len(row.options) > 1 else row.options[0].spec for row in counted.rows}
+        options = [counted[name].option(of) for name, of in chosen.items()]
+        left = limit - sum(option.bytes for option in options)
+        if left < (others.least_bytes if others else 0) or any(
+            len({tie.key(counted[name].option(chosen[name])) for name in tie.rows}) > 1 for tie in counted.ties
+        ):
+            continue
+        rest = allocate(others, left) if others else None
+        damage = sum(option.damage for option in options) + (rest.damage if rest else 0.0)
+        if best is None or damage < best[0]:
+            best = damage, chosen | (dict(rest.specs) if rest else {})
+    if best is None:
+        raise Infeasible(f"no spec that every counted row offers fits {limit} bytes; pass a larger budget")
+    picks = [row.options.index(row.option(best[1][row.name])) for row in table.rows]
+    return from_picks(table, picks, limit, "uniform", seconds=time.perf_counter() - start)
+
+
+def filled_uniform(table: OptionTable, limit: int) -> Allocation:
+    """The best single spec, with what is left of the limit filled greedily; see ``uniform``."""
+    start, first, blocks = time.perf_counter(), uniform(table, limit), Blocks(table)
+    picks = np.array([row.options.index(row.option(first.specs[row.name])) for row in table.rows])
+    at = fill(blocks, blocks.include(picks), limit - first.bytes)
+    return from_picks(table, blocks.options(at), limit, "filled_uniform", seconds=time.perf_counter() - start)
+
+
+def rank0(table: OptionTable, limit: int, **settings: float) -> Allocation:
+    """The exact best allocation without any low-rank part; ``settings`` go to ``allocate``."""
+    without = table.restrict(lambda row, option: option.rank == 0, "leaving out every rank")
+    return replace(allocate(without, limit, **settings), method="rank0")
+
+
+def greedy(table: OptionTable, limit: int) -> Allocation:
+    """From the smallest allocation, again and again the affordable change that saves most damage per byte.
+
+    source  Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2 (the greedy for the relaxation, carried on)
+    """
+    start, limit, blocks = time.perf_counter(), check_limit(table, limit), Blocks(table)
+    at = blocks.at(0)
+    at = fill(blocks, at, limit - int(blocks.walk.size[0]))
+    return from_picks(table, blocks.options(at), limit, "greedy", seconds=time.perf_counter() - start)
+
+
+def random(table: OptionTable, limit: int, seed: int = 0) -> Allocation:
+    """A random allocation that all but fills the limit: the best one for random damages.
+
+    Gumbel noise stands in for the damages, so at the price λ of the limit each lone row's option has probability ∝ exp(−λ · bytes):
+    the least presuming distribution of that mean size.
+
+    seed  one seed, one allocation
+    """
+    start, limit = time.perf_counter(), check_limit(table, limit)
+    draw = np.random.default_rng(seed)
+    blocks = Blocks(table, [-draw.gumbel(size=len(row.options)) for row in table.rows])
+    steps = blocks.walk.steps_within(limit)
+    at = fill(blocks, blocks.at(steps), limit - int(blocks.walk.size[steps]))
+    return from_picks(table, blocks.options(at), limit, "random", seconds=time.perf_counter() - start)
+
+
+def baselines(table: OptionTable, limit: int, seed: int = 0) -> dict[str, Allocation]:
+    """Every baseline that exists at this limit, by name; one that does not (no single spec fits) is left out.
+
+    >>> from allocators.options import Option, Row
+    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+    >>> table = OptionTable((Row("q", 64, options), Row("k", 64, options)))
+    >>> {name: allocation.damage for name, allocation in baselines(table, 56).items() if name != "random"}
+    {'uniform': 3.0, 'filled_uniform': 2.5, 'rank0': 2.5, 'greedy': 2.5}
+    """
+    check_limit(table, limit)
+    makers: dict[str, Callable[[], Allocation]] = {
+        "uniform": lambda: uniform(table, limit),
+        "filled_uniform": lambda: filled_uniform(table, limit),
+        "rank0": lambda: rank0(table, limit),
+        "greedy": lambda: greedy(table, limit),
+        "random": lambda: random(table, limit, seed),
+    }
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except Infeasible:
+            continue
+    return found
