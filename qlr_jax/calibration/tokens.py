@@ -1,0 +1,34 @@
+"""Text -> calibration sequences of one length."""
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from qlr_jax.errors import QLRError
+
+
+def encode(text: str, tokenizer: Any) -> Int[np.ndarray, "tokens"]:
+    """Token ids of the whole text with no special tokens added; the text may be longer than the model's context."""
+    # The tokenizer warns about lengths beyond the context; here the ids are cut into windows, so it has no meaning.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return np.asarray(ids, np.int32)
+
+
+def calibration_tokens(text: str, tokenizer: Any, sequences: int, length: int) -> Int[np.ndarray, "sequences length"]:
+    """`sequences` windows of `length` tokens, spread evenly over the text; each starts with BOS if the tokenizer has one.
+
+    Windows never overlap. Raises QLRError if the text has too few tokens, naming how many there are and are needed.
+    """
+    if sequences < 1 or length < 2:
+        raise QLRError(f"{sequences} sequences of {length} tokens are asked for; give at least 1 sequence of 2 tokens")
+    ids, bos = encode(text, tokenizer), tokenizer.bos_token_id
+    body = length if bos is None else length - 1
+    if len(ids) < sequences * body:
+        raise QLRError(
+            f"the calibration text has {len(ids)} tokens, but {sequences} sequences of {length} need {sequences * body}; "
+            "give more text, or ask for fewer or shorter sequences"
+        )
+    starts = np.arange(sequences) * (len(ids) - body) // max(sequences - 1, 1)
+    out = np.stack([ids[s : s + body] for s in starts])
+    return out if bos is None else np.concatenate([np.full((sequences, 1), bos, np.int32), out], axis=1)

@@ -1,0 +1,35 @@
+"""Text -> evaluation windows by the protocol of GPTQ, QuIP# and CALDERA; how models are run over them in batches."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from qlr_jax.calibration.tokens import encode
+from qlr_jax.errors import QLRError
+
+
+def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows length"]:
+    """The whole text tokenized once after one BOS, cut into windows of `length` that do not overlap, the remainder dropped.
+
+    Raises QLRError if not one window can be filled.
+    """
+    if length < 2:
+        raise QLRError(f"windows of {length} tokens are asked for; at least 2 are needed")
+    ids, bos = encode(text, tokenizer), tokenizer.bos_token_id
+    ids = ids if bos is None else np.concatenate([np.asarray([bos], np.int32), ids])
+    count = len(ids) // length
+    if not count:
+        raise QLRError(f"the text has {len(ids)} tokens, fewer than one window of {length}; give more text or a shorter window")
+    return ids[: count * length].reshape(count, length)
+
+
+def batches(rows: Int[np.ndarray, "windows length"], batch: int) -> Iterator[tuple[Int[np.ndarray, "batch length"], int]]:
+    """(rows of one batch, how many of them count); the last batch is filled up, so that one compilation serves all."""
+    if batch < 1:
+        raise QLRError(f"batch is {batch}; give at least 1")
+    batch = min(batch, len(rows))
+    for start in range(0, len(rows), batch):
+        part = rows[start : start + batch]
+        yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)]), len(part)

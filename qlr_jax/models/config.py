@@ -1,0 +1,191 @@
+"""The configuration of a Llama model, read from Hugging Face's config.json; refuses what it does not know."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from qlr_jax.errors import QLRError
+
+# Attributes that change no logit here: they are read past, each by name, so that a new one is noticed.
+IRRELEVANT = frozenset({
+    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "transformers_version",
+    "architectures", "model_type", "dtype", "torch_dtype", "use_cache", "initializer_range", "pretraining_tp",
+    "attention_dropout", "pad_token_id", "return_dict", "output_hidden_states", "output_attentions",
+    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "unsloth_version", "unsloth_fixed",
+    "task_specific_params", "tokenizer_class", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
+    "repetition_penalty", "finetuning_task", "prefix", "torchscript", "use_bfloat16", "remove_invalid_values",
+    "keys_to_ignore_at_inference", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "typical_p",
+    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
+    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "exponential_decay_length_penalty", "decoder_start_token_id", "sep_token_id", "tf_legacy_loss",
+})  # fmt: skip
+
+# Attributes that would change the logits: only these values are computed here.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "hidden_act": ("silu",),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "rope_interleaved": (False,),
+    "partial_rotary_factor": (1.0, None),
+    "is_encoder_decoder": (False,),
+    "is_decoder": (False, True),
+    "add_cross_attention": (False,),
+    "cross_attention_hidden_size": (None,),
+    "tie_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+    "auto_map": (None,),
+}
+
+ROPE_KEYS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How the rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (low frequencies only)."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes and constants of a Llama model; names as in Hugging Face's config.json.
+
+    >>> LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4).head_dim
+    4
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int = 0  # 0: as many as attention heads
+    head_dim: int = 0  # 0: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int | None = 1
+    eos_token_id: int | tuple[int, ...] | None = 2
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise QLRError(f"config: {name} is {getattr(self, name)!r}; a whole number of at least 1 is needed")
+        if not self.num_key_value_heads:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        if not self.head_dim:
+            if self.hidden_size % self.num_attention_heads:
+                raise QLRError(
+                    f"config: hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                    f"{self.num_attention_heads}, and no head_dim is given; give head_dim"
+                )
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise QLRError(
+                f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.head_dim % 2:
+            raise QLRError(f"config: head_dim {self.head_dim} is odd; rotary embeddings need an even one")
+
+    @classmethod
+    def from_hf(cls, source: dict[str, Any] | str | Path) -> "LlamaConfig":
+        """Read a config.json (a file, its folder, or the dictionary in it), in the spelling of transformers 4 or 5.
+
+        Raises QLRError naming an unknown architecture, an unknown attribute, or a value that is not supported.
+        """
+        raw = dict(source) if isinstance(source, dict) else _read(Path(source))
+        _refuse(raw)
+        theta, scaling = _rope(raw)
+        values: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
+        for field in dataclasses.fields(cls):
+            if field.name in values or field.name not in raw:
+                continue
+            value = raw[field.name]
+            if value is None and field.name in ("num_key_value_heads", "head_dim"):
+                continue
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+        if missing:
+            raise QLRError(f"config.json has no {missing[0]}; a Llama config.json must state it")
+        return cls(**values)
+
+    def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
+        """The config.json of this model, in a spelling that transformers 4 and 5 both read."""
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
+        if self.rope_scaling is not None:
+            rope["rope_type"] = self.rope_scaling.kind
+            rope |= {key: getattr(self.rope_scaling, key) for key in ROPE_KEYS[self.rope_scaling.kind]}
+        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rope_scaling"}
+        scaled = None if self.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}
+        eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+        bias = {"attention_bias": False, "mlp_bias": False, "dtype": dtype, "torch_dtype": dtype}
+        return head | out | {"eos_token_id": eos, "rope_scaling": scaled, "rope_parameters": rope} | bias
+
+
+def _read(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise QLRError(f"{file} does not exist; give the folder of a Hugging Face Llama model, which holds a config.json")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QLRError(f"{file} is not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise QLRError(f"{file} does not hold a JSON object")
+    return raw
+
+
+def _refuse(raw: dict[str, Any]) -> None:
+    """Fail closed: everything in the file is either used, known to change nothing, or has the one value we compute."""
+    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or architectures != ["LlamaForCausalLM"]:
+        found = architectures[0] if kind == "llama" or raw.get("architectures") else f"model_type {kind!r}"
+        raise QLRError(f"architecture {found} is not supported; give a LlamaForCausalLM (model_type 'llama')")
+    used = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_scaling", "rope_parameters"}
+    for name, value in raw.items():
+        if name in used or name in IRRELEVANT:
+            continue
+        if name not in SUPPORTED:
+            raise QLRError(f"config attribute {name!r} (value {value!r}) is unknown, so the model cannot be imported faithfully")
+        if value not in SUPPORTED[name]:
+            raise QLRError(f"config attribute {name!r} is {value!r}; only {SUPPORTED[name][0]!r} is supported")
+
+
+def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
+    """Version 5 keeps theta and scaling in rope_parameters; version 4 has rope_theta and rope_scaling (type or rope_type)."""
+    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
+    kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} or {"default"}
+    if kinds == {None}:
+        kinds = {"default"}
+    kind = kinds.pop()
+    if kinds or kind not in ROPE_KEYS:
+        raise QLRError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_KEYS)}")
+    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
+        raise QLRError("partial_rotary_factor other than 1.0 is not supported")
+    # Some files carry a factor of 1.0 beside the default type; nothing else may be left over.
+    if kind == "default" and given.get("factor", 1.0) in (1.0, None):
+        given.pop("factor", None)
+    unknown = [key for key in given if key not in ROPE_KEYS[kind]]
+    if unknown:
+        raise QLRError(f"rope parameter {unknown[0]!r} is unknown for rope type {kind!r}")
+    missing = [key for key in ROPE_KEYS[kind] if given.get(key) is None]
+    if missing:
+        raise QLRError(f"rope type {kind!r} needs {missing[0]!r}, which the config does not give")
+    return theta, None if kind == "default" else RopeScaling(kind=kind, **given)
