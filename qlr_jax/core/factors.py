@@ -74,7 +74,7 @@ def fit_factors(
     Returns:
         The factors, and the basis for a warm start.
     """
-    (m, n), k = target.shape[-2:], mask.shape[0]
+    k = mask.shape[0]
     left_family, right_family = families
     basis, _ = top_subspace(target, hessian, basis, steps)
     start = jnp.pad(basis, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
@@ -141,7 +141,7 @@ def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: 
     """The stored arrays of one matrix's factors, with g = backbone_scale (in the solver's units) taken out of L."""
     left, right = spec.factor_quantizers(state_bits)
     rank = spec.rank
-    component = np.asarray(factors.component)[:rank] / backbone_scale
+    component = np.asarray(factors.component)[:rank] / (backbone_scale or 1.0)  # 0: all is zero
 
     def rows(codes: np.ndarray, quantizer: Quantizer) -> np.ndarray:
         height = quantizer.tile[0]

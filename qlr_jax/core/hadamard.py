@@ -22,7 +22,9 @@ def signs(seed: int, salt: int, size: int) -> np.ndarray:
         True
     """
     word = np.uint64((seed * 2 + salt) & 0xFFFFFFFF)
-    x = (np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B1) + word * np.uint64(0x85EBCA6B) + np.uint64(0x27D4EB2F)) & np.uint64(0xFFFFFFFF)
+    x = (
+        np.arange(size, dtype=np.uint64) * np.uint64(0x9E3779B1) + word * np.uint64(0x85EBCA6B) + np.uint64(0x27D4EB2F)
+    ) & np.uint64(0xFFFFFFFF)
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = ((x ^ (x >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
     x ^= x >> np.uint64(16)

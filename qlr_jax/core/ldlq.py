@@ -57,7 +57,12 @@ def column_block(quantizer: Quantizer, transposed: bool = False) -> int:
 
 @partial(jax.jit, static_argnames=("family", "transposed"))
 def ldlq(
-    weight: Float[Array, "*b m n"], factor: Float[Array, "*b n n"], grid: Grid, data: Grid, family: Quantizer, transposed: bool = False
+    weight: Float[Array, "*b m n"],
+    factor: Float[Array, "*b n n"],
+    grid: Grid,
+    data: Grid,
+    family: Quantizer,
+    transposed: bool = False,
 ) -> tuple[Float[Array, "*b m n"], Array]:
     """Round `weight` on a grid with feedback F (from `feedback`, at `column_block` columns a block).
 

@@ -83,19 +83,19 @@ class QLRMatrix:
         """g · L diag(s) (m, rank) and R (rank, n), in the rotated basis."""
         rows, cols = self.shape
         spec = self.spec
-        left, right = spec.factor_quantizers(self.layout.state_bits)
-        l = left.decode(self.part("left"), spec.rank, rows).T * self.arrays["scale"][0]
+        of_left, of_right = spec.factor_quantizers(self.layout.state_bits)
+        left = of_left.decode(self.part("left"), spec.rank, rows).T * self.arrays["scale"][0]
         if spec.component_scales:
-            l = l * self.arrays["component_scale"].astype(jnp.float32)
-        return l, right.decode(self.part("right"), spec.rank, cols)
+            left = left * self.arrays["component_scale"].astype(jnp.float32)
+        return left, of_right.decode(self.part("right"), spec.rank, cols)
 
     def unrotated_factors(self) -> tuple[Array, Array]:
         """(Uᵀ L, R V): factors of the same product in the basis of W, with no rotation left in them."""
-        l, r = self.factors()
+        left, right = self.factors()
         if not self.spec.rotated:
-            return l, r
+            return left, right
         (u, ub), (v, vb) = self._rotations()
-        return hadamard.unrotate(l.T, u, ub).T, hadamard.unrotate(r, v, vb)
+        return hadamard.unrotate(left.T, u, ub).T, hadamard.unrotate(right, v, vb)
 
     def _rotations(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
         (m, n), layout = self.shape, self.layout
@@ -108,8 +108,8 @@ class QLRMatrix:
         """Ŵ (m, n) in float32."""
         total = self.backbone()
         if self.spec.rank:
-            l, r = self.factors()
-            total = total + jnp.matmul(l, r, precision="highest")
+            left, right = self.factors()
+            total = total + jnp.matmul(left, right, precision="highest")
         if not self.spec.rotated:
             return total
         (u, ub), (v, vb) = self._rotations()

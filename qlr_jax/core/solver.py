@@ -35,7 +35,9 @@ class Verdict(enum.Enum):
     CONVERGED = "the error stopped falling; the best iterate was kept"
     ITERATION_LIMIT = "the error was still falling at the last iteration; pass more `iterations` for a little more"
     ZERO_WEIGHT = "the weight is zero, and so is its approximation; check that the checkpoint is trained"
-    FACTORS_UNUSED = "the factors lowered the error by less than 1 %; at these bytes rank 0 with more backbone bits is likely better"
+    FACTORS_UNUSED = (
+        "the factors lowered the error by less than 1 %; at these bytes rank 0 with more backbone bits is likely better"
+    )
 
     def __str__(self) -> str:
         return self.value
@@ -64,6 +66,13 @@ class SolverConfig:
     tolerance: float = 3e-3
     state_bits: int = 12
     rotation_block: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "inner", "subspace_steps"):
+            if getattr(self, name) < 1:
+                raise QLRError(f"{name}={getattr(self, name)} does nothing; pass at least 1")
+        if self.downdate is not None and not 0 <= self.downdate <= 1:
+            raise QLRError(f"downdate={self.downdate} is outside [0, 1]; pass a strength from 0 to 1, or None")
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> SolverConfig:
@@ -169,6 +178,9 @@ class Problem:
     @classmethod
     def make(cls, weights: np.ndarray, hessians: np.ndarray, spec: Spec, seed: int, config: SolverConfig) -> Problem:
         m, n = weights.shape[1:]
+        # errors are relative: a power of two taken out of H changes no digit, and keeps float32 in range
+        peak = np.abs(hessians).max(axis=(1, 2))
+        hessians = np.asarray(hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0))))[:, None, None], np.float32)
         layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
         backbone = spec.quantizer(config.state_bits)
         size = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=(1, 2)))
@@ -331,16 +343,20 @@ def _finish(problem: Problem, state: State, history: Sequence[np.ndarray], conve
     spec, backbone, solutions = problem.spec, problem.backbone, []
     best = jax.tree.map(np.asarray, state.best)
     for i in range(problem.weight.shape[0]):
-        inner = float(best.scale[i])
+        inner, original = float(best.scale[i]), problem.original[i]
+        if inner == 0 and original.any():  # the factors leave nothing to Q; g is theirs too and must not erase them
+            inner = 2.0**-12
         arrays = {f"backbone.{k}": v for k, v in backbone.pack(best.codes[i], tuple(s[i] for s in best.scales)).items()}
         if spec.has_scale:
             arrays["scale"] = np.array([inner * problem.unit[i]], np.float32)
         if spec.rank:
             arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
         value = QLRMatrix({k: jnp.asarray(v) for k, v in arrays.items()}, problem.layout)
-        error = float(relative_error(problem.original[i], value.dense(), problem.original_hessian[i]))
+        peak = np.abs(original).max() or np.float32(1)
+        error = float(relative_error(original / peak, value.dense() / peak, problem.original_hessian[i]))
         trail = [float(h[i]) for h in history]
-        stats = {"relative_error": error, "history": trail, "iterations": max(1, len(trail) // 2)}
+        judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
+        stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged}
         solutions.append(Solution(value, _verdict(problem, i, trail, converged), stats))
     return solutions
 

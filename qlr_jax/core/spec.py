@@ -1,15 +1,17 @@
 """A spec: in one short string, how a matrix is stored.
 
-    <backbone>[/rot][+r<rank>@<factors>[,<factors of R>]]
+<backbone>[/rot][+r<rank>@<factors>[,<factors of R>]]
 
-    trellis-2.25      trellis-2+r32@trellis-4      int-4g32+r16@bf16      int-3g128a/rot      none+r64@int-8,bf16
+trellis-2.25      trellis-2+r32@trellis-4      int-4g32+r16@bf16      int-3g128a/rot      none+r64@int-8,bf16
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from qlr_jax.core.quantizers import Nothing, Quantizer, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
@@ -31,7 +33,7 @@ class Spec:
         >>> str(Spec.parse("trellis-2.0+r32@trellis-4,trellis-4"))
         'trellis-2+r32@trellis-4'
         >>> Spec.parse("trellis-2").bits((4096, 4096))
-        2.0000019073486328
+        2.000001907348633
     """
 
     backbone: str
@@ -74,8 +76,8 @@ class Spec:
         return parse_quantizer(self.backbone, state_bits=state_bits)
 
     def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
-        """The grids of Lᵀ (rank, m) and R (rank, n): walks of a trellis lie across as many components as divide the rank, 8 at most."""
-        rows = math.gcd(self.rank, 8)
+        """The grids of Lᵀ (rank, m) and R (rank, n); a trellis lays its walks across 4 components, where 4 divides the rank."""
+        rows = math.gcd(self.rank, 4)
         return (
             parse_quantizer(self.left, tile_rows=rows, state_bits=state_bits),
             parse_quantizer(self.right, tile_rows=rows, state_bits=state_bits),
@@ -106,3 +108,25 @@ class Spec:
     def bits(self, shape: tuple[int, int]) -> float:
         """Average bits per weight of a matrix of `shape` (out, in), everything stored counted."""
         return 8 * self.nbytes(shape) / (shape[0] * shape[1])
+
+
+def expand_backbones(backbones: Sequence[str]) -> list[str]:
+    """Backbones with ranges written out: `trellis-1.5..4` is every sixteenth from 1.5 to 4.
+
+    Example:
+        >>> expand_backbones(["trellis-2..2.125", "int-4g32"])
+        ['trellis-2', 'trellis-2.0625', 'trellis-2.125', 'int-4g32']
+    """
+    out: list[str] = []
+    for text in backbones:
+        head, dots, last = text.partition("..")
+        kind, _, first = head.rpartition("-")
+        if not dots:
+            out.append(str(Spec.parse(text)))
+            continue
+        try:
+            steps = range(int(Fraction(first) * 16), int(Fraction(last) * 16) + 1)
+        except ValueError:
+            raise QLRError(f"{text!r} is not a range of backbones; write trellis-<from>..<to>, e.g. trellis-1.5..4") from None
+        out += [str(Spec.parse(f"{kind}-{s / 16:g}")) for s in steps]
+    return list(dict.fromkeys(out))

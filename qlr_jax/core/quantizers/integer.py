@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers.base import Arrays, Grid
@@ -82,20 +83,26 @@ class Integer:
         else:
             low = high = None
             full, zero_at = jnp.abs(parts).max(-1) / max(self._middle - 0.5, 0.5), None
-        best_error = jnp.full(full.shape, jnp.inf)
-        best_scale, best_zero = full, jnp.full(full.shape, self._middle)
-        for shrink in np.linspace(0.35, 1.0, 27):
+        shrinks = np.linspace(0.35, 1.0, 27)
+        if zero_at is None and self.width > 1:  # up to where the largest weight is met exactly, though it be positive
+            top = (self._middle - 0.5) / (self._middle - 1.0)
+            shrinks = np.append(shrinks, [(1 + top) / 2, top])
+
+        def attempt(best: tuple[Array, Array, Array], shrink: Array) -> tuple[tuple[Array, Array, Array], None]:
             scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
             if zero_at is None:
-                zero = jnp.full(full.shape, self._middle)
+                zero = jnp.full_like(full, self._middle)
             else:
                 safe = jnp.where(scale > 0, scale, 1.0)
                 zero = jnp.clip(jnp.round(zero_at * shrink / safe), 0, 2**self.width - 1)
             q = self._round(parts, scale[..., None], zero[..., None])
             error = jnp.sum(jnp.square((q - zero[..., None]) * scale[..., None] - parts), axis=-1)
-            better = error < best_error
-            best_error = jnp.where(better, error, best_error)
-            best_scale, best_zero = jnp.where(better, scale, best_scale), jnp.where(better, zero, best_zero)
+            better = error < best[0]
+            return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True)), None
+
+        # a scan, not an unrolled loop: that one takes XLA minutes to compile
+        start = (jnp.full_like(full, jnp.inf), full, jnp.full_like(full, self._middle))
+        (_, best_scale, best_zero), _ = lax.scan(attempt, start, jnp.asarray(shrinks, jnp.float32))
         return best_scale, best_zero
 
     def grid(self, scales: Grid, cols: int) -> Grid:

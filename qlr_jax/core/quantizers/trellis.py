@@ -149,7 +149,9 @@ def _batch() -> int:
     return 64 if jax.default_backend() == "cpu" else 2048
 
 
-def search(x: Float[Array, "walks 256"], shifts: Int[Array, "256"], state_bits: int, gain: float | Array) -> Int[Array, "walks 256"]:
+def search(
+    x: Float[Array, "walks 256"], shifts: Int[Array, "256"], state_bits: int, gain: float | Array
+) -> Int[Array, "walks 256"]:
     """States of the nearest closed walk for each row of x: two Viterbi passes.
 
     The first pass starts half a turn away and leaves its ends free; the state that it passes at the seam is imposed on both

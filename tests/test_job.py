@@ -1,0 +1,198 @@
+"""The bundled model once, end to end, with little of everything; and what a job refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import qlr_jax as qlr
+from allocators import AllocationError
+from qlr_jax import job
+from qlr_jax.calibration import standard_library
+from qlr_jax.errors import QLRError
+from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
+from qlr_jax.recipe import Recipe
+
+LIGHT = Recipe(
+    budget="2.25bpw",
+    state_bits=6,
+    search_state_bits=6,
+    ranks=(0, 8),
+    iterations=1,
+    sequences=8,
+    measure_tokens=512,
+    evaluation_tokens=1024,
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return job.demo(tmp_path_factory.mktemp("demo") / "out", recipe=LIGHT)
+
+
+def test_bytes_are_those_promised_and_fit_the_budget(done):
+    report = done.report
+    stored = load_file(done.out / "model.safetensors")
+    matrices = {row["name"]: row for row in report["matrices"]}
+    assert len(matrices) == 42
+    sizes = dict.fromkeys(matrices, 0)
+    for key, array in stored.items():
+        for name in matrices:
+            if key.startswith(name + "."):
+                sizes[name] += array.nbytes
+    assert sizes == {name: row["bytes"] for name, row in matrices.items()}
+    assert sum(sizes.values()) == report["bytes"]["compressed"] == report["points"][report["delivered"]]["bytes"]
+    weights = sum(np.prod(row["shape"]) for row in matrices.values())
+    assert report["bits_per_weight"] == pytest.approx(8 * sum(sizes.values()) / weights)
+    assert report["bits_per_weight"] <= 2.25
+    for row in matrices.values():
+        assert row["bytes"] == qlr.Spec.parse(row["spec"]).nbytes(tuple(row["shape"]))
+
+
+def test_report_is_complete_and_says_what_was_found(done):
+    report = json.loads((done.out / "report.json").read_text())
+    assert set(report["perplexity"]) == {"original", "allocated", "uniform", "rank0"}
+    assert all(np.isfinite(v) and v > 1 for v in report["perplexity"].values())
+    assert all(v > 0 for v in report["kl"].values())
+    # by construction: what is delivered is never worse than uniform on the calibration text
+    assert report["calibration_kl"][report["delivered"]] == min(report["calibration_kl"].values())
+    assert report["allocation"]["bound"] is None or report["allocation"]["damage"] >= report["allocation"]["bound"] * (1 - 1e-9)
+    assert report["peak_rss_bytes"] > 0 and report["seconds"]["total"] > 0
+    assert 0.5 < report["prediction"]["median"] < 2
+    html = (done.out / "report.html").read_text()
+    assert "http://" not in html.replace("http://www.w3.org", "") and f"{report['bits_per_weight']:.2f}" in html
+    assert Recipe.from_yaml(done.out / "recipe.yaml") == LIGHT
+
+
+def test_delivered_model_equals_its_dense_matrices_in_jax(done):
+    original, packed = load_model(job.BUNDLED), qlr.load(done.out)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 2048, (1, 24)))
+    placed = job.with_weights(original, {name: linear.weight.get_value() for name, linear in packed.linears().items()})
+    want, got = jax.jit(lambda m, t: m(t))(placed, tokens), jax.jit(lambda m, t: m(t))(packed, tokens)
+    assert float(jnp.abs(want - got).max()) <= 1e-3 * float(jnp.abs(want).max())
+
+
+def test_delivered_model_loads_in_pytorch_alone(done, tmp_path):
+    """In a process where neither jax nor qlr_jax can be imported."""
+    script = (
+        "import sys; sys.modules['jax'] = sys.modules['qlr_jax'] = None\n"
+        "import torch, numpy as np\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(done.out)!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        f"with torch.no_grad(): np.save({str(tmp_path / 'logits.npy')!r}, model(torch.arange(24)[None] * 7).logits.numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    got = np.load(tmp_path / "logits.npy")
+    want = np.asarray(jax.jit(lambda m, t: m(t))(qlr.load(done.out), jnp.arange(24)[None] * 7))
+    assert np.abs(want - got).max() <= 1e-3 * np.abs(want).max()
+
+
+def test_evaluate_and_inspect_read_the_folder(done):
+    found = job.evaluate(done.out, windows=2)
+    assert found["tokens"] == 512 and found["kl"] > 0 and found["perplexity"] > 1 and "BOS" in found["protocol"]
+    inside = job.inspect(done.out)
+    assert inside["bits_per_weight"] == pytest.approx(done.report["bits_per_weight"])
+    assert {m["name"]: m["spec"] for m in inside["matrices"]} == {m["name"]: m["spec"] for m in done.report["matrices"]}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=job.BUNDLED)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(standard_library("calibration")[:20000], encoding="utf-8")
+    return path
+
+
+def damaged(tiny, folder, **change):
+    """A copy of the tiny model with one thing wrong."""
+    shutil.copytree(tiny, folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if "nan" in change:
+        tensors[change["nan"]] = np.full_like(tensors[change["nan"]], np.nan)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    if "truncate" in change:
+        content = (folder / "model.safetensors").read_bytes()
+        (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    (folder / "config.json").write_text(json.dumps(config | change.get("config", {})))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"truncate": True}, "truncated"),
+        ({"nan": "model.layers.0.mlp.up_proj.weight"}, "up_proj.weight holds NaN"),
+        ({"config": {"architectures": ["OPTForCausalLM"], "model_type": "opt"}}, "OPT|opt"),
+        ({"config": {"clip_qkv": 3.0}}, "clip_qkv"),
+    ],
+)
+def test_a_damaged_model_is_refused_and_nothing_is_written(tiny, text, tmp_path, change, says):
+    folder = damaged(tiny, tmp_path / "model", **change)
+    with pytest.raises(QLRError, match=says):
+        job.compress(folder, tmp_path / "out", "2.25bpw", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_budgets_out_of_range_name_both_ends(tiny, text, tmp_path):
+    for budget in ("0.5bpw", "15bpw"):
+        with pytest.raises(AllocationError, match=r"range; pass [\d.]+bpw to [\d.]+bpw"):
+            job.compress(tiny, tmp_path / "out", budget, text)
+    with pytest.raises(AllocationError, match="below what this model can be stored in; pass"):
+        job.compress(tiny, tmp_path / "out", "1KB", text)
+    with pytest.raises(QLRError, match="budget"):
+        job.compress(tiny, tmp_path / "out", "cheap", text)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_folder_occupied_folder_and_poor_text_are_refused(tiny, text, tmp_path):
+    with pytest.raises(QLRError, match="nowhere does not exist"):
+        job.compress(tmp_path / "nowhere", tmp_path / "out", "2.25bpw", text)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    with pytest.raises(QLRError, match=r"already holds thesis\.tex"):
+        job.compress(tiny, tmp_path / "full", "2.25bpw", text)
+    assert [p.name for p in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    for content, says in (("", "empty"), ("import os", "more text")):
+        (tmp_path / "poor.txt").write_text(content)
+        with pytest.raises(QLRError, match=says):
+            job.compress(tiny, tmp_path / "out", "2.25bpw", tmp_path / "poor.txt")
+    with pytest.raises(QLRError, match="no calibration text"):
+        job.compress(tiny, tmp_path / "out", "2.25bpw")
+    with pytest.raises(QLRError, match="no linear layer is left"):
+        job.compress(tiny, tmp_path / "out", "2.25bpw", text, Recipe(include=("*.nothing",)))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_the_original_fits_keeps_bf16(tiny, text, tmp_path):
+    light = LIGHT.updated(backbones=("trellis-2",), ranks=(0,), budget="1GB")
+    result = job.compress(tiny, tmp_path / "out", calibration=text, recipe=light)
+    assert {row["spec"] for row in result.report["matrices"]} == {"bf16"}
+    tokens = jnp.arange(10)[None]
+    assert float(jnp.abs(qlr.load(tmp_path / "out")(tokens) - load_model(tiny)(tokens)).max()) < 1e-5
+
+
+def test_include_leaves_the_rest_as_it_is(tiny, text, tmp_path):
+    light = LIGHT.updated(backbones=("int-2g16", "int-4g16"), ranks=(0,), budget="4bpw", include=("*.mlp.*",))
+    result = job.compress(tiny, tmp_path / "out", calibration=text, recipe=light, evaluate_on=text)
+    assert {row["kind"] for row in result.report["matrices"]} == {"gate", "up", "down"}
+    kept = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert np.array_equal(kept, load_file(tiny / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])
