@@ -21,9 +21,10 @@ from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax import sensitivity as sensing
 from qlr_jax.core.batch import solve_many
+from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.objective import checked_hessian, checked_weight
-from qlr_jax.core.solver import Solution, SolverConfig
+from qlr_jax.core.solver import Solution
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, compare, divergence, reference
 from qlr_jax.export.files import refuse_occupied
@@ -101,7 +102,7 @@ def demo(
     command: str = "qlr demo",
 ) -> JobResult:
     """Compress the bundled model, calibrated and evaluated on the standard library's text of this machine."""
-    chosen = _recipe(recipe or Recipe(sequences=128, ranks=(0, 4, 8, 16, 32)), budget)
+    chosen = _recipe(recipe or Recipe(sequences=128, ranks=(0, 4, 8, 16, 32), state_bits=10, search_state_bits=10), budget)
     texts = calibrating.standard_library("calibration"), calibrating.standard_library("heldout")
     return _run(
         BUNDLED,

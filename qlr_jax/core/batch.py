@@ -8,7 +8,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from qlr_jax.core.solver import Solution, SolverConfig, solve_batch
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.solver import Solution, solve_batch
 
 Key = TypeVar("Key", bound=Hashable)
 ROWS_TOGETHER = 1024  # rows that keep a trellis search busy: smaller matrices are batched up to this many
@@ -34,8 +35,8 @@ def solve_many(
     Example:
         >>> w = np.eye(32, dtype=np.float32)
         >>> found = solve_many({"a": (w, w, "int-4"), "b": (2 * w, w, "int-4")})
-        >>> sorted(found), found["a"].stats["relative_error"]
-        (['a', 'b'], 0.0)
+        >>> sorted(found), found["a"].stats["relative_error"] < 1e-3
+        (['a', 'b'], True)
     """
     groups: dict[tuple[tuple[int, ...], str], list[Key]] = defaultdict(list)
     for key, (weight, _, spec) in problems.items():

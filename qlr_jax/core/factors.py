@@ -46,35 +46,36 @@ def no_factors(count: int) -> Factors:
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 
-@partial(jax.jit, static_argnames=("families", "steps", "inner"))
+@partial(jax.jit, static_argnames=("families", "inner"))
 def fit_factors(
-    target: Array,
+    weight: Array,
+    backbone: Array,
     hessian: Array,
     right_feedback: Array,
     basis: Array,
     mask: Array,
     data: tuple[Grid, Grid],
+    steps: int,
     *,
     families: tuple[Quantizer, Quantizer],
-    steps: int,
     inner: int,
-) -> tuple[Factors, Array]:
-    """Rounded factors of A: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
+) -> tuple[Factors, Array, Array]:
+    """Rounded factors of A = W − Q: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
 
     Start from the rank-constrained optimum (`top_subspace`), then in turn R ← (LᵀL)⁻¹LᵀA, rounded in the metric H, and
     L ← A H Rᵀ (R H Rᵀ)⁻¹, rounded in the metric R H Rᵀ (LPLR, arXiv 2310.11028; the feedback is ours).
 
     Args:
-        target: A, (b, m, n).
+        weight, backbone: W and Q, (b, m, n).
         right_feedback: F of H at R's column block.
         basis: (b, m, k') to start the subspace iteration from.
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
         data, families: of the quantizers of L and R.
 
     Returns:
-        The factors, and the basis for a warm start.
+        The factors, the basis for a warm start, and tr((A − L R) H (A − L R)ᵀ).
     """
-    k = mask.shape[0]
+    target, k = weight - backbone, mask.shape[0]
     left_family, right_family = families
     basis, _ = top_subspace(target, hessian, basis, steps)
     start = jnp.pad(basis, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
@@ -94,13 +95,13 @@ def fit_factors(
         new, error = pair(left)
         better = error < least
         best = jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, best)
-        return (new.left, best, jnp.minimum(error, least)), None
+        return (new.left, best, jnp.where(better, error, least)), None
 
     # the first round runs inside the scan too: one compilation of the roundings, whatever `inner` is
     shapes = jax.eval_shape(pair, start)[0]
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (_, best, _), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
-    return best, basis
+    (_, best, least), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
+    return best, basis, least
 
 
 def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid) -> tuple[Array, Array, Grid]:

@@ -85,3 +85,9 @@ def rotate_hessian(hessian: Array, sign: Array | np.ndarray, block: int) -> Arra
     """V H Vᵀ, symmetric to the last bit."""
     rotated = rotate(jnp.swapaxes(rotate(hessian, sign, block), -1, -2), sign, block)
     return (rotated + jnp.swapaxes(rotated, -1, -2)) / 2
+
+
+def sides(shape: tuple[int, int], seed: int, block: int) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+    """(signs, block) of U (outputs) and of V (inputs) for a matrix (out, in)."""
+    m, n = shape
+    return (signs(seed, OUTPUT, m), block_size(m, block)), (signs(seed, INPUT, n), block_size(n, block))

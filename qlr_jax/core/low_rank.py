@@ -1,10 +1,9 @@
 """Rank-constrained regression: the best L R for A in the metric H, without an inverse or a large decomposition."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qlr_jax.core.typing import Array, Float
 
@@ -35,20 +34,23 @@ def _mm(*parts: Array) -> Array:
     return out
 
 
-@partial(jax.jit, static_argnames=("steps",))
+@jax.jit
 def top_subspace(
-    matrix: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"], basis: Float[Array, "*b m k"], steps: int
+    matrix: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"], basis: Float[Array, "*b m k"], steps: int | Array
 ) -> tuple[Float[Array, "*b m k"], Float[Array, "*b k"]]:
     """Leading eigenvectors of A H Aᵀ, largest first, and their eigenvalues, by subspace iteration from `basis`.
 
     U_rU_rᵀA with the first r of them minimises tr((A − X) H (A − X)ᵀ) over rank-r X (rank-constrained regression; Halko,
     Martinsson, Tropp, arXiv 0909.4061, for the iteration). Columns beyond the rank are oversampling.
     """
-    for _ in range(steps):
+
+    def power(_: Array, basis: Array) -> Array:
         grown = _mm(matrix, _mm(hessian, _mm(jnp.swapaxes(matrix, -1, -2), basis)))
         # equal scale keeps QR out of the underflow range; a zero matrix gives the identity's columns
         size = jnp.max(jnp.abs(grown), axis=(-2, -1), keepdims=True)
-        basis = jnp.linalg.qr(grown / jnp.where(size > 0, size, 1.0))[0]
+        return jnp.linalg.qr(grown / jnp.where(size > 0, size, 1.0))[0]
+
+    basis = lax.fori_loop(0, steps, power, basis)
     right = _mm(jnp.swapaxes(basis, -1, -2), matrix)
     gram = _mm(right, hessian, jnp.swapaxes(right, -1, -2))
     value, vector = jnp.linalg.eigh((gram + jnp.swapaxes(gram, -1, -2)) / 2)
@@ -80,7 +82,7 @@ def _solve(metric: Array, rhs: Array, mask: Array) -> tuple[Array, Array]:
     metric = (metric + jnp.swapaxes(metric, -1, -2)) / 2 * both
     mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None] / jnp.maximum(jnp.sum(mask), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    metric = metric + (mask * 1e-6 * mean + (1.0 - mask) * mean)[..., None, :] * jnp.eye(mask.shape[0])
+    metric = metric + (mask * 1e-5 * mean + (1.0 - mask) * mean)[..., None, :] * jnp.eye(mask.shape[0])
     factor = jnp.linalg.cholesky(metric)
     solved = jax.scipy.linalg.cho_solve((factor, True), rhs * mask[:, None])
     return jnp.swapaxes(solved, -1, -2), metric

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
@@ -94,15 +93,8 @@ class QLRMatrix:
         left, right = self.factors()
         if not self.spec.rotated:
             return left, right
-        (u, ub), (v, vb) = self._rotations()
+        (u, ub), (v, vb) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
         return hadamard.unrotate(left.T, u, ub).T, hadamard.unrotate(right, v, vb)
-
-    def _rotations(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
-        (m, n), layout = self.shape, self.layout
-        return (
-            (hadamard.signs(layout.seed, hadamard.OUTPUT, m), hadamard.block_size(m, layout.rotation_block)),
-            (hadamard.signs(layout.seed, hadamard.INPUT, n), hadamard.block_size(n, layout.rotation_block)),
-        )
 
     def dense(self) -> Array:
         """Ŵ (m, n) in float32."""
@@ -112,7 +104,7 @@ class QLRMatrix:
             total = total + jnp.matmul(left, right, precision="highest")
         if not self.spec.rotated:
             return total
-        (u, ub), (v, vb) = self._rotations()
+        (u, ub), (v, vb) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
         return hadamard.unrotate(hadamard.unrotate(total, v, vb).T, u, ub).T
 
     def without_factors(self) -> QLRMatrix:

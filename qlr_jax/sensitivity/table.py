@@ -10,7 +10,7 @@ import numpy as np
 
 from allocators import ModelFacts, Option, OptionTable, Row
 from qlr_jax.core.batch import solve_many
-from qlr_jax.core.solver import SolverConfig
+from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, LlamaConfig, kind_of, layer_of, tensor_names

@@ -133,7 +133,7 @@ def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, 
     count = total // 8
     word = jnp.zeros((), jnp.int32)
     for k in range(3):
-        word = (word << 8) | stream[..., (first + k) % count].astype(jnp.int32)
+        word = (word << 8) | jnp.asarray(stream[..., (first + k) % count]).astype(jnp.int32)
     return (word >> (24 - offset - state_bits)) & (2**state_bits - 1)
 
 

@@ -1,0 +1,136 @@
+"""Writing model folders: all or nothing, sharded safetensors, checksums."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from qlr_jax.errors import QLRError
+from qlr_jax.models.folder import TOKENIZER_FILES
+
+CHECKSUMS = "checksums.json"
+SHARD_BYTES = 4_000_000_000
+
+Entry = tuple[int, Callable[[], np.ndarray]]
+"""A tensor to write: its bytes, and a function that makes it when its shard is written."""
+
+
+@contextmanager
+def staged(out: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
+    """A new folder beside `out`, moved into its place when the block ends well, deleted when it does not.
+
+    Args:
+        out: what is to be written; it may exist if it is empty but for entries named in `keep`.
+
+    Raises:
+        QLRError: if `out` is a file or holds anything else; nothing is then touched.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with staged(Path(parent) / "model") as folder:
+        ...         _ = (folder / "config.json").write_text("{}")
+        ...     print([p.name for p in (Path(parent) / "model").iterdir()])
+        ['config.json']
+    """
+    out = Path(out).expanduser()
+    refuse_occupied(out, keep)
+    out.absolute().parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
+    try:
+        yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o777 & ~umask)  # mkdtemp's own is for its maker alone
+        if out.is_dir() and any(out.iterdir()):
+            # config.json makes it a model folder, so it comes last
+            for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+                os.replace(path, out / path.name)
+        else:
+            os.replace(partial, out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def refuse_occupied(out: Path, keep: Collection[str] = ()) -> None:
+    """Raise QLRError if `out` is a file, or a folder with anything in it that is not named in `keep`."""
+    if out.exists() and not out.is_dir():
+        raise QLRError(f"{out} is a file; give a folder to write to")
+    held = sorted(p.name for p in out.iterdir() if p.name not in keep) if out.is_dir() else []
+    if held:
+        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
+        raise QLRError(f"{out} already holds {held[0]}{more}; give a new or empty folder")
+
+
+def write_tensors(folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write model.safetensors, or shards and their index where the tensors' bytes exceed `shard_bytes`.
+
+    One shard is in memory at a time.
+    """
+    import ml_dtypes  # noqa: F401  numpy learns bfloat16
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, (size, _) in entries.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards, strict=True):
+        # safetensors writes the bytes of non-contiguous arrays in memory order, silently wrong
+        save_file({name: np.ascontiguousarray(entries[name][1]()) for name in names}, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # safetensors makes it readable by its owner alone
+    if len(shards) > 1:
+        where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(size for size, _ in entries.values())
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to a model beside its weights: tokenizer files, chat template, generation_config.json."""
+    for name in (*TOKENIZER_FILES, "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the sha256 of every file in `folder`."""
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
+    write_json(folder / CHECKSUMS, {"algorithm": "sha256", "files": {p.name: _digest(p) for p in files}})
+
+
+def check_files(folder: str | Path) -> int:
+    """Compare every file with checksums.json: how many were compared.
+
+    Raises:
+        QLRError: naming the first file that is missing or differs; or if there is no list.
+    """
+    folder = Path(folder)
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise QLRError(f"{folder} has no readable {CHECKSUMS} ({type(error).__name__}), so its files cannot be checked") from None
+    for name, digest in listed.items():
+        if not (folder / name).is_file():
+            raise QLRError(f"{folder / name} is missing; get the folder again")
+        if _digest(folder / name) != digest:
+            raise QLRError(f"{folder / name} has changed since it was written (its sha256 differs); get it again")
+    return len(listed)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,201 @@
+"""Recipe: every setting of a compression job in one frozen value, YAML in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qlr_jax.errors import QLRError
+
+
+def _field(default: Any, says: str) -> Any:
+    return field(default=default, metadata={"says": says})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one job, checked when made; the same recipe and seed give the same model again.
+
+    Raises:
+        QLRError: for a value that cannot be used, naming the field, the value and what to give instead.
+
+    Example:
+        >>> recipe = Recipe.from_yaml("budget: 2.5bpw\\nranks: [0, 16]")
+        >>> recipe.budget, recipe.ranks, recipe.updated(seed=1).seed
+        ('2.5bpw', (0, 16), 1)
+    """
+
+    budget: str = _field("2.25bpw", "bits per weight (2.25bpw), bytes (900MB) or a device (device:8GiB,context=8192)")
+    seed: int = _field(0, "of the rotations' signs and of every sample")
+    state_bits: int = _field(12, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")
+    search_state_bits: int = _field(8, "of the trellis while options are measured")
+    rotation_block: int = _field(0, "width of the Hadamard blocks, 0 = the whole width")
+    iterations: int = _field(4, "alternations between Q and L R, at most")
+    damping: float = _field(0.01, "share of the Hessian's mean diagonal that is added to it")
+    backbones: tuple[str, ...] = _field(("trellis-1.5..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
+    ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
+    factors: str = _field("trellis-4", "the grid of L and R, or both of them: 'int-8,bf16'")
+    include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
+    exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
+    sequences: int = _field(256, "of calibration text, at most")
+    sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
+    measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
+    evaluation_tokens: int = _field(32768, "of held-out text at most, for the figures of the report")
+    force: bool = _field(False, "go on with less calibration text than a matrix has inputs")
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            object.__setattr__(self, item.name, _converted(item.name, str(item.type), getattr(self, item.name)))
+        for name, low, high in (
+            ("seed", 0, 2**32 - 1),
+            ("state_bits", 6, 16),
+            ("search_state_bits", 6, 16),
+            ("rotation_block", 0, 2**20),
+            ("iterations", 1, 1000),
+            ("damping", 0.0, 1.0),
+            ("sequences", 1, 2**24),
+            ("sequence_length", 2, 2**24),
+            ("measure_tokens", 2, 2**24),
+            ("evaluation_tokens", 2, 2**31),
+        ):
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise QLRError(f"recipe: {name} {value} is out of range; give {low:g} to {high:g}")
+        if self.rotation_block & (self.rotation_block - 1):
+            raise QLRError(
+                f"recipe: rotation_block {self.rotation_block} is no power of two; give 64, 128, 256, or 0 (the whole width)"
+            )
+        _check_options(self.backbones, self.ranks, self.factors)
+        _check_budget(self.budget)
+
+    @classmethod
+    def from_yaml(cls, source: str | Path) -> Recipe:
+        """A recipe from a YAML file or text; settings that it does not name keep their defaults."""
+        return cls(**read_settings(source))
+
+    def to_yaml(self) -> str:
+        """All settings, one a line, each with what it means; `Recipe.from_yaml(recipe.to_yaml()) == recipe`."""
+        import yaml
+
+        lines = ["# A recipe of qlr-jax: qlr compress MODEL OUT --recipe THIS_FILE"]
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            value = list(value) if isinstance(value, tuple) else value
+            flow = None if isinstance(value, list) else False  # a list stays on its line
+            text = yaml.safe_dump({item.name: value}, default_flow_style=flow, width=10**6, allow_unicode=True).strip()
+            lines.append(f"{text}  # {item.metadata['says']}")
+        return "\n".join(lines) + "\n"
+
+    def updated(self, **changes: Any) -> Recipe:
+        """This recipe with some settings changed, checked again. Raises QLRError for a setting that does not exist."""
+        _check_names(changes)
+        return dataclasses.replace(self, **changes)
+
+
+def read_settings(source: str | Path) -> dict[str, Any]:
+    """The settings that a YAML file or text names itself, unconverted; one that does not exist is refused by its name.
+
+    A text is YAML if it holds a newline or starts like `name: value`; any other is the path of a file.
+    """
+    import yaml
+
+    what = "recipe"
+    if isinstance(source, Path) or not ("\n" in source or re.match(r"\s*(\w+\s*:(\s|$)|\{|#|$)", source)):
+        what = f"recipe {source}"
+        try:
+            source = Path(source).read_text(encoding="utf-8")
+        except OSError as error:
+            raise QLRError(f"recipe file {source} cannot be read: {error.strerror or error}; give a YAML file") from None
+        except UnicodeDecodeError:
+            raise QLRError(f"recipe file {source} is not UTF-8 text; give a YAML file") from None
+    try:
+        settings = yaml.safe_load(source)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" in line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise QLRError(f"{what} is not YAML: {problem}{where}; write one 'name: value' a line") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise QLRError(f"{what} holds a {type(settings).__name__}, not settings; write one 'name: value' a line")
+    _check_names(settings, what)
+    return settings
+
+
+def _check_names(settings: dict[str, Any], what: str = "recipe") -> None:
+    known = [item.name for item in dataclasses.fields(Recipe)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            instead = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise QLRError(f"{what} has no setting {name!r}; {instead}")
+
+
+def _converted(name: str, kind: str, value: Any) -> Any:
+    """`value` as the field's type has it: lists become tuples, one pattern a tuple of one, '1e-2' (text to YAML) a number."""
+    if kind.endswith("None") and value is None:
+        return None
+    if kind.startswith("tuple"):
+        if isinstance(value, str):
+            value = (value,)
+        if isinstance(value, list | tuple):
+            return tuple(_converted(name, "int" if "int" in kind else "str", entry) for entry in value)
+        wanted = "a list such as " + {"ranks": "[0, 8, 16]", "backbones": "[trellis-2, trellis-3]"}.get(name, "['*.mlp.*']")
+    elif kind == "float":
+        try:
+            if not isinstance(value, bool) and math.isfinite(float(value)):
+                return float(value)
+        except (TypeError, ValueError):
+            pass
+        wanted = "a number such as 0.01"
+    elif kind.startswith("int"):
+        if not isinstance(value, bool) and hasattr(value, "__index__"):
+            return int(value)
+        wanted = "a whole number"
+    elif kind == "bool":
+        if isinstance(value, bool):
+            return value
+        wanted = "true or false"
+    else:
+        if isinstance(value, str) and value.strip():
+            return value.strip()
+        wanted = "a text such as " + {"budget": "2.25bpw", "factors": "trellis-4", "backbones": "trellis-2"}.get(name, "'*.mlp.*'")
+    raise QLRError(f"recipe: {name} is {value!r}; give {wanted}")
+
+
+def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: str) -> None:
+    from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, which a recipe's mere definition does not need
+
+    for name, values in (("backbones", backbones), ("ranks", ranks)):
+        if not values:
+            raise QLRError(f"recipe: {name} is empty; give at least one")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise QLRError(f"recipe: {name} names {twice[0]} twice; give it once")
+    if bad := [rank for rank in ranks if rank < 0]:
+        raise QLRError(f"recipe: ranks has {bad[0]}; give ranks of 0 and more")
+    if 0 not in ranks:
+        raise QLRError(f"recipe: ranks {list(ranks)} lacks 0; add it, since a result without rank stands beside every other")
+    for backbone in backbones:
+        try:
+            if "+" in backbone:
+                raise QLRError(f"{backbone!r} has a rank of its own; give the backbone alone, and the ranks in 'ranks'")
+            for single in expand_backbones([backbone]):
+                Spec.parse(f"{single}+r8@{factors}")
+        except QLRError as error:
+            raise QLRError(f"recipe: {error}") from None
+
+
+def _check_budget(budget: str) -> None:
+    from allocators.budget import Budget
+    from allocators.errors import AllocationError
+
+    try:
+        Budget.parse(budget)
+    except AllocationError as error:
+        raise QLRError(str(error)) from None

@@ -1,0 +1,144 @@
+"""What a job found, put together: report.json, allocation.json, recipe.yaml and report.html."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import allocators
+from qlr_jax.core.solver import Solution
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import Comparison
+from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
+from qlr_jax.recipe import Recipe
+from qlr_jax.sensitivity import Sensitivity, prediction_quality
+
+PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
+FRONTIER_POINTS = 60
+
+
+@dataclass(frozen=True)
+class Record:
+    """Everything that the report tells; `report()` is report.json."""
+
+    model: str
+    command: str
+    recipe: Recipe
+    config: LlamaConfig
+    plans: Mapping[str, allocators.Allocation]
+    delivered: str
+    solutions: Mapping[tuple[str, str], Solution]
+    sensitivity: Sensitivity
+    judged: Mapping[str, Comparison]
+    held_out: Mapping[str, Comparison]
+    held_out_name: str
+    seconds: Mapping[str, float]
+    started: float
+    peak_rss: int
+
+    def files(self, report: dict[str, Any]) -> dict[str, str]:
+        """Name -> text of the files that lie beside the weights."""
+        from qlr_jax.report.html import report_html
+
+        allocation = {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}
+        return {
+            "report.json": json.dumps(report, indent=1) + "\n",
+            "allocation.json": json.dumps(allocation, indent=1) + "\n",
+            "recipe.yaml": self.recipe.to_yaml(),
+            "report.html": report_html(report),
+        }
+
+    def report(self) -> dict[str, Any]:
+        plan = self.plans[self.delivered]
+        rows = [self._matrix(name, spec) for name, spec in plan.specs.items()]
+        stored, promised = sum(row["bytes"] for row in rows), plan.bytes
+        if stored != promised:
+            raise QLRError(f"{stored} bytes are stored but the table promised {promised}; this is a bug, please report it")
+        count = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        parts = self._parts(rows)
+        before, after = sum(p["before"] for p in parts), sum(p["after"] for p in parts)
+        whole = before // 2  # weights, at two bytes each
+        everyone, comparisons = self.held_out, list(self.held_out.values())
+        return {
+            "format": 1,
+            "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
+            "machine": f"{platform.machine()} {platform.system()}",
+            "model": self.model,
+            "budget": self.recipe.budget,
+            "command": self.command,
+            "bits_per_weight": 8 * stored / count,
+            "whole_model_bits_per_weight": 8 * after / whole,
+            "bytes": {"before": before, "after": after, "compressed": stored, "parts": parts},
+            "perplexity": ({"original": comparisons[0].perplexity_original} if comparisons else {})
+            | {name: c.perplexity for name, c in everyone.items()},
+            "kl": {name: c.kl for name, c in everyone.items()},
+            "kl_p99": {name: c.kl_p99 for name, c in everyone.items()},
+            "agreement": {name: c.agreement for name, c in everyone.items()},
+            "calibration_kl": {name: c.kl for name, c in self.judged.items()},
+            "delivered": self.delivered,
+            "evaluation": self._evaluation(comparisons),
+            "seconds": {"total": time.perf_counter() - self.started, "stages": dict(self.seconds)},
+            "peak_rss_bytes": self.peak_rss,
+            "allocation": {"damage": plan.damage, "bound": plan.bound, "gap": plan.gap},
+            "uniform_spec": next(iter(self.plans["uniform"].specs.values())),
+            "frontier": self._frontier(),
+            "points": {
+                name: {"bytes": p.bytes, "damage": p.damage, "bits_per_weight": p.bits_per_weight} for name, p in self.plans.items()
+            },
+            "prediction": prediction_quality([(r["predicted_error"], r["relative_error"]) for r in rows]),
+            "matrices": rows,
+            "recipe": {**vars(self.recipe), **{k: list(v) for k, v in vars(self.recipe).items() if isinstance(v, tuple)}},
+        }
+
+    def _matrix(self, name: str, spec: str) -> dict[str, Any]:
+        solution = self.solutions[name, spec]
+        m, n = solution.value.shape
+        kept = spec == "bf16"
+        return {
+            "name": name,
+            "layer": layer_of(name),
+            "kind": kind_of(name),
+            "shape": [m, n],
+            "spec": spec,
+            "bytes": solution.value.nbytes,
+            "bits": 8 * solution.value.nbytes / (m * n),
+            "relative_error": solution.stats["relative_error"],
+            "predicted_error": 0.0 if kept else self.sensitivity.error(name, spec),
+            "predicted_damage": 0.0 if kept else self.sensitivity.damage(name, spec),
+            "sensitivity": self.sensitivity.coefficient[name],
+        }
+
+    def _parts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Bytes before (bf16) and after, by kind of matrix and by what is not compressed."""
+        after = {row["name"]: row["bytes"] for row in rows}
+        parts = {kind: [0, 0] for kind in (*KINDS, "embeddings", "head", "norms")}
+        for tensor, shape in tensor_names(self.config).items():
+            name = tensor.removesuffix(".weight")
+            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            linear = name.endswith("_proj")
+            part = kind_of(name) if linear else "embeddings" if "embed" in name else "head" if name == "lm_head" else "norms"
+            parts[part][0] += size
+            parts[part][1] += after.get(name, size)
+        return [{"part": part, "before": b, "after": a} for part, (b, a) in parts.items() if b]
+
+    def _evaluation(self, comparisons: list[Comparison]) -> dict[str, Any] | None:
+        if not comparisons:
+            return None
+        window = self.recipe.sequence_length or min(2048, self.config.max_position_embeddings)
+        return {"text": self.held_out_name, "tokens": comparisons[0].tokens, "window": window}
+
+    def _frontier(self) -> list[dict[str, float]]:
+        curve = allocators.frontier(self.sensitivity.table)
+        return [{"bytes": int(curve.bytes[i]), "damage": float(curve.damage[i])} for i in curve.thin(FRONTIER_POINTS)]
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

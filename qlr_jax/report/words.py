@@ -1,0 +1,159 @@
+"""How a report writes numbers, sizes and specs; a value that is missing is a dash everywhere."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+MODELS = ("original", "allocated", "uniform", "rank0")
+MISSING = "–"
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number that can be shown or drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 3) -> str:
+    """A number with `digits` significant digits, never in exponential form between 1e-4 and 1e6.
+
+    >>> number(0.11523), number(5.2), number(12345.6), number(None), number(0.0000312)
+    ('0.115', '5.20', '12346', '–', '3.12e-05')
+    """
+    if not is_number(value):
+        return MISSING
+    size = abs(value)
+    if size and (size < 1e-4 or size >= 1e6):
+        return f"{value:.{digits - 1}e}"
+    before = math.floor(math.log10(size)) + 1 if size else 1
+    return f"{value:.{max(digits - before, 0)}f}"
+
+
+def bits(value: Any) -> str:
+    """Bits per weight: two decimals at least, four where they say something.
+
+    >>> bits(2.25), bits(2.2491)
+    ('2.25', '2.2491')
+    """
+    if not is_number(value):
+        return MISSING
+    text = f"{value:.4f}"
+    return text[:-2] if text.endswith("00") else text
+
+
+def size(value: Any) -> str:
+    """Bytes in units of 1000, three digits.
+
+    >>> size(10_500_000), size(512), size(1_240_000_000)
+    ('10.5 MB', '512 B', '1.24 GB')
+    """
+    if not is_number(value):
+        return MISSING
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= 0.9995 * scale:
+            return f"{number(value / scale)} {unit}"
+    return f"{value:.0f} B"
+
+
+def percent(value: Any) -> str:
+    """A share in percent.
+
+    >>> percent(0.9123)
+    '91.2 %'
+    """
+    return f"{100 * value:.1f} %" if is_number(value) else MISSING
+
+
+def times(value: Any, base: Any) -> str:
+    """A ratio, `×1.17`."""
+    return f"×{number(value / base)}" if is_number(value) and is_number(base) and base else MISSING
+
+
+def short_spec(spec: Any) -> str:
+    """A spec as short as a cell of the heat map: the trellis' name and the factors' grid are left out.
+
+    >>> short_spec("trellis-2.25"), short_spec("trellis-1.5+r8@trellis-4"), short_spec("int-4g32/rot+r16@bf16")
+    ('2.25', '1.5+r8', 'int-4g32/rot+r16')
+    """
+    return str(spec).removeprefix("trellis-").split("@")[0] if spec else MISSING
+
+
+def rank_of(spec: Any) -> int:
+    """The rank that a spec names, 0 where it names none.
+
+    >>> rank_of("trellis-1.5+r8@trellis-4"), rank_of("bf16")
+    (8, 0)
+    """
+    head = str(spec).split("@")[0]
+    tail = head.rpartition("+r")[2] if "+r" in head else ""
+    return int(tail) if tail.isdigit() else 0
+
+
+def kind_of(matrix: Mapping[str, Any]) -> str:
+    """The kind of a matrix: its own `kind`, else the last part of its name, without `_proj`."""
+    return str(matrix.get("kind") or str(matrix.get("name", "")).removesuffix(".weight").rpartition(".")[2]).removesuffix("_proj")
+
+
+def kind_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds in the order in which data flow through a layer, unknown ones last."""
+    return sorted(set(kinds), key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind))
+
+
+def rank_line(matrices: Iterable[Mapping[str, Any]]) -> str:
+    """Where the ranks went, in one line.
+
+    >>> rank_line([{"kind": "q", "spec": "trellis-2+r8@trellis-4"}, {"kind": "v", "spec": "trellis-3"}])
+    'ranks: 1 of 2 matrices: q 1 of 1 (r8); none for v'
+    """
+    matrices = [matrix for matrix in matrices if matrix.get("spec")]
+    counts = Counter(kind_of(matrix) for matrix in matrices)
+    ranked = Counter((kind_of(matrix), rank_of(matrix["spec"])) for matrix in matrices if rank_of(matrix["spec"]))
+    if not matrices:
+        return "ranks: not known"
+    if not ranked:
+        return f"ranks: none; all {len(matrices)} matrices are stored without L R"
+    with_rank, without = [], []
+    for kind in kind_order(counts):
+        ranks = sorted(rank for name, rank in ranked if name == kind)
+        if not ranks:
+            without.append(kind)
+            continue
+        which = ", ".join(f"r{rank}" + (f" ×{ranked[kind, rank]}" if len(ranks) > 1 else "") for rank in ranks)
+        with_rank.append(f"{kind} {sum(ranked[kind, rank] for rank in ranks)} of {counts[kind]} ({which})")
+    line = f"ranks: {sum(ranked.values())} of {len(matrices)} matrices: {', '.join(with_rank)}"
+    return line + (f"; none for {', '.join(without)}" if without else "")
+
+
+def model_label(key: str, report: Mapping[str, Any]) -> str:
+    """How a model of the comparison is called in tables: uniform carries its spec."""
+    if key == "uniform" and report.get("uniform_spec"):
+        return f"uniform ({short_spec(report['uniform_spec'])})"
+    return "rank 0" if key == "rank0" else key
+
+
+def part_of(report: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
+    """A nested mapping of a report, empty where anything on the way is missing or null."""
+    value: Any = report
+    for name in names:
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
+
+
+def rows_of(report: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
+    """A nested list of mappings of a report, empty where it is missing or null."""
+    value = part_of(report, *names[:-1]).get(names[-1])
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
+
+
+def median_ratio(matrices: Iterable[Mapping[str, Any]]) -> float | None:
+    """The median over matrices of final relative error over predicted, None where neither is known."""
+    ratios = sorted(
+        matrix["relative_error"] / matrix["predicted_error"]
+        for matrix in matrices
+        if is_number(matrix.get("relative_error")) and is_number(matrix.get("predicted_error")) and matrix["predicted_error"] > 0
+    )
+    half = len(ratios) // 2
+    return (ratios[half] if len(ratios) % 2 else (ratios[half - 1] + ratios[half]) / 2) if ratios else None

@@ -1,0 +1,38 @@
+"""Shared by all tests: the CPU; for the core, strict dtype promotion and quick compilation."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _core_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Core modules promote no dtypes by accident; their shapes are small, so that compiling is what takes time."""
+    if not request.module.__name__.split(".")[-1].startswith(("test_core_", "test_doctests")):
+        yield
+        return
+    import jax
+
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def activations():
+    """make(n, seed=0, samples=4 n) -> H = E[x xᵀ] of correlated activations, float64."""
+
+    def make(n: int, seed: int = 0, samples: int | None = None) -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        mix = rng.standard_normal((n, n)) / np.sqrt(n) * np.geomspace(3, 0.1, n)
+        x = rng.standard_normal((samples or 4 * n, n)) @ mix.T
+        return x.T @ x / len(x)
+
+    return make

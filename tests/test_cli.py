@@ -1,0 +1,184 @@
+"""The commands: what they call, what they print, and one sentence with a status for every mistake."""
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import qlr_jax
+from allocators.errors import AllocationError
+from qlr_jax import cli
+from qlr_jax.errors import QLRError
+from qlr_jax.recipe import Recipe
+
+REPORT = {
+    "bits_per_weight": 2.2431,
+    "bytes": {"before": 10_500_000, "after": 2_370_000},
+    "perplexity": {"original": 4.812, "allocated": 5.633, "uniform": 5.921, "rank0": 5.702},
+    "kl": {"allocated": 0.1523, "uniform": float("nan"), "rank0": 0.1688},
+    "delivered": "allocated",
+    "matrices": [
+        {"name": "a.q_proj", "kind": "q", "spec": "trellis-2+r8@trellis-4"},
+        {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
+    ],
+}
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A job and an exporter that only note how they are called; `calls.fails` is what they raise."""
+    seen = types.SimpleNamespace(fails=None, args=None, kwargs=None)
+
+    def noted(result):
+        def call(*args, **kwargs):
+            seen.args, seen.kwargs = args, kwargs
+            if seen.fails:
+                raise seen.fails
+            return result
+
+        return call
+
+    done = types.SimpleNamespace(out=Path("small"), report=REPORT)
+    job = types.ModuleType("qlr_jax.job")
+    job.demo = job.compress = noted(done)
+    job.evaluate = noted({"perplexity": 5.633, "kl": 0.15, "agreement": 0.86, "tokens": 512, "protocol": "one BOS"})
+    job.inspect = noted({"matrices": [{"name": "a.q_proj", "spec": "trellis-2", "shape": [4, 4], "bytes": 8, "bits": 4.0}]})
+    dense = types.ModuleType("qlr_jax.export.dense")
+    dense.export_dense = noted(Path("dense"))
+    monkeypatch.setitem(sys.modules, "qlr_jax.job", job)
+    monkeypatch.setattr(qlr_jax, "job", job, raising=False)
+    monkeypatch.setitem(sys.modules, "qlr_jax.export.dense", dense)
+    return seen
+
+
+def qlr(*args):
+    return CliRunner().invoke(cli.app, [str(arg) for arg in args])
+
+
+def test_demo(calls):
+    result = qlr("demo")
+    assert result.exit_code == 0 and calls.args == (Path("qlr-demo"),) and calls.kwargs["budget"] == "2.25bpw"
+    for wanted in (
+        "2.2431 bits per weight",
+        "10.5 MB before, 2.37 MB after",
+        "×1.17",
+        "ranks: 1 of 2",
+        "small/report.html",
+        "qlr.load",
+    ):
+        assert wanted in result.stdout
+    assert "from_pretrained('small', trust_remote_code=True)" in result.stdout
+
+
+def test_compress_passes_everything_on(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/qlr", "compress", "my model", "out"])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 3\nranks: [0, 16]\ninclude: ['*.mlp.*']\n")
+    options = ["--budget", "3bpw", "--calibration", "a.txt", "--calibration", "b.txt", "--recipe", recipe, "--exclude", "*.0.*"]
+    options += ["--include", "*.q_proj", "--evaluate-on", "c.txt", "--state-bits", "10", "--force"]
+    result = qlr("compress", "model", "out", *options)
+    assert result.exit_code == 0, result.output
+    assert calls.args == ("model", Path("out"))
+    got = calls.kwargs
+    assert got["calibration"] == [Path("a.txt"), Path("b.txt")] and got["evaluate_on"] == [Path("c.txt")]
+    assert got["recipe"] == Recipe(
+        budget="3bpw", seed=3, ranks=(0, 16), include=("*.q_proj",), exclude=("*.0.*",), state_bits=10, force=True
+    )
+    assert got["budget"] == "3bpw" and got["command"] == "qlr compress 'my model' out"
+
+
+def test_budget_from_the_recipe_or_refused(calls, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("budget: 2.5bpw\n")
+    assert qlr("compress", "model", "out", "--recipe", recipe).exit_code == 0
+    assert calls.kwargs["recipe"].budget == calls.kwargs["budget"] == "2.5bpw"
+    assert calls.kwargs["calibration"] is None
+    recipe.write_text("seed: 1\n")
+    result = qlr("compress", "model", "out", "--recipe", recipe)
+    assert result.exit_code == 1 and "no budget is given; pass --budget" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("demo",),
+        ("compress", "m", "o", "--budget", "2bpw"),
+        ("evaluate", "o"),
+        ("inspect", "o"),
+        ("export", "o", "d", "--to", "dense"),
+    ],
+    ids=COMMANDS,
+)
+@pytest.mark.parametrize(
+    "fails", [None, QLRError("the folder is not there; give one"), AllocationError("budget 9bpw is above 4bpw")]
+)
+def test_json_is_one_object(calls, args, fails):
+    calls.fails = fails
+    result = qlr(*args, "--json")
+    told = json.loads(result.stdout, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert isinstance(told, dict)
+    if fails:
+        assert result.exit_code == 1 and told == {"error": str(fails)}
+        assert result.stderr.splitlines() == [f"qlr: {fails}"]
+    else:
+        assert result.exit_code == 0 and "error" not in told
+        if args[0] in ("demo", "compress"):
+            assert told["out"] == "small" and told["bits_per_weight"] == 2.2431 and told["kl"]["uniform"] is None
+
+
+def test_evaluate_and_inspect(calls):
+    result = qlr("evaluate", "o", "--text", "t.txt", "--original", "m", "--windows", "4")
+    assert calls.args == (Path("o"),) and calls.kwargs["text"] == [Path("t.txt")]
+    assert calls.kwargs["original"] == Path("m") and calls.kwargs["windows"] == 4
+    assert "5.633" in result.stdout and "86.0 %" in result.stdout
+    assert "trellis-2" in qlr("inspect", "o").stdout
+
+
+def test_export(calls):
+    assert qlr("export", "o", "d", "--to", "dense", "--dtype", "float32").exit_code == 0
+    assert calls.args == (Path("o"), Path("d")) and calls.kwargs == {"dtype": "float32"}
+    result = qlr("export", "o", "d", "--to", "gguf")
+    assert result.exit_code == 1 and result.stdout == ""
+    assert result.stderr == "qlr: export target 'gguf' is not available; --to takes dense\n"
+    assert "--dtype takes" in qlr("export", "o", "d", "--to", "dense", "--dtype", "int3").stderr
+
+
+def test_errors_bugs_and_interruptions(calls):
+    calls.fails = QLRError("the folder is not there; give one")
+    result = qlr("inspect", "o")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "qlr: the folder is not there; give one\n")
+    calls.fails = ValueError("a bug")
+    result = qlr("inspect", "o")
+    assert result.exception is calls.fails
+    calls.fails = KeyboardInterrupt()
+    result = qlr("inspect", "o")
+    assert result.exit_code == 130 and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches(command):
+    result = qlr(command, "--help")
+    assert (
+        result.exit_code == 0 and "Example:" in result.stdout and f"qlr {command} " in result.stdout and "--json" in result.stdout
+    )
+
+
+def run(*args, code="from qlr_jax import cli; cli.main()"):
+    return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=60)
+
+
+def test_console_script():
+    code = "import sys; from qlr_jax import cli\ntry: cli.main()\n"
+    code += "finally: print([m for m in ('jax', 'numpy') if m in sys.modules], file=sys.stderr)"
+    done = run("--help", code=code)
+    assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
+    assert done.stderr.strip() == "[]"  # help is instant
+    done = run("inspect", "--jsn", "--json")
+    assert done.returncode == 2 and "--jsn" in json.loads(done.stdout)["error"]
+    done = run("compress", "m", "o")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stdout == ""

@@ -1,0 +1,241 @@
+"""`qlr.solve`: what it promises about its value, its statistics and its refusals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlr_jax as qlr
+from qlr_jax.core.alternation import downdated
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.solver import solve_batch
+from qlr_jax.errors import QLRError
+
+FAST = {"state_bits": 6, "iterations": 2}
+MAIN, SHAPE = "trellis-2+r4@trellis-4", (32, 48)
+
+
+def normal(m, n, seed=0):
+    return np.random.default_rng(seed).standard_normal((m, n))
+
+
+def hessian_of(kind, n, make):
+    if kind == "none":
+        return None
+    if kind == "singular":
+        return make(n, samples=5)
+    h = make(n)
+    if kind == "outlier":  # one input channel that dwarfs the rest
+        scale = np.ones(n)
+        scale[n // 2] = 300
+        h = h * scale * scale[:, None]
+    return h
+
+
+def error_of(value, weight, hessian):
+    """√(tr(E H Eᵀ) / tr(W H Wᵀ)) in float64."""
+    w = np.asarray(np.asarray(weight, np.float32), np.float64)
+    h = np.eye(w.shape[1]) if hessian is None else np.asarray(np.asarray(hessian, np.float32), np.float64)
+    e = w - np.asarray(value.dense(), np.float64)
+    return np.sqrt(np.trace(e @ h @ e.T) / np.trace(w @ h @ w.T))
+
+
+# spec, (m, n), Hessian, the error it must reach
+CASES = [
+    (MAIN, SHAPE, "plain", 0.3),
+    ("trellis-3.375", SHAPE, "plain", 0.2),
+    ("trellis-1.5+r4@trellis-4", SHAPE, "singular", 0.3),
+    ("trellis-2.25", (37, 53), "outlier", 0.4),
+    ("int-4g16+r3@bf16", (53, 37), "outlier", 0.1),
+    ("none/rot+r16@bf16,trellis-3", (16, 40), "plain", 0.3),  # the full rank
+    ("none+r16@int-8,bf16", SHAPE, "singular", 0.02),
+    ("int-3a", (20, 31), "none", 0.2),
+    ("bf16", (37, 53), "plain", 0.003),
+]
+
+
+@pytest.fixture(scope="module", params=CASES, ids=[f"{c[0]}-{c[1][0]}x{c[1][1]}-{c[2]}" for c in CASES])
+def solved(request, activations):
+    text, shape, kind, reach = request.param
+    weight, hessian = normal(*shape), hessian_of(kind, shape[1], activations)
+    return text, weight, hessian, reach, qlr.solve(weight, hessian, text, **FAST)
+
+
+def test_error_is_what_it_says(solved):
+    _, weight, hessian, reach, solution = solved
+    found = error_of(solution.value, weight, hessian)
+    assert solution.stats["relative_error"] == pytest.approx(found, rel=1e-4, abs=1e-7)
+    assert 0 < found < reach
+
+
+def test_bytes_are_the_spec(solved):
+    text, weight, _, _, solution = solved
+    assert solution.value.nbytes == qlr.Spec.parse(text).nbytes(weight.shape)
+    assert solution.value.nbytes == sum(len(np.asarray(a).tobytes()) for a in solution.value.arrays.values())
+    assert solution.value.shape == weight.shape == solution.value.dense().shape
+    assert str(solution.value.spec) == text
+
+
+def test_best_is_kept(solved):
+    text, _, _, _, solution = solved
+    history = solution.stats["history"]
+    assert solution.stats["relative_error"] <= 1.01 * min(history)
+    halves = 1 if text.startswith("none") or "+r" not in text else 2
+    assert len(history) == halves * solution.stats["iterations"] and solution.stats["iterations"] <= 2
+    assert (solution.verdict is qlr.Verdict.SINGLE_PASS) == ("+r" not in text)
+    assert len(str(solution.verdict)) > 20  # explains itself
+
+
+def test_factors_unrotate(solved):
+    """Dense with and without the factors differ by (Uᵀ L)(R V)."""
+    text, *_, solution = solved
+    value = solution.value
+    if "+r" not in text:
+        assert value.without_factors().arrays.keys() == value.arrays.keys()
+        return
+    left, right = (np.asarray(a, np.float64) for a in value.unrotated_factors())
+    rank = value.spec.rank
+    assert left.shape == (value.shape[0], rank) and right.shape == (rank, value.shape[1])
+    difference = np.asarray(value.dense(), np.float64)
+    if value.spec.backbone != "none":
+        alone = value.without_factors()
+        assert alone.spec.rank == 0 and alone.spec.backbone == value.spec.backbone
+        assert alone.nbytes == alone.spec.nbytes(value.shape)
+        difference -= np.asarray(alone.dense(), np.float64)
+    np.testing.assert_allclose(left @ right, difference, atol=2e-5 * np.abs(difference).max() + 1e-6)
+
+
+def test_pytree(solved):
+    value = solved[-1].value
+    leaves, tree = jax.tree.flatten(value)
+    again = jax.tree.unflatten(tree, leaves)
+    assert again.layout == value.layout and again.arrays.keys() == value.arrays.keys()
+    np.testing.assert_array_equal(jax.tree.map(jnp.asarray, value).dense(), value.dense())
+    if solved[0] in (MAIN, "int-3a"):  # as an argument of a compiled function
+        dense = jax.jit(lambda q: q.dense())(value)
+        np.testing.assert_allclose(dense, value.dense(), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def main(activations):
+    weight, hessian = normal(*SHAPE), activations(SHAPE[1])
+    return weight, hessian, qlr.solve(weight, hessian, MAIN, **FAST)
+
+
+def same(one, other):
+    assert one.arrays.keys() == other.arrays.keys()
+    return all(np.array_equal(one.arrays[k], other.arrays[k]) for k in one.arrays)
+
+
+def test_deterministic_by_seed(main):
+    weight, hessian, solution = main
+    assert same(qlr.solve(weight, hessian, MAIN, **FAST).value, solution.value)
+    other = qlr.solve(weight, hessian, MAIN, seed=1, **FAST)
+    assert not same(other.value, solution.value) and other.value.layout.seed == 1
+    assert other.stats["relative_error"] == pytest.approx(error_of(other.value, weight, hessian), rel=1e-4)
+
+
+@pytest.mark.parametrize("power", [-100, 60])
+def test_units_do_not_matter(main, power):
+    """A power of two on H changes nothing; on W only g."""
+    weight, hessian, solution = main
+    assert same(qlr.solve(weight, hessian * 2.0**power, MAIN, **FAST).value, solution.value)
+    scaled = qlr.solve(np.ldexp(weight.astype(np.float32), power // 2), hessian, MAIN, **FAST)
+    np.testing.assert_allclose(np.ldexp(np.asarray(scaled.value.dense()), -(power // 2)), solution.value.dense(), atol=1e-5)
+    assert scaled.stats["relative_error"] == pytest.approx(solution.stats["relative_error"], rel=1e-4)
+
+
+def test_batch_equals_singles(main, activations):
+    weight, hessian, _ = main
+    spec, config = "none+r4@trellis-4", SolverConfig(state_bits=6, iterations=1)
+    weights = np.stack([weight, 0.01 * normal(*SHAPE, seed=1)]).astype(np.float32)
+    hessians = np.stack([hessian, activations(SHAPE[1], seed=1)]).astype(np.float32)
+    for i, both in enumerate(solve_batch(weights, hessians, spec, config=config)):
+        (alone,) = solve_batch(weights[i : i + 1], hessians[i : i + 1], spec, config=config)
+        assert both.stats["relative_error"] == pytest.approx(alone.stats["relative_error"], rel=0.02)
+        equal = np.mean(np.asarray(both.value.arrays["right.codes"]) == np.asarray(alone.value.arrays["right.codes"]))
+        assert equal > 0.9  # sums may differ in their last bit, and a near tie then falls the other way
+
+
+def test_rank_pays_where_the_spectrum_is_steep(main):
+    """At the same bytes: factors win on low rank + noise, backbone bits win on a flat matrix."""
+    weight = main[0]
+    plain = "trellis-3.375"
+    assert qlr.Spec.parse(MAIN).nbytes(SHAPE) == qlr.Spec.parse(plain).nbytes(SHAPE)
+    rng = np.random.default_rng(4)
+    steep = rng.standard_normal((32, 4)) @ rng.standard_normal((4, 48)) + 0.1 * weight
+
+    def error(w, spec):
+        return qlr.solve(w, None, spec, **FAST).stats["relative_error"]
+
+    assert error(steep, MAIN) < 0.6 * error(steep, plain)
+    assert error(weight, MAIN) > error(weight, plain)
+
+
+def test_more_bits_are_better(main):
+    weight, hessian, _ = main
+    errors = [qlr.solve(weight, hessian, f"trellis-{b}", **FAST).stats["relative_error"] for b in ("1", "1.5", "2.25", "3", "4")]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.35 * errors[0]
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+def test_downdated_hessian_is_the_loss_after_refitting(activations, strength):
+    rng = np.random.default_rng(0)
+    h, error, right = activations(40), rng.standard_normal((12, 40)), rng.standard_normal((5, 40))
+    down = np.asarray(downdated(jnp.asarray(h, jnp.float32)[None], jnp.asarray(right, jnp.float32)[None], strength))[0]
+    left = error @ h @ right.T @ np.linalg.inv(right @ h @ right.T)  # the refitted L
+    kept = error - left @ right
+    full, refitted = np.trace(error @ h @ error.T), np.trace(kept @ h @ kept.T)
+    expected = full - strength * (full - refitted)
+    assert np.trace(error @ down.astype(np.float64) @ error.T) == pytest.approx(expected, rel=1e-4)
+    assert refitted < 0.95 * full
+
+
+@pytest.mark.parametrize("spec", [MAIN, "int-3a"])
+def test_zero_weight(spec):
+    shape = SHAPE if spec == MAIN else (20, 31)  # one that is compiled already
+    solution = qlr.solve(np.zeros(shape), None, spec, **FAST)
+    assert solution.verdict is qlr.Verdict.ZERO_WEIGHT and solution.stats["relative_error"] == 0
+    np.testing.assert_array_equal(solution.value.dense(), 0)
+    assert solution.value.nbytes == qlr.Spec.parse(spec).nbytes(shape)
+
+
+def test_zero_hessian(main):
+    solution = qlr.solve(main[0], np.zeros((48, 48)), MAIN, **FAST)
+    assert solution.stats["relative_error"] == 0
+    assert np.isfinite(np.asarray(solution.value.dense())).all()
+
+
+def test_block_rotation(activations):
+    weight, hessian = normal(32, 96), activations(96)
+    solution = qlr.solve(weight, hessian, "bf16/rot", rotation_block=32, **FAST)
+    assert solution.value.layout.rotation_block == 32
+    assert solution.stats["relative_error"] == pytest.approx(error_of(solution.value, weight, hessian), rel=1e-4)
+    assert 0 < solution.stats["relative_error"] < 0.003
+
+
+W, H = normal(4, 6), np.eye(6)
+WITH_NAN, WITH_INF = W.copy(), W.copy()
+WITH_NAN[1, 2], WITH_INF[3, 5] = np.nan, -np.inf
+
+
+@pytest.mark.parametrize(("weight", "hessian", "spec", "options", "message"), [
+    (WITH_NAN, None, "int-4", {}, "the weight holds nan at row 1, column 2"),
+    (WITH_INF, None, "int-4", {}, "the weight holds -inf at row 3, column 5"),
+    (W[0], None, "int-4", {}, r"the weight has shape \(6,\); pass a matrix"),
+    (W[:, :0], None, "int-4", {}, r"the weight has shape \(4, 0\)"),
+    (W, np.full((6, 6), np.nan), "int-4", {}, "the Hessian holds NaN or infinity"),
+    (W, np.eye(5), "int-4", {}, r"the Hessian has shape \(5, 5\); the weight has 6 inputs, so pass \(6, 6\)"),
+    (W, H + np.triu(np.ones((6, 6))), "int-4", {}, r"the Hessian is not symmetric .* pass \(H \+ Hᵀ\) / 2"),
+    (W, np.diag([1, 1, 1, 1, 1, -0.1]), "int-4", {}, "the Hessian is indefinite"),
+    (W, H, "int-4+r5@bf16", {}, "rank 5 is larger than the 4 × 6 matrix allows; pass at most 4"),
+    (W, H, "int-44", {}, "int-44 is not offered"),
+    (W, H, "int-4", {"iteration": 3}, "'iteration' is not a solver option; pass one of .*iterations"),
+    (W, H, "int-4", {"iterations": 0}, "iterations=0 does nothing; pass at least 1"),
+    (W, H, "int-4+r1@bf16", {"downdate": 1.5}, r"downdate=1.5 is outside \[0, 1\]"),
+    (W, H, "trellis-2", {"state_bits": 20}, "20 state bits is not offered"),
+    (W, H, "int-4", {"preset": "fast"}, "preset 'fast' is not known"),
+])  # fmt: skip
+def test_refused(weight, hessian, spec, options, message):
+    with pytest.raises(QLRError, match=message):
+        qlr.solve(weight, hessian, spec, **options)

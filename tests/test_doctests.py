@@ -1,0 +1,27 @@
+"""The examples in the docstrings of the core and of the allocators run, and print what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import allocators
+import qlr_jax.core
+import qlr_jax.errors
+
+PACKAGES = (qlr_jax.core, allocators)
+NAMES = ["qlr_jax.errors", *(p.__name__ for p in PACKAGES)]
+NAMES += [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_examples(name):
+    module = importlib.import_module(name)
+    assert doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL).failed == 0
+
+
+def test_there_are_examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = [t for n in NAMES for t in finder.find(importlib.import_module(n)) if t.examples]
+    assert len(found) >= 20
