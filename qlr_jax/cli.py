@@ -77,13 +77,12 @@ def compress(
     state_bits: Annotated[
         int | None, typer.Option("--state-bits", help="Of the trellis, 6 to 16: more is better and slower.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was interrupted in OUT.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress a Llama model under a memory budget into a folder that PyTorch and JAX load.
 
-    OUT holds the packed weights, the recipe, report.json and report.html. Interrupted? Run it again with --resume.
+    OUT holds the packed weights, the recipe, report.json and report.html.
 
     \b
     Example:
@@ -113,7 +112,6 @@ def compress(
             progress=progress.choose(as_json),
             command=_command(),
             evaluate_on=list(evaluate_on) if evaluate_on else None,
-            **({"resume": True} if resume else {}),
         )
         _tell_job(result, as_json)
 

@@ -21,6 +21,7 @@ from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax import sensitivity as sensing
 from qlr_jax.core.batch import solve_many
+from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.objective import checked_hessian, checked_weight
@@ -115,6 +116,7 @@ def demo(
     )
 
 
+@one_blas_thread()
 def _run(
     source: str | Path,
     out: str | Path,

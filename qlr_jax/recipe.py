@@ -37,7 +37,7 @@ class Recipe:
     rotation_block: int = _field(0, "width of the Hadamard blocks, 0 = the whole width")
     iterations: int = _field(4, "alternations between Q and L R, at most")
     damping: float = _field(0.01, "share of the Hessian's mean diagonal that is added to it")
-    backbones: tuple[str, ...] = _field(("trellis-1.5..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
+    backbones: tuple[str, ...] = _field(("trellis-1..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
     ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
     factors: str = _field("trellis-4", "the grid of L and R, or both of them: 'int-8,bf16'")
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")

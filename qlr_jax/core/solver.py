@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from qlr_jax.core.alternation import Problem, State, improve_backbone, init, step
+from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
@@ -84,6 +85,7 @@ def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset:
     return solve_batch(weight[None], matrix[None], spec, seed=seed, config=SolverConfig.make(options))[0]
 
 
+@one_blas_thread()
 def solve_batch(
     weights: np.ndarray, hessians: np.ndarray, spec: str | Spec, *, seed: int = 0, config: SolverConfig | None = None
 ) -> list[Solution]:
