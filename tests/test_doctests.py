@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the core and of the allocators run, and print what they say."""
+"""The examples in docstrings run, and print what they say."""
 
 import doctest
 import importlib
@@ -8,10 +8,11 @@ import pytest
 
 import allocators
 import qlr_jax.core
-import qlr_jax.errors
+import qlr_jax.models
+import qlr_jax.report
 
-PACKAGES = (qlr_jax.core, allocators)
-NAMES = ["qlr_jax.errors", *(p.__name__ for p in PACKAGES)]
+PACKAGES = (qlr_jax.core, qlr_jax.models, qlr_jax.report, allocators)
+NAMES = ["qlr_jax.errors", "qlr_jax.recipe", "qlr_jax.progress", "qlr_jax.export.files", *(p.__name__ for p in PACKAGES)]
 NAMES += [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 
 

@@ -46,7 +46,7 @@ class QLRMatrix:
         scale                                                g, float32 (1,)
 
     Example:
-        >>> import qlr_jax as qlr
+        >>> import numpy as np, qlr_jax as qlr
         >>> value = qlr.solve(np.eye(32, dtype=np.float32), None, "int-4g32").value
         >>> value.dense().shape, value.nbytes == qlr.Spec.parse("int-4g32").nbytes((32, 32))
         ((32, 32), True)

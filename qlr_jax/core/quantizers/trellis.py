@@ -128,6 +128,8 @@ class Trellis:
 def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, "*b 256"]:
     """The states of walks from their packed streams (…, bytes): each is L bits, found in three bytes."""
     total = int(ends[-1])
+    if not isinstance(stream, jax.core.Tracer):
+        stream = np.asarray(stream)  # outside jit numpy gathers the bytes: compiling for every rate would take longer than the work
     start = (ends[1:] - state_bits) % total
     first, offset = start // 8, start % 8
     count = total // 8
