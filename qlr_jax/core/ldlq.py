@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
@@ -11,6 +12,7 @@ from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.typing import Array, Float
 
+EXACT = 256
 ELEMENT_BLOCK = 32  # columns that an elementwise grid handles between two updates of the feedback
 
 
@@ -43,6 +45,30 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
     factor = jnp.moveaxis(jnp.swapaxes(unit, -1, -2), -3, -2).reshape(*lead, n, n)
     index = jnp.arange(n) // block
     return jnp.where(index[:, None] > index[None, :], factor, 0.0), trace
+
+
+@jax.jit
+def echo(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
+    """φ = ‖I − (I + F)⁻¹‖² / n: how much of the rounding noise the feedback adds to what is rounded.
+
+    The targets are W + E F = W + η − E with E = η (I + F)⁻¹, so noise of variance D v on targets of variance v gives
+    v = var(W) + φ D v, hence v = var(W) / (1 − φ D).
+
+    Example:
+        >>> float(echo(jnp.zeros((4, 4))))
+        0.0
+    """
+    n = factor.shape[-1]
+    # up to EXACT columns every unit vector is a probe; beyond, as many random sign vectors (Hutchinson)
+    probe = np.eye(n) * n**0.5 if n <= EXACT else np.random.default_rng(0).choice([-1.0, 1.0], (n, EXACT))
+    probes = jnp.broadcast_to(jnp.asarray(probe, factor.dtype), (*factor.shape[:-2], *probe.shape))
+    solved = solve_triangular(factor + jnp.eye(n, dtype=factor.dtype), probes, lower=True, unit_diagonal=True)
+    return jnp.sum(jnp.square(probes - solved), axis=(-2, -1)) / (n * probe.shape[1])
+
+
+def inflation(error: float, echoed: np.ndarray) -> np.ndarray:
+    """1 / (1 − φ D): variance of what is rounded over that of W, for a grid of mean squared error D on a unit Gaussian."""
+    return 1.0 / (1.0 - np.minimum(error * np.asarray(echoed, np.float64), 0.7))
 
 
 def _columns(array: Array, start: Array | int, width: int) -> Array:

@@ -1,8 +1,9 @@
 """The relative error of every option of a matrix, predicted from its spectrum and the rate curve of the grid.
 
-Rounding with feedback leaves tr(E H Eᵀ) ≈ D · ‖X‖² · tr(D_H) / n: D the grid's mean squared error on a unit Gaussian, X what is
-rounded, D_H the diagonal of the LDLᵀ factor of H (QuIP, arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly).
-With factors X = W − L̂ R̂, so rank pays through ‖W‖² − ‖U_rᵀ W‖², and coarse factors take a part of that back.
+Rounding with feedback leaves tr(E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n: D the grid's mean squared error on a unit
+Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.echo`), D_H the diagonal of the LDLᵀ factor of H (QuIP,
+arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly). With factors X = W − L̂ R̂, so rank pays through
+‖W‖² − ‖U_rᵀ W‖², and coarse factors take a part of that back.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.ldlq import feedback, pad_metric
+from qlr_jax.core.ldlq import echo, feedback, inflation, pad_metric
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
 from qlr_jax.core.quantizers import Nothing, Quantizer, Trellis
@@ -38,6 +39,7 @@ class Profile:
         captured: ‖u_kᵀ W‖² for the leading eigenvectors u_k of W H Wᵀ, (k,).
         explained: their eigenvalues, (k,): what each component takes from `energy`.
         noise: tr(D_H) / n of the damped, rotated H.
+        echo: φ of its feedback.
     """
 
     shape: tuple[int, int]
@@ -46,6 +48,7 @@ class Profile:
     captured: np.ndarray
     explained: np.ndarray
     noise: float
+    echo: float
 
 
 def profile(
@@ -58,7 +61,7 @@ def profile(
     basis, values = top_subspace(w, h, jnp.asarray(start_basis(m, columns, 0))[None], 3)
     captured = jnp.sum(jnp.square(jnp.matmul(jnp.swapaxes(basis, -1, -2), w, precision="highest")), axis=-1)
     turned = hadamard.rotate_hessian(h, hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, block))
-    trace = feedback(pad_metric(damped(turned, damping), BLOCK), BLOCK)[1]
+    factor, trace = feedback(pad_metric(damped(turned, damping), BLOCK), BLOCK)
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
     padding = (-n % BLOCK) * float(jnp.trace(damped(h, damping)[0])) / n
     return Profile(
@@ -68,6 +71,7 @@ def profile(
         np.asarray(captured[0], np.float64),
         np.asarray(values[0], np.float64),
         max(float(trace[0]) - padding, 0.0) / n,
+        float(echo(factor)[0]),
     )
 
 
@@ -86,7 +90,8 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
         gone = float(profile.captured[: spec.rank].sum())
         lost = coarse * gone
     left_over = max(profile.size - gone, 1e-3 * profile.size) + lost
-    return math.sqrt(grid_error(spec.quantizer(state_bits), state_bits) * left_over * profile.noise / profile.energy)
+    error = grid_error(spec.quantizer(state_bits), state_bits)
+    return math.sqrt(error * float(inflation(error, profile.echo)) * left_over * profile.noise / profile.energy)
 
 
 def grid_error(quantizer: Quantizer, state_bits: int) -> float:
