@@ -1,5 +1,6 @@
-"""Every quantizer × every property, and what the trellis promises beyond them."""
+"""Every quantizer × every property, and what normal floats, the lattice and the trellis promise beyond them."""
 
+import itertools
 from fractions import Fraction
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from qlr_jax.core.ldlq import ldlq, pad_to_tiles
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers import parse_quantizer, stored_bytes
+from qlr_jax.core.quantizers import lattice, normal_float, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers.trellis import LENGTH, Trellis, _forward, _search_jit, code_values, gaussian_error, read_states
 from qlr_jax.errors import QLRError
 
@@ -21,6 +22,12 @@ TABLE = [
     "int-4g16",
     "int-5g32a",
     "int-8a",
+    "nf-2",
+    "nf-3g16",
+    "nf-4g32",
+    "e8-2",
+    "e8-3",
+    "e8-4",
     "trellis-1",
     "trellis-2.25",
     "trellis-3.5",
@@ -106,10 +113,25 @@ def test_zero_matrix_stays_zero(case):
     assert quantizer.unit or not np.asarray(decoded).any()
 
 
-# --- integers
+@pytest.mark.parametrize("name", ["none", "int-3g16a", "nf-4g32", "e8-3", "trellis-2"])
+def test_accelerators_take_it(name):
+    """Rounding and decoding lower for TPU and CUDA, on a machine that has neither."""
+    quantizer = parse_quantizer(name, state_bits=BITS)
+
+    def there_and_back(x, arrays):
+        grid = quantizer.grid(quantizer.fit(x, False), 16)
+        return quantizer.round_block(x, grid, quantizer.data(), False), quantizer.decode(arrays, 16, 16)
+
+    x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+    arrays = {key: jax.ShapeDtypeStruct(*of) for key, of in quantizer.stored(16, 16).items()}
+    lowered = jax.export.export(jax.jit(there_and_back), platforms=("tpu", "cuda"))(x, arrays)
+    assert lowered.platforms == ("tpu", "cuda") and lowered.out_avals[-1].shape == (16, 16)
 
 
-@pytest.mark.parametrize("name", ["int-2", "int-3g16", "int-4g32", "int-8", "int-4a", "int-2g32a"])
+# --- integers and normal floats
+
+
+@pytest.mark.parametrize("name", ["int-2", "int-3g16", "int-4g32", "int-8", "int-4a", "int-2g32a", "nf-2g16", "nf-3", "nf-4g32"])
 def test_scale_search_beats_absmax(name, x):
     quantizer = parse_quantizer(name)
     w = x[0].astype(np.float64) ** 3  # heavy tails
@@ -117,6 +139,11 @@ def test_scale_search_beats_absmax(name, x):
     size, levels, plain = quantizer.group or w.shape[1], 2**quantizer.width, np.empty_like(w)
     for start in range(0, w.shape[1], size):
         part = w[:, start : start + size]
+        if name.startswith("nf"):
+            table, scale = normal_float.levels(quantizer.width).astype(np.float64), np.abs(part).max(1)[:, None, None]
+            nearest = np.abs(part[..., None] - table * scale).argmin(-1)
+            plain[:, start : start + size] = table[nearest] * scale[..., 0]
+            continue
         low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
         if not quantizer.asymmetric:
             high = np.abs(part).max(1)
@@ -144,6 +171,134 @@ def test_streams(bits):
     whole = [sum(int(c) << (i * bits) for i, c in enumerate(row)) for row in codes]  # one long integer a row
     assert [int.from_bytes(row.tobytes(), "little") for row in stream] == whole
     np.testing.assert_array_equal(unpack_stream(jnp.asarray(stream), bits, 13), codes)
+
+
+# as QLoRA prints them (arXiv 2305.14314, appendix E)
+NF4 = [-1.0, -0.69619, -0.52507, -0.39492, -0.28444, -0.18477, -0.09105, 0.0]
+NF4 += [0.07958, 0.16093, 0.24611, 0.33792, 0.44071, 0.56262, 0.72296, 1.0]
+
+
+def test_normal_float_levels():
+    np.testing.assert_allclose(normal_float.levels(4), NF4, atol=1e-4)
+    for bits in (2, 3, 4):
+        levels = normal_float.levels(bits)
+        assert len(levels) == 2**bits and (np.diff(levels) > 0).all()
+        assert levels[0] == -1 and levels[2 ** (bits - 1) - 1] == 0 and levels[-1] == 1
+
+
+def test_normal_float_takes_the_nearest_level():
+    quantizer = parse_quantizer("nf-3")
+    at = np.linspace(-1.3, 1.3, 521, dtype=np.float32)[None]
+    values, codes = quantizer.round_block(jnp.asarray(at), (jnp.ones((1, 1)),), (), False)
+    distance = np.abs(at[..., None].astype(np.float64) - normal_float.levels(3))
+    np.testing.assert_allclose(np.abs(np.asarray(values, np.float64) - at), distance.min(-1), atol=1e-7)
+    np.testing.assert_array_equal(normal_float.levels(3)[codes], values)
+
+
+# --- the lattice
+
+
+@pytest.fixture(scope="module")
+def points():
+    return np.asarray(lattice.shifted_points(jnp.arange(2**16)), np.float64)
+
+
+def in_e8(points):
+    """All integers or all half-odd numbers, with an even sum."""
+    twice = 2 * points
+    whole = (twice == np.round(twice)).all(1)
+    parity = np.mod(twice, 2)
+    return whole & ((parity == 0).all(1) | (parity == 1).all(1)) & (np.mod(points.sum(1), 2) == 0)
+
+
+def test_points_are_of_the_lattice(points):
+    assert in_e8(points - 0.25).all()
+    assert len(np.unique(points, axis=0)) == 2**16
+    assert not in_e8(points).any() and not in_e8(points[:9] - [0, 0, 0, 1, 0, 0, 0, 0] - 0.25).any()  # nor does the check pass all
+    inside = [v for v in itertools.product((0.5, 1.5, 2.5), repeat=8) if np.square(v).sum() <= 10]
+    assert {tuple(v) for v in lattice.magnitudes()} >= set(inside) and len(inside) == 227
+    roots = lattice.roots().astype(np.float64)
+    assert in_e8(roots).all() and len(np.unique(roots, axis=0)) == 256
+    assert np.bincount(np.square(roots).sum(1).astype(int)).tolist() == [1, 0, 240, 0, 15]
+
+
+def vectors(points):
+    """Gaussian ones at several scales, the origin, points, and halfway between two points."""
+    rng = np.random.default_rng(2)
+    gaussian = [size * rng.standard_normal((80, 8)) for size in (0.1, 0.7, 1.0, 2.0, 20.0)]
+    some = points[rng.integers(0, len(points), (2, 40))]
+    axes = [s * np.eye(8) for s in (0.25, 0.5, 1.0)]
+    return np.concatenate([*gaussian, np.zeros((1, 8)), np.full((1, 8), 0.25), *axes, some[0], some.mean(0)]).astype(np.float32)
+
+
+@pytest.mark.parametrize("stage", ["shifted", "root"])
+def test_nearest_point_is_exact(points, stage):
+    table = points if stage == "shifted" else lattice.roots().astype(np.float64)
+    search = lattice.nearest_shifted if stage == "shifted" else lattice.nearest_root
+    x = vectors(table)
+    codes = np.asarray(search(jnp.asarray(x.T)))
+    exact = x.astype(np.float64)
+    best = np.concatenate([(np.square(table).sum(1) - 2 * part @ table.T).min(1) for part in np.array_split(exact, 8)])
+    reached = np.square(table[codes] - exact).sum(1)
+    energy = np.square(exact).sum(1)
+    assert (reached <= best + energy + 1e-6 * (1 + energy)).all()
+    again = np.asarray(search(jnp.asarray(table.T, jnp.float32)))
+    np.testing.assert_array_equal(again, np.arange(len(table)))  # every point is its own nearest
+
+
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.0925), (3, 0.030), (4, 0.0095)])
+def test_lattice_reaches_its_error(bits, most):
+    x = np.random.default_rng(3).standard_normal((512, 64)).astype(np.float32)
+    code = parse_quantizer(f"e8-{bits}")
+    codes = np.asarray(code.round_block(jnp.asarray(x), (jnp.ones((1, 1)),), (), False)[1]).reshape(512, 8, -1)
+    decoded = np.asarray(code.decode(code.pack(codes, ()), *x.shape), np.float64)
+    assert 4.0**-bits < np.square(decoded - x).sum() / np.square(x, dtype=np.float64).sum() <= most
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_lattice_values_are_exact(bits):
+    """On a grid of short binary fractions: no runtime can round them, in whatever order it computes."""
+    stored = np.random.default_rng(4).integers(0, 256, (64, 8, bits), np.uint8)
+    decoded = np.asarray(parse_quantizer(f"e8-{bits}").decode({"codes": stored}, 64, 64), np.float64)
+    np.testing.assert_array_equal(decoded * 8192, np.round(decoded * 8192))
+    gain, inner = lattice.SCALES[bits]
+    codes = stored.astype(np.int64)
+    wanted = points_of(codes[..., 0] | codes[..., 1] << 8)
+    if bits == 3:
+        wanted = wanted + inner * lattice.roots()[codes[..., 2]]
+    if bits == 4:
+        wanted = wanted + inner * points_of(codes[..., 2] | codes[..., 3] << 8)
+    np.testing.assert_array_equal(decoded, (gain * wanted).reshape(64, 64))
+
+
+def points_of(codes):
+    """Points for 16-bit codes, float64, one after the other."""
+    out = np.empty((*codes.shape, 8))
+    for at, code in np.ndenumerate(codes):
+        sign = np.array([1 - 2 * (code >> (8 + i) & 1) for i in range(7)] + [1.0])
+        signed = sign * lattice.magnitudes()[code & 255]
+        signed[7] *= 1 if signed.sum() % 2 == 0 else -1  # a half-odd number: turning it changes the sum by an odd one
+        out[at] = signed + (0.25 if code >> 15 else -0.25)
+    return out
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("shape", [(5, 19), (1, 8), (12, 3)])
+def test_transposed_lattice(bits, shape):
+    """A factor that is stored as its transpose: rounded as the transpose is, packed and decoded alike, whatever its shape."""
+    code = parse_quantizer(f"e8-{bits}")
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, *shape)), jnp.float32)
+    padded = pad_to_tiles(x, *code.tile)
+    scale = code.fit(x, per_row=True)[0]
+    plain, codes = ldlq(padded, jnp.zeros((padded.shape[-1],) * 2), (scale,), (), code)
+    turned, same = ldlq(
+        jnp.swapaxes(padded, 1, 2), jnp.zeros((shape[0],) * 2), (jnp.swapaxes(scale, 1, 2),), (), code, transposed=True
+    )
+    np.testing.assert_array_equal(jnp.swapaxes(turned, 1, 2), plain)
+    np.testing.assert_array_equal(codes, same)
+    arrays = code.pack(np.asarray(same[1]), ())
+    assert {k: (v.shape, v.dtype) for k, v in arrays.items()} == code.stored(*shape)
+    np.testing.assert_array_equal(code.decode(arrays, *shape) * scale[1], plain[1, :, : shape[1]])
 
 
 # --- the trellis
@@ -249,6 +404,13 @@ def test_transposed_rounding(walks):
     (lambda: Trellis(Fraction(7, 3)), "is not a rate"),
     (lambda: Trellis(Fraction(2), state_bits=5), "5 state bits is not offered; pass 6 to 16"),
     (lambda: Trellis(Fraction(2), state_bits=17), "17 state bits is not offered"),
+    (lambda: parse_quantizer("e8-1"), "e8-1 is not offered; pass e8-2, e8-3 or e8-4"),
+    (lambda: parse_quantizer("e8-5"), "e8-5 is not offered"),
+    (lambda: parse_quantizer("e8-2g32"), "'e8-2g32' is not a quantizer; pass bf16"),
+    (lambda: parse_quantizer("nf-5"), r"nf-5 is not offered; pass 2 to 4 bits, e\.g\. nf-4g64"),
+    (lambda: parse_quantizer("nf-1"), "nf-1 is not offered"),
+    (lambda: parse_quantizer("nf-4a"), "'nf-4a' is not a quantizer"),
+    (lambda: parse_quantizer("nf-3g8"), "a group of 8 is not offered; pass 16 to 256"),
 ])  # fmt: skip
 def test_refused(make, message):
     with pytest.raises(QLRError, match=message):

@@ -18,6 +18,11 @@ WRITTEN = {
     "int-2a/rot+r8@int-8g16,trellis-3.5": "int-2a/rot+r8@int-8g16,trellis-3.5",
     "none+r64@int-8,bf16": "none+r64@int-8,bf16",
     "none/rot+r4@trellis-3": "none/rot+r4@trellis-3",
+    "e8-2+r256@e8-4": "e8-2+r256@e8-4",  # the paper's
+    "e8-03+r4@e8-4,e8-4": "e8-3+r4@e8-4",
+    "nf-4g64+r16@bf16": "nf-4g64+r16@bf16",
+    "nf-3/rot": "nf-3/rot",
+    "nf-2g32/rot+r8@e8-2,nf-4": "nf-2g32/rot+r8@e8-2,nf-4",
     "bf16": "bf16",
     "bf16/rot": "bf16/rot",
 }
@@ -28,7 +33,7 @@ def test_text_round_trip(text, canonical):
     spec = Spec.parse(text)
     assert str(spec) == canonical
     assert Spec.parse(canonical) == spec == Spec.parse(spec)
-    assert spec.rotated == (canonical.startswith("trellis") or "/rot" in canonical)
+    assert spec.rotated == (canonical.startswith(("trellis", "e8")) or "/rot" in canonical)
 
 
 # spec, (out, in), bytes by hand
@@ -47,6 +52,12 @@ BYTES = [
     ("trellis-2+r8@trellis-4", (16, 32), 128 + 4 + 2 * 128 + 2 * 128 + 8 * 2),  # 4 × 64 weights a walk; s
     ("trellis-2+r8@trellis-4", (33, 65), 3 * 5 * 64 + 4 + 2 * 128 + 4 * 128 + 8 * 2),
     ("trellis-2+r3@trellis-4", (16, 32), 128 + 4 + 3 * 128 + 3 * 128 + 3 * 2),  # 3 has no power of two: walks of one component
+    ("nf-4g64", (3, 100), 3 * 50 + 3 * 2 * 2 + 4),  # codes; 2 groups a row
+    ("nf-3/rot", (5, 7), 5 * 3 + 5 * 2 + 4),  # 21 bits a row; a scale a row
+    ("e8-2", (5, 8), 5 * 2 + 4),  # 2 bytes for 8 weights; g
+    ("e8-3", (5, 9), 5 * 2 * 3 + 4),  # 9 weights fill two eights
+    ("e8-2+r6@e8-4", (16, 33), 16 * 5 * 2 + 4 + 6 * 2 * 4 + 6 * 5 * 4 + 6 * 2),  # Lᵀ (6, 16), R (6, 33); s
+    ("nf-4g16+r4@e8-3,nf-2", (16, 32), 16 * 16 + 16 * 2 * 2 + 4 + 4 * 2 * 3 + 4 * 8 + 4 * 2 + 4 * 2),
     ("int-4+r4@bf16,trellis-2", (64, 64), 64 * 32 + 64 * 2 + 4 + 4 * 64 * 2 + 1 * 64 + 4 * 2),
 ]
 
@@ -72,6 +83,12 @@ REFUSED = {
     "trellis-2.03": r"trellis-2\.03 is not a rate; pass 1 to 4 bits in sixteenths",
     "trellis-0.5": r"trellis-0\.5 is not a rate",
     "trellis-4.5": r"trellis-4\.5 is not a rate",
+    "e8-5": "e8-5 is not offered; pass e8-2, e8-3 or e8-4",
+    "e8-2.5": r"'e8-2\.5' is not a quantizer",
+    "e8-2g32": "'e8-2g32' is not a quantizer",
+    "nf-8": "nf-8 is not offered; pass 2 to 4 bits",
+    "nf-4a": "'nf-4a' is not a quantizer",
+    "e8-2/rot": "e8-2 is rotated always; leave /rot out",
     "trellis-2/rot": "trellis-2 is rotated always; leave /rot out",
     "trellis-2+r0@bf16": r"rank 0 is written by leaving \+r out",
     "none": "keeps nothing of the matrix; give it factors",

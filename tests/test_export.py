@@ -20,11 +20,12 @@ from safetensors.numpy import load_file, save_file
 import qlr_jax
 from qlr_jax.core import hadamard
 from qlr_jax.core.matrix import Layout, QLRMatrix
+from qlr_jax.core.quantizers import lattice, normal_float
 from qlr_jax.core.quantizers.trellis import code_values
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.export import check_files, export_dense, load, read_matrices, save_packed
-from qlr_jax.export.packed import FORMAT_VERSION, TRELLIS, array_shapes
+from qlr_jax.export.packed import CODES, FORMAT_VERSION, array_shapes
 from qlr_jax.models import KINDS, Llama, LlamaConfig, linear_names, load_model, parts_of, save_model, shape_of
 
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
@@ -32,7 +33,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
 SOLVED = {"q": "trellis-2"}  # of layer 0; solving with a rank takes long to compile, so the others hold random codes
 SPECS = [  # by layer, in the order of KINDS
     ["trellis-2", "int-4g16+r4@bf16", "int-3g16a/rot", "trellis-1.5", "trellis-2.5", "none+r16@int-8", "trellis-2+r4@trellis-4"],
-    ["trellis-2", "bf16", "int-4g16+r4@bf16", "bf16/rot", "trellis-2.5", "none+r16@int-8", "trellis-2"],
+    ["e8-2+r4@e8-4", "bf16", "nf-4g16+r4@bf16", "bf16/rot", "e8-3", "none+r16@nf-4", "trellis-2"],
 ]
 
 
@@ -131,7 +132,8 @@ DECODED = [
     *(f"trellis-{rate}" for rate in (1, 1.5, 2.0625, 2.25, 3.5, 4)),
     *(f"int-{bits}{rest}" for bits, rest in zip(range(1, 9), ("", "g16", "g32a", "a", "g16a", "", "g32", "g20"), strict=True)),
     "int-3g16a/rot", "bf16", "bf16/rot", "none+r3@int-3", "none+r12@trellis-4,bf16", "int-4g16+r10@trellis-2.5",
-    "trellis-2+r8@trellis-4",
+    "trellis-2+r8@trellis-4", "nf-2", "nf-3g20", "nf-4g32/rot+r5@nf-4g16,nf-3", "e8-2", "e8-3", "e8-4", "e8-2+r6@e8-4",
+    "int-3+r3@e8-3,nf-2", "nf-4+r7@bf16,e8-2",
 ]  # fmt: skip
 SETTINGS = [(0, 6), (32, 12), (16, 16)]  # rotation block, state bits
 
@@ -151,8 +153,24 @@ def test_torch_decodes_as_dense(index, monkeypatch):
     linear.load_state_dict(state)
     wanted = np.asarray(matrix.dense(), np.float64)
     assert relative(linear.dense(), wanted) < 1e-6
+    for name, quantizer, rows, cols in parts_of_spec(matrix):  # what is stored means the same to the bit
+        decoded = torch.cat([rows for _, _, rows in linear.get_submodule(name).tiles()])
+        assert decoded.dtype == torch.float32
+        np.testing.assert_array_equal(decoded, quantizer.decode(matrix.part(name), rows, cols), strict=True)
+    if not matrix.spec.rotated and not matrix.spec.rank:
+        np.testing.assert_array_equal(linear.dense(), matrix.dense())
     x = np.random.default_rng(1).standard_normal((2, 3, shape[1]), np.float32)
     assert relative(linear(torch.from_numpy(x)), x.astype(np.float64) @ wanted.T) < 1e-6
+
+
+def parts_of_spec(matrix):
+    """(name, quantizer, rows, cols) of everything that is stored on a grid."""
+    (rows, cols), spec, state_bits = matrix.shape, matrix.spec, matrix.layout.state_bits
+    parts = [("backbone", spec.quantizer(state_bits), rows, cols)] if spec.backbone != "none" else []
+    if spec.rank:
+        left, right = spec.factor_quantizers(state_bits)
+        parts += [("left", left, spec.rank, rows), ("right", right, spec.rank, cols)]
+    return parts
 
 
 def to_torch(array):
@@ -165,13 +183,24 @@ def to_torch(array):
 
 
 def test_constants_are_one_and_the_same():
+    import torch
+
     from qlr_jax.export import modeling_qlr as runtime
 
-    assert runtime.FORMAT_VERSION == FORMAT_VERSION and runtime.TRELLIS == TRELLIS
+    assert runtime.FORMAT_VERSION == FORMAT_VERSION and runtime.CODES == CODES
+    assert json.loads(json.dumps(CODES)) == CODES  # as config.json keeps them
     for seed, salt, size in ((0, 0, 5), (123456789, 1, 1000), (2**32 - 1, 1, 4096)):
         assert np.array_equal(runtime.signs(seed, salt, size).numpy(), hadamard.signs(seed, salt, size))
     values = runtime.TrellisPart(16, 16, Spec.parse("trellis-2.5").quantizer().rate, 16, 16).values("cpu").numpy()
-    assert relative(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain)) < 2e-7
+    np.testing.assert_array_equal(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain))
+    for bits in (2, 3, 4):
+        np.testing.assert_array_equal(np.float32(runtime.normal_levels(bits)), normal_float.levels(bits))
+    magnitudes, _, _, roots = (table.numpy() for table in runtime.lattice_tables(torch.device("cpu")))
+    np.testing.assert_array_equal(magnitudes, lattice.magnitudes())
+    np.testing.assert_array_equal(roots, lattice.roots())
+    code = torch.arange(2**16)
+    points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte(), 1.0)
+    np.testing.assert_array_equal(points, lattice.shifted_points(jnp.arange(2**16)))  # every point there is
 
 
 def test_working_memory_is_as_stated(monkeypatch):
@@ -182,7 +211,7 @@ def test_working_memory_is_as_stated(monkeypatch):
     from qlr_jax.export import modeling_qlr as runtime
 
     monkeypatch.setattr(runtime, "TILE_WEIGHTS", 2**16)
-    for spec in ("trellis-2.25", "int-3g32a"):
+    for spec in ("trellis-2.25", "int-3g32a", "nf-3g32", "e8-2", "e8-3", "e8-4"):
         linear = runtime.QLRLinear(spec, (1024, 512), state_bits=12)
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found, torch.no_grad():
             for _ in linear.backbone.tiles():
@@ -405,6 +434,10 @@ def other_code(folder):
     change_config(folder, lambda c: c["quantization_config"]["trellis"].update(multiplier=3))
 
 
+def other_lattice(folder):
+    change_config(folder, lambda c: c["quantization_config"]["lattice"]["scales"].update({"2": [1.0, 0.0]}))
+
+
 def made_up(folder):
     change_config(folder, lambda c: c["quantization_config"]["matrices"].update({"model.layers.9.mlp.up_proj": FAKE}))
 
@@ -423,6 +456,7 @@ DAMAGE = {
     retype: "asks for",
     newer: "format version 2",
     other_code: "trellis code",
+    other_lattice: "lattice code",
     made_up: "layers.9",
     unknown_spec: "hex-2",
 }

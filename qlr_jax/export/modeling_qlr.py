@@ -14,9 +14,12 @@ The arithmetic is float32 whatever the type of x, which is also the type of the 
 decoded at a time, so beside its input and output a layer needs about `TILE_BYTES` (16 MB), whatever its size.
 """
 
+import itertools
 import math
 import re
 from fractions import Fraction
+from functools import lru_cache
+from statistics import NormalDist
 
 import torch
 from safetensors import safe_open
@@ -27,15 +30,22 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 1  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 2  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**19
 TILE_BYTES = 32 * TILE_WEIGHTS  # peak of a tile while it is decoded, its float32 values included
 
-# The trellis code: weights a walk, rows it covers in Q and (at most) in a factor, constants of its hash.
-# A folder records those it was made with, and others are refused.
+# A folder records the codes that it was made with, and others are refused.
+# The trellis: weights a walk, rows it covers in Q and (at most) in a factor, constants of its hash.
 TRELLIS = {"length": 256, "rows": 16, "factor_rows": 4, "multiplier": 2847382671, "addend": 1201005453}
 LENGTH = TRELLIS["length"]
+# The lattice: by bits, the scale of its first stage, and of the second within it; checksums of its tables (in quarters, int8).
+LATTICE = {
+    "scales": {"2": [0.96484375, 0.0], "3": [1.015625, 0.484375], "4": [1.125, 0.2578125]},
+    "magnitudes": 2189498670,
+    "roots": 1656410127,
+}
+CODES = {"trellis": TRELLIS, "lattice": LATTICE}
 
 
 # ---------------------------------------------------------------------------------------------------- rotations
@@ -122,6 +132,7 @@ class Part(Stored):
 
     codes: torch.Tensor
     height = 1  # rows that are stored together: tiles start at a multiple of it
+    unit = False  # of unit variance, its scale kept elsewhere
 
     def __init__(self, rows: int, cols: int):
         super().__init__()
@@ -151,22 +162,20 @@ class BFloat16Part(Part):
         return self.codes[start:stop].float()
 
 
-class IntegerPart(Part):
-    """`int-b[g<group>][a]`: (u − zero) · scale, u in [0, 2^b) a little-endian bit stream a row, one scale a group."""
+class GroupedPart(Part):
+    """A little-endian bit stream of `bits`-bit codes a row, and one scale a group of weights (or a row)."""
 
     scales: torch.Tensor
-    zeros: torch.Tensor
 
-    def __init__(self, rows: int, cols: int, bits: int, group: int, asymmetric: bool):
+    def __init__(self, rows: int, cols: int, bits: int, group: int):
         super().__init__(rows, cols)
-        self.bits, self.group, self.asymmetric = bits, group, asymmetric
-        groups = -(-cols // group) if group else 1
+        self.bits, self.group = bits, group
+        self.groups = -(-cols // group) if group else 1
         self.store("codes", (rows, -(-cols * bits // 8)), torch.uint8)
-        self.store("scales", (rows, groups), torch.float16)
-        if asymmetric:
-            self.store("zeros", (rows, groups), torch.uint8)
+        self.store("scales", (rows, self.groups), torch.float16)
 
-    def decode(self, start, stop):
+    def read(self, start: int, stop: int, levels: torch.Tensor | None = None) -> torch.Tensor:
+        """The codes of rows start … stop − 1 in float32, or what `levels` has for each."""
         # eight codes fill `bits` bytes, so each of the eight is read from the same place in all of these
         count = -(-self.cols // 8)
         codes = self.codes[start:stop]
@@ -177,16 +186,107 @@ class IntegerPart(Part):
             wide = codes[..., first].int()
             if offset + self.bits > 8:  # it goes on in the next byte
                 wide |= codes[..., first + 1].int() << 8
-            values[..., i] = (wide >> offset) & (2**self.bits - 1)
-        values = values.view(stop - start, -1)[:, : self.cols]
-        middle = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
-        zero = self._spread(self.zeros[start:stop]) if self.asymmetric else middle
-        return (values - zero) * self._spread(self.scales[start:stop])
+            code = (wide >> offset) & (2**self.bits - 1)
+            values[..., i] = code if levels is None else levels.index_select(0, code.view(-1)).view(code.shape)
+        return values.view(stop - start, -1)[:, : self.cols]
 
-    def _spread(self, per_group: torch.Tensor) -> torch.Tensor:
+    def spread(self, per_group: torch.Tensor) -> torch.Tensor:
         """(rows, groups) -> float32 that broadcasts against (rows, cols)."""
         wide = per_group.float()
         return wide.repeat_interleave(self.group, dim=1)[:, : self.cols] if self.group else wide
+
+
+class IntegerPart(GroupedPart):
+    """`int-b[g<group>][a]`: (u − zero) · scale, u in [0, 2^b)."""
+
+    zeros: torch.Tensor
+
+    def __init__(self, rows: int, cols: int, bits: int, group: int, asymmetric: bool):
+        super().__init__(rows, cols, bits, group)
+        self.asymmetric = asymmetric
+        if asymmetric:
+            self.store("zeros", (rows, self.groups), torch.uint8)
+
+    def decode(self, start, stop):
+        middle = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+        zero = self.spread(self.zeros[start:stop]) if self.asymmetric else middle
+        return (self.read(start, stop) - zero) * self.spread(self.scales[start:stop])
+
+
+class NormalFloatPart(GroupedPart):
+    """`nf-b[g<group>]`: level · scale, the levels at equally likely quantiles of a Gaussian."""
+
+    def decode(self, start, stop):
+        levels = torch.tensor(normal_levels(self.bits), device=self.codes.device)
+        return self.read(start, stop, levels) * self.spread(self.scales[start:stop])
+
+
+@lru_cache
+def normal_levels(bits: int) -> list[float]:
+    """2^bits levels in [−1, 1], float32: 2^(b−1) + 1 quantiles from ½ to p and 2^(b−1) from ½ to 1 − p, over the largest."""
+    half, full = 2 ** (bits - 1), 2**bits
+    top = 1.0 - (1 / (2 * full) + 1 / (2 * (full - 1))) / 2
+
+    def quantiles(count: int) -> list[float]:
+        return [NormalDist().inv_cdf(0.5 + i * ((top - 0.5) / (count - 1))) for i in range(count)]
+
+    above, below = quantiles(half + 1), quantiles(half)
+    table = torch.tensor([-x for x in below[:0:-1]] + above, device="cpu")
+    return (table / table[-1]).tolist()
+
+
+class LatticePart(Part):
+    """`e8-b`: 8 weights of a row are a point of E8 + ¼ in two bytes; from 3 bits on a smaller point is added, in one byte or two.
+
+    All values are short binary fractions, so float32 holds them exactly.
+    """
+
+    unit = True
+
+    def __init__(self, rows: int, cols: int, bits: int):
+        super().__init__(rows, cols)
+        self.bits = bits
+        self.store("codes", (rows, -(-cols // 8), bits), torch.uint8)
+
+    def decode(self, start, stop):
+        gain, inner = LATTICE["scales"][str(self.bits)]
+        stage = self.codes[start:stop].reshape(-1, self.bits).unbind(1)
+        values = shifted_points(stage[0], stage[1], gain)
+        if self.bits == 3:
+            values += (gain * inner * lattice_tables(values.device)[3]).index_select(0, stage[2].int())
+        elif self.bits == 4:
+            values += shifted_points(stage[2], stage[3], gain * inner)
+        return values.view(stop - start, -1)[:, : self.cols]
+
+
+def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torch.Tensor:
+    """scale · (σ ∘ a ± ¼), float32 (n, 8): `name` of a, and in `rest` seven signs and the shift; the last sign follows."""
+    magnitudes, odd, signs, _ = lattice_tables(name.device)
+    name = name.int()
+    pattern = ((rest & 127) << 1) | odd.index_select(0, name)
+    points = (scale * magnitudes).index_select(0, name)
+    points *= signs.index_select(0, pattern.int())
+    points += ((rest >> 7).float() * (scale / 2) - scale / 4)[:, None]
+    return points
+
+
+@lru_cache
+def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the E8 code: 256 vectors a; 1 where a adds up to an odd number; signs, by pattern and that; the second stage at 3 bits."""
+    inner = [v for v in itertools.product((1, 3, 5), repeat=8) if sum(x * x for x in v) <= 40]
+    inner.sort(key=lambda v: (sum(x * x for x in v), v))
+    outer = [v for v in itertools.product((1, 3), repeat=8) if sum(v) == 18]
+    magnitudes = torch.tensor(inner + outer[::2] + outer[1:2], device="cpu") / 2
+    odd = magnitudes.sum(1) % 2
+    bits = torch.arange(128, device="cpu")[:, None] >> torch.arange(7, device="cpu") & 1
+    last = torch.stack((bits.sum(1), bits.sum(1) + 1), 1) % 2  # an even number of signs is negative, or an odd one
+    signs = 1.0 - 2.0 * torch.cat((bits[:, None].expand(-1, 2, -1), last[..., None]), 2).reshape(256, 8)
+    one, pairs = torch.eye(8, device="cpu"), list(itertools.product((1, -1), repeat=2))
+    roots = [torch.zeros(8, device="cpu")]
+    roots += [a * one[i] + b * one[j] for i, j in itertools.combinations(range(8), 2) for a, b in pairs]
+    roots += [torch.tensor(s, device="cpu") for s in itertools.product((0.5, -0.5), repeat=8) if sum(s) % 2 == 0]
+    roots += [a * one[i] for i in range(8) for a in (2, -2)]
+    return magnitudes.to(device), odd.byte().to(device), signs.to(device), torch.stack(roots[:256]).to(device)
 
 
 class TrellisPart(Part):
@@ -195,6 +295,8 @@ class TrellisPart(Part):
     The state of weight t is the `state_bits` bits that end at bit ⌊(t + 1) b⌋ of the circular stream; a walk covers
     `height` rows and 256 / `height` columns, row by row.
     """
+
+    unit = True
 
     def __init__(self, rows: int, cols: int, rate: Fraction, height: int, state_bits: int):
         super().__init__(rows, cols)
@@ -208,7 +310,8 @@ class TrellisPart(Part):
         word = (word + TRELLIS["addend"]) & 0xFFFFFFFF
         total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
         gain = 1.0 + 0.1 * min(max(float(self.rate) - 2.0, 0.0), 1.0)
-        return (total - 510).float() * (gain / 147.8)
+        scale = torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")  # in float32, as the code is defined
+        return (total - 510).float() * scale.item()
 
     def decode(self, start, stop):
         codes = self.codes[start // self.height : -(-stop // self.height)]
@@ -225,19 +328,24 @@ class TrellisPart(Part):
         return rows[: stop - start, : self.cols]
 
 
-_QUANTIZER = re.compile(r"(?P<kind>int|trellis)-(?P<bits>[0-9.]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
+_QUANTIZER = re.compile(r"(?P<kind>int|nf|e8|trellis)-(?P<bits>[0-9.]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
 _SPEC = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
 
 
 def make_part(quantizer: str, rows: int, cols: int, height: int, state_bits: int) -> Part:
-    """An empty part for the quantizer that a spec names, e.g. `trellis-2.25`, `int-4g32`, `bf16`."""
+    """An empty part for the quantizer that a spec names, e.g. `trellis-2.25`, `e8-2`, `int-4g32`, `nf-4g64`, `bf16`."""
     if quantizer == "bf16":
         return BFloat16Part(rows, cols)
     match = _QUANTIZER.fullmatch(quantizer)
-    if match and match["kind"] == "int":
-        return IntegerPart(rows, cols, int(match["bits"]), int(match["group"] or 0), bool(match["asymmetric"]))
-    if match:
-        return TrellisPart(rows, cols, Fraction(match["bits"]), height, state_bits)
+    kind, bits, group = (match["kind"], match["bits"], int(match["group"] or 0)) if match else ("", "", 0)
+    if kind == "int":
+        return IntegerPart(rows, cols, int(bits), group, bool(match["asymmetric"]))
+    if kind == "nf":
+        return NormalFloatPart(rows, cols, int(bits), group)
+    if kind == "e8" and bits in LATTICE["scales"]:
+        return LatticePart(rows, cols, int(bits))
+    if kind == "trellis":
+        return TrellisPart(rows, cols, Fraction(bits), height, state_bits)
     raise ValueError(f"this qlr runtime does not know the quantizer {quantizer!r}; get a newer qlr-jax, or export the folder again")
 
 
@@ -265,8 +373,8 @@ class QLRLinear(Stored):
         self.out_features, self.in_features = rows, cols = int(shape[0]), int(shape[1])
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
-        self.rotated = bool(match["rot"]) or backbone.startswith("trellis-")
         self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, TRELLIS["rows"], state_bits)
+        self.rotated = bool(match["rot"]) or (self.backbone is not None and self.backbone.unit)
         if backbone != "bf16" or self.rank:
             self.store("scale", (1,), torch.float32)
         if self.rank:
@@ -274,7 +382,7 @@ class QLRLinear(Stored):
             height = math.gcd(self.rank, TRELLIS["factor_rows"])
             self.left = make_part(left, self.rank, rows, height, state_bits)
             self.right = make_part(right, self.rank, cols, height, state_bits)
-            if any(name.startswith("trellis-") for name in (left, right)):
+            if self.left.unit or self.right.unit:
                 self.store("component_scale", (self.rank,), torch.float16)
 
     def extra_repr(self) -> str:
@@ -316,21 +424,23 @@ class QLRConfig(QuantizationConfigMixin):
     """`quantization_config` of a qlr folder: how each matrix is stored, by the name of its linear layer.
 
     Raises:
-        ValueError: for a format newer than this runtime, or made with another trellis code.
+        ValueError: for a format newer than this runtime, or made with another trellis or lattice code.
     """
 
-    def __init__(self, format_version: int = FORMAT_VERSION, matrices: dict | None = None, trellis: dict | None = None, **others):
+    def __init__(self, format_version: int = FORMAT_VERSION, matrices: dict | None = None, **others):
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
             raise ValueError(
                 f"this folder has qlr format version {format_version}, but this runtime reads up to {FORMAT_VERSION}; "
                 f"install a newer qlr-jax, or load it with the folder's own runtime (trust_remote_code=True)"
             )
-        if trellis is not None and trellis != TRELLIS:
-            raise ValueError(f"this folder uses the trellis code {trellis}, but this runtime decodes {TRELLIS}; get a matching one")
+        for name, code in CODES.items():
+            found = others.pop(name, None) or code
+            if found != code:
+                raise ValueError(f"this folder uses the {name} code {found}, but this runtime decodes {code}; get a matching one")
+            setattr(self, name, dict(code))
         self.quant_method = "qlr"
         self.format_version = format_version
         self.matrices = matrices or {}
-        self.trellis = trellis or dict(TRELLIS)
         for name, value in others.items():  # kept as they are, so that saving loses nothing
             if name != "quant_method":
                 setattr(self, name, value)

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 import qlr_jax
 from qlr_jax.core.matrix import Layout, QLRMatrix
-from qlr_jax.core.quantizers import trellis
+from qlr_jax.core.quantizers import lattice, trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.export.files import SHARD_BYTES, Entry, copy_companions, staged, write_checksums, write_json, write_tensors
@@ -25,13 +26,20 @@ FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
 _SAMPLE = Spec.parse("trellis-2+r256@trellis-2")
-TRELLIS = {  # asked of the core, so that the runtime's own constants are seen to differ where one is changed
+# Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
+TRELLIS = {
     "length": trellis.LENGTH,
     "rows": _SAMPLE.quantizer().tile[0],
     "factor_rows": _SAMPLE.factor_quantizers()[0].tile[0],
     "multiplier": trellis.MULTIPLIER,
     "addend": trellis.ADDEND,
 }
+LATTICE = {
+    "scales": {str(bits): list(scales) for bits, scales in lattice.SCALES.items()},
+    "magnitudes": zlib.crc32((4 * lattice.magnitudes()).astype(np.int8).tobytes()),
+    "roots": zlib.crc32((4 * lattice.roots()).astype(np.int8).tobytes()),
+}
+CODES = {"trellis": TRELLIS, "lattice": LATTICE}  # recorded in every folder
 JOB = "job"  # finished matrices of a job under way: they may lie in the output folder already
 
 
@@ -140,8 +148,9 @@ def read_config(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         reads = f"this qlr-jax reads up to {FORMAT_VERSION}"
         raise QLRError(f"{folder} has qlr format version {version}, but {reads}; install a newer one")
-    if quantization.get("trellis", TRELLIS) != TRELLIS:
-        raise QLRError(f"{folder} uses another trellis code than this qlr-jax decodes; install the version that wrote it")
+    for name, code in CODES.items():
+        if quantization.get(name, code) != code:
+            raise QLRError(f"{folder} uses another {name} code than this qlr-jax decodes; install the version that wrote it")
     for name in ("quantization_config", "auto_map", *quantization.get("extra_config", ())):
         raw.pop(name, None)
     if raw.get("architectures") == [RUNTIME_CLASS]:  # as transformers' save_pretrained writes it
@@ -211,7 +220,7 @@ def _config(
         quantization["settings"] = dict(settings)
     if extra:
         quantization["extra_config"] = sorted(extra)  # so that `read_config` knows what the original did not have
-    quantization["trellis"] = TRELLIS
+    quantization |= CODES
     quantization["matrices"] = {name: {f: getattr(m.layout, f) for f in fields} for name, m in matrices.items()}
     types = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in raw} or {"dtype": "bfloat16"}
     runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{RUNTIME_CLASS}"}}

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.groups import check_group, group_count, least_error, split, spread
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
@@ -33,8 +33,7 @@ class Integer:
     def __post_init__(self) -> None:
         if not 1 <= self.width <= 8:
             raise QLRError(f"int-{self.width} is not offered; pass 1 to 8 bits, e.g. int-4g32")
-        if self.group and not 16 <= self.group <= 256:
-            raise QLRError(f"a group of {self.group} is not offered; pass 16 to 256 weights, or none for a scale a row")
+        check_group(self.group)
 
     @property
     def name(self) -> str:
@@ -52,11 +51,8 @@ class Integer:
     def tile(self) -> tuple[int, int]:
         return 1, 1
 
-    def _groups(self, cols: int) -> int:
-        return -(-cols // self.group) if self.group else 1
-
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        groups = self._groups(cols)
+        groups = group_count(cols, self.group)
         arrays = {
             "codes": ((rows, stream_bytes(cols, self.width)), np.dtype(np.uint8)),
             "scales": ((rows, groups), np.dtype(np.float16)),
@@ -72,11 +68,7 @@ class Integer:
         return 0.5 if self.width == 1 else float(2 ** (self.width - 1))
 
     def fit(self, x: Float[Array, "*b rows cols"], per_row: bool) -> Grid:
-        cols, size = x.shape[-1], self.group or x.shape[-1]
-        groups = self._groups(cols)
-        missing = groups * size - cols
-        # the last, partial group is filled with its own last weight: its range does not change
-        parts = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)], mode="edge").reshape(*x.shape[:-1], groups, size)
+        parts = split(x, self.group)
         if self.asymmetric:
             low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
             full, zero_at = (high - low) / (2**self.width - 1), -low
@@ -88,7 +80,7 @@ class Integer:
             top = (self._middle - 0.5) / (self._middle - 1.0)
             shrinks = np.append(shrinks, [(1 + top) / 2, top])
 
-        def attempt(best: tuple[Array, Array, Array], shrink: Array) -> tuple[tuple[Array, Array, Array], None]:
+        def attempt(shrink: Array) -> tuple[Array, Grid]:
             scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
             if zero_at is None:
                 zero = jnp.full_like(full, self._middle)
@@ -96,17 +88,12 @@ class Integer:
                 safe = jnp.where(scale > 0, scale, 1.0)
                 zero = jnp.clip(jnp.round(zero_at * shrink / safe), 0, 2**self.width - 1)
             q = self._round(parts, scale[..., None], zero[..., None])
-            error = jnp.sum(jnp.square((q - zero[..., None]) * scale[..., None] - parts), axis=-1)
-            better = error < best[0]
-            return tuple(jnp.where(better, new, old) for new, old in zip((error, scale, zero), best, strict=True)), None
+            return (q - zero[..., None]) * scale[..., None], (scale, zero)
 
-        # a scan, not an unrolled loop: that one takes XLA minutes to compile
-        start = (jnp.full_like(full, jnp.inf), full, jnp.full_like(full, self._middle))
-        (_, best_scale, best_zero), _ = lax.scan(attempt, start, jnp.asarray(shrinks, jnp.float32))
-        return best_scale, best_zero
+        return least_error(parts, (full, jnp.full_like(full, self._middle)), shrinks, attempt)
 
     def grid(self, scales: Grid, cols: int) -> Grid:
-        return tuple(jnp.repeat(s, self.group or cols, axis=-1)[..., :cols] for s in scales)
+        return tuple(spread(s, self.group, cols) for s in scales)
 
     def family(self) -> Integer:
         return self
