@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 import qlr_jax as qlr
-from qlr_jax.core.alternation import downdated
-from qlr_jax.core.config import SolverConfig
+from qlr_jax.core import batch
+from qlr_jax.core.alternation import downdate_strength, downdated
+from qlr_jax.core.batch import solve_many
+from qlr_jax.core.config import PRESETS, SolverConfig
+from qlr_jax.core.metric import Metric, outlier_channels
 from qlr_jax.core.solver import solve_batch
 from qlr_jax.errors import QLRError
 
@@ -51,6 +54,8 @@ CASES = [
     ("none+r16@int-8,bf16", SHAPE, "singular", 0.02),
     ("int-3a", (20, 31), "none", 0.2),
     ("bf16", (37, 53), "plain", 0.003),
+    ("e8-2+r4@e8-4", SHAPE, "plain", 0.4),
+    ("nf-4g16/rot", (37, 53), "outlier", 0.1),
 ]
 
 
@@ -152,9 +157,29 @@ def test_batch_equals_singles(main, activations):
     hessians = np.stack([hessian, activations(SHAPE[1], seed=1)]).astype(np.float32)
     for i, both in enumerate(solve_batch(weights, hessians, spec, config=config)):
         (alone,) = solve_batch(weights[i : i + 1], hessians[i : i + 1], spec, config=config)
+        # sums may differ in their last bit, and a near tie then falls the other way
         assert both.stats["relative_error"] == pytest.approx(alone.stats["relative_error"], rel=0.02)
-        equal = np.mean(np.asarray(both.value.arrays["right.codes"]) == np.asarray(alone.value.arrays["right.codes"]))
-        assert equal > 0.9  # sums may differ in their last bit, and a near tie then falls the other way
+    for i, both in enumerate(solve_batch(weights, hessians, "int-4", config=config)):
+        (alone,) = solve_batch(weights[i : i + 1], hessians[i : i + 1], "int-4", config=config)
+        assert np.mean(np.asarray(both.value.dense() == alone.value.dense())) > 0.98
+
+
+def test_one_hessian_for_all_equals_one_each(main, monkeypatch):
+    """Matrices of one input are solved together, with one H, one factor of it and one rotation."""
+    weights = {k: normal(*SHAPE, seed=i).astype(np.float32) for i, k in enumerate("qk")}
+    hessian = main[1].astype(np.float32)
+    each = solve_batch(np.stack(list(weights.values())), np.stack([hessian] * 2), "int-4/rot")
+    monkeypatch.setattr(batch, "ROWS_TOGETHER", 32)  # so that these count as large
+    made = []
+    monkeypatch.setattr(batch.Metric, "make", lambda *a, make=Metric.make: made.append(a) or make(*a))
+    problems = {k: (w, hessian, "int-4/rot") for k, w in weights.items()} | {"v": (weights["q"], hessian, "bf16/rot")}
+    shared = solve_many(problems)
+    assert len(made) == 1 and made[0][0].shape == (1, 48, 48)
+    for key, alone in zip("qk", each, strict=True):
+        assert shared[key].stats["relative_error"] == pytest.approx(alone.stats["relative_error"], rel=0.01)
+    again = solve_many(problems | {"w": (weights["q"], hessian.copy(), "int-4/rot")})
+    assert len(made) == 3  # another array is another metric
+    assert again["w"].stats["relative_error"] == pytest.approx(again["q"].stats["relative_error"], rel=0.01)
 
 
 def test_rank_pays_where_the_spectrum_is_steep(main):
@@ -189,6 +214,62 @@ def test_downdated_hessian_is_the_loss_after_refitting(activations, strength):
     expected = full - strength * (full - refitted)
     assert np.trace(error @ down.astype(np.float64) @ error.T) == pytest.approx(expected, rel=1e-4)
     assert refitted < 0.95 * full
+
+
+def test_paper_preset(main):
+    """CALDERA's settings: all iterations run, plain rounding with one scale a factor; options go over it."""
+    weight, hessian, _ = main
+    spec = "e8-2+r4@e8-4"
+    paper = qlr.solve(weight, hessian, spec, preset="paper", iterations=3, inner=2)
+    assert paper.stats["iterations"] == 3 and len(paper.stats["history"]) == 6
+    assert paper.verdict is qlr.Verdict.ITERATION_LIMIT
+    assert len(np.unique(np.asarray(paper.value.arrays["component_scale"]))) == 1
+    assert paper.stats["relative_error"] == pytest.approx(error_of(paper.value, weight, hessian), rel=1e-4)
+    config = SolverConfig.make({}, "paper")
+    assert (config.iterations, config.inner, config.damping, config.start) == (15, 10, 1e-2, "low-rank")
+    assert SolverConfig.make({"iterations": 20, "inner": 50}, "paper") == SolverConfig(
+        **{**PRESETS["paper"], "iterations": 20, "inner": 50}
+    )
+
+
+@pytest.mark.parametrize("start", ["weight", "low-rank", "outliers", "backbone"])
+def test_every_start_keeps_the_best(main, start):
+    weight, hessian, _ = main
+    solution = qlr.solve(weight, hessian, "int-3g16+r4@int-8", start=start, iterations=2)
+    assert solution.stats["relative_error"] == pytest.approx(error_of(solution.value, weight, hessian), rel=1e-4)
+    assert solution.stats["relative_error"] <= 1.01 * min(solution.stats["history"])
+    if start == "backbone":  # its first result is that of rank 0
+        alone = qlr.solve(weight, hessian, "int-3g16").stats["relative_error"]
+        assert solution.stats["history"][0] == pytest.approx(alone, rel=0.02)
+
+
+def test_weight_start_leaves_the_least_to_the_backbone(main):
+    """On low rank + noise under a steep metric, fitting W first beats fitting it in H: what Q must round is smaller."""
+    rng = np.random.default_rng(4)
+    steep = rng.standard_normal((32, 4)) @ rng.standard_normal((4, 48)) + 0.3 * main[0]
+    errors = {s: qlr.solve(steep, main[1], MAIN, start=s, **FAST).stats["history"][0] for s in ("weight", "low-rank")}
+    assert errors["weight"] < 0.97 * errors["low-rank"]
+
+
+def test_outlier_channels(activations):
+    hessian = activations(6)[None] * np.array([1, 50, 1, 1, 9, 1])
+    kept = outlier_channels(hessian, 2)[0]
+    assert set(np.flatnonzero(kept.any(0))) <= {1, 4} and kept[1, 4] == hessian[0, 1, 4]
+
+
+def test_downdate_follows_the_factors_precision():
+    strengths = [downdate_strength(qlr.Spec.parse(f"int-3+r4@{f}"), SolverConfig()) for f in ("int-4", "int-6", "int-8", "bf16")]
+    assert strengths == sorted(strengths) and strengths[0] == 0 and strengths[-1] == 0.9
+    assert downdate_strength(qlr.Spec.parse("int-3"), SolverConfig()) == 0
+    assert downdate_strength(qlr.Spec.parse("int-3+r4@int-4"), SolverConfig(downdate=1.0)) == 1
+
+
+@pytest.mark.parametrize("spec", ["int-2g16", "int-4a", "int-4/rot"])
+def test_bound_holds_where_it_applies(main, spec):
+    weight, hessian, solution = main
+    assert solution.stats["bound"] is None
+    stats = qlr.solve(weight, hessian, spec).stats
+    assert stats["relative_error"] < stats["bound"] < 3 * stats["relative_error"]
 
 
 @pytest.mark.parametrize("spec", [MAIN, "int-3a"])
@@ -234,7 +315,9 @@ WITH_NAN[1, 2], WITH_INF[3, 5] = np.nan, -np.inf
     (W, H, "int-4", {"iterations": 0}, "iterations=0 does nothing; pass at least 1"),
     (W, H, "int-4+r1@bf16", {"downdate": 1.5}, r"downdate=1.5 is outside \[0, 1\]"),
     (W, H, "trellis-2", {"state_bits": 20}, "20 state bits is not offered"),
-    (W, H, "int-4", {"preset": "fast"}, "preset 'fast' is not known"),
+    (W, H, "int-4", {"preset": "fast"}, "preset 'fast' is not known; pass one of 'paper', or leave it out"),
+    (W, H, "int-4", {"start": "svd"}, "start='svd' is not known; pass 'weight' or 'low-rank' or 'outliers' or 'backbone'"),
+    (W, H, "int-4", {"damping": -0.1}, "damping=-0.1 is no fraction"),
 ])  # fmt: skip
 def test_refused(weight, hessian, spec, options, message):
     with pytest.raises(QLRError, match=message):

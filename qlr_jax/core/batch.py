@@ -1,22 +1,25 @@
-"""Many matrices: those of one shape and spec are solved together."""
+"""Many matrices: those of one shape and spec are solved together, and those of one input share its metric."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.metric import Metric
 from qlr_jax.core.solver import Solution, solve_batch
+from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
-ROWS_TOGETHER = 1024  # rows that keep a trellis search busy: smaller matrices are batched up to this many
+Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str]]
+ROWS_TOGETHER = 1024  # rows that keep a trellis search busy: smaller matrices are batched up to this many, whatever their H
 
 
 def solve_many(
-    problems: Mapping[Key, tuple[np.ndarray, np.ndarray, str]],
+    problems: Problems[Key],
     *,
     seed: int = 0,
     config: SolverConfig | None = None,
@@ -24,9 +27,10 @@ def solve_many(
 ) -> dict[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec) for every key.
 
-    Batches have one fixed size a shape, filled up by repeating, so that each shape is compiled once. They run one after another:
-    two compiled loops that run at once in one process can wait for each other for ever in XLA's thread pool on a CPU
-    (seen with jaxlib 0.10.2 on two cores).
+    Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
+    and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
+    filled up by repeating, so that each shape is compiled once. Batches run one after another: two compiled loops that run at
+    once in one process can wait for each other for ever in XLA's thread pool on a CPU (seen with jaxlib 0.10.2 on two cores).
 
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
@@ -38,18 +42,52 @@ def solve_many(
         >>> sorted(found), found["a"].stats["relative_error"] < 1e-3
         (['a', 'b'], True)
     """
+    config = config or SolverConfig()
+    solved: dict[Key, Solution] = {}
+
+    def run(keys: list[Key], metric: Metric, size: int) -> None:
+        filled = keys + [keys[-1]] * (size - len(keys))
+        weights, spec = np.stack([problems[k][0] for k in filled]), problems[keys[0]][2]
+        for key, solution in zip(keys, solve_batch(weights, metric, spec, seed=seed, config=config), strict=False):
+            solved[key] = solution
+            if on_done is not None:
+                on_done(key, solution)
+
+    for keys, size in _small(problems):
+        filled = keys + [keys[-1]] * (size - len(keys))
+        hessians = np.stack([problems[k][1] for k in filled])
+        run(keys, Metric.make(hessians, seed, config, Spec.parse(problems[keys[0]][2]).rotated), size)
+    metrics: dict[bool, Metric] = {}  # of one Hessian: rotated, and as it is
+    current = None
+    for keys in _large(problems):
+        hessian, rotated = problems[keys[0]][1], Spec.parse(problems[keys[0]][2]).rotated
+        if hessian is not current:  # one Hessian's factors are held at a time
+            metrics, current = {}, hessian
+        if rotated not in metrics:
+            metrics[rotated] = Metric.make(hessian[None], seed, config, rotated)
+        run(keys, metrics[rotated], len(keys))
+    return solved
+
+
+def _size(weight: np.ndarray) -> int:
+    return max(1, ROWS_TOGETHER // weight.shape[0])
+
+
+def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
+    """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
     groups: dict[tuple[tuple[int, ...], str], list[Key]] = defaultdict(list)
     for key, (weight, _, spec) in problems.items():
-        groups[weight.shape, str(spec)].append(key)
-    solved: dict[Key, Solution] = {}
-    for (shape, spec), keys in groups.items():
-        size = max(1, ROWS_TOGETHER // shape[0])
-        for start in range(0, len(keys), size):
-            part = keys[start : start + size]
-            filled = part + [part[-1]] * (size - len(part))
-            weights, hessians = (np.stack([problems[k][which] for k in filled]) for which in (0, 1))
-            for key, solution in zip(part, solve_batch(weights, hessians, spec, seed=seed, config=config), strict=False):
-                solved[key] = solution
-                if on_done is not None:
-                    on_done(key, solution)
-    return solved
+        if _size(weight) > 1:
+            groups[weight.shape, str(spec)].append(key)
+    for (shape, _), keys in groups.items():
+        size = ROWS_TOGETHER // shape[0]
+        yield from ((keys[start : start + size], size) for start in range(0, len(keys), size))
+
+
+def _large(problems: Problems[Key]) -> list[list[Key]]:
+    """Batches of large matrices that share Hessian, shape and spec; those of one Hessian follow each other."""
+    by_hessian: dict[int, dict[tuple[tuple[int, ...], str], list[Key]]] = defaultdict(lambda: defaultdict(list))
+    for key, (weight, hessian, spec) in problems.items():
+        if _size(weight) == 1:
+            by_hessian[id(hessian)][weight.shape, str(spec)].append(key)
+    return [keys for groups in by_hessian.values() for keys in groups.values()]

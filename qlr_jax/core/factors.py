@@ -46,7 +46,7 @@ def no_factors(count: int) -> Factors:
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 
-@partial(jax.jit, static_argnames=("families", "inner"))
+@partial(jax.jit, static_argnames=("families", "inner", "plain", "one_scale"))
 def fit_factors(
     weight: Array,
     backbone: Array,
@@ -59,6 +59,8 @@ def fit_factors(
     *,
     families: tuple[Quantizer, Quantizer],
     inner: int,
+    plain: bool = False,
+    one_scale: bool = False,
 ) -> tuple[Factors, Array, Array]:
     """Rounded factors of A = W − Q: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
 
@@ -71,6 +73,9 @@ def fit_factors(
         basis: (b, m, k') to start the subspace iteration from.
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
         data, families: of the quantizers of L and R.
+        inner: rounds.
+        plain: round without feedback.
+        one_scale: one scale for all components, where a grid has none of its own.
 
     Returns:
         The factors, the basis for a warm start, and tr((A − L R) H (A − L R)ᵀ).
@@ -80,13 +85,18 @@ def fit_factors(
     basis, _ = top_subspace(target, hessian, basis, steps)
     start = jnp.pad(basis, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
     own_scales = not (left_family.unit or right_family.unit)
+    if plain:
+        right_feedback = jnp.zeros_like(right_feedback)
 
     def pair(left: Array) -> tuple[Factors, Array]:
         wanted, _ = refit_right(target, left, mask)
-        right, right_codes, right_scales = _round_right(jnp.swapaxes(wanted, -1, -2), right_feedback, right_family, data[1])
+        wanted = jnp.swapaxes(wanted, -1, -2)
+        right, right_codes, right_scales = _round_right(wanted, right_feedback, right_family, data[1], one_scale)
         right = right * mask[:, None]
         wanted, metric = refit_left(target, right, hessian, mask)
-        left, component, left_codes, left_scales = _round_left(wanted * mask, metric, mask, left_family, data[0], own_scales)
+        left, component, left_codes, left_scales = _round_left(
+            wanted * mask, metric, mask, left_family, data[0], own_scales, plain, one_scale
+        )
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
         return new, quadratic(target - new.product(), hessian)
 
@@ -104,10 +114,12 @@ def fit_factors(
     return best, basis, least
 
 
-def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid) -> tuple[Array, Array, Grid]:
+def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool) -> tuple[Array, Array, Grid]:
     """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales."""
     cols = wanted.shape[-1]
     scales = family.fit(wanted, per_row=True)
+    if family.unit and one_scale:
+        scales = (_common(scales[0], -2),)
     padded = pad_to_tiles(wanted, 1, family.tile[1])
     values, codes = ldlq(padded, factor, family.grid(scales, cols), data, family)
     values = values[..., :cols]
@@ -117,16 +129,28 @@ def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid) ->
     return values / jnp.where(size > 0, size, 1.0), codes, ()
 
 
+def _common(sizes: Array, axis: int) -> Array:
+    """One size for all components: the root mean square over those that are there (one beyond the rank is zero)."""
+    there = jnp.sum((sizes > 0).astype(sizes.dtype), axis=axis, keepdims=True)
+    common = jnp.sqrt(jnp.sum(jnp.square(sizes), axis=axis, keepdims=True) / jnp.maximum(there, 1.0))
+    return jnp.broadcast_to(common, sizes.shape)
+
+
 def _round_left(
-    wanted: Array, metric: Array, mask: Array, family: Quantizer, data: Grid, own_scales: bool
+    wanted: Array, metric: Array, mask: Array, family: Quantizer, data: Grid, own_scales: bool, plain: bool, one_scale: bool
 ) -> tuple[Array, Array, Array, Grid]:
     """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales."""
     m, k = wanted.shape[-2:]
     width = column_block(family, transposed=True)
-    # a ridge as for H: the smallest components must not drive the feedback
-    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
-    factor, _ = feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)
+    if plain:
+        factor = jnp.zeros((k + -k % width,) * 2)
+    else:
+        # a ridge as for H: the smallest components must not drive the feedback
+        mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
+        factor, _ = feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)
     size = jnp.ones((*wanted.shape[:-2], 1, k)) if own_scales else jnp.sqrt(jnp.mean(jnp.square(wanted), axis=-2, keepdims=True))
+    if one_scale and not own_scales:
+        size = _common(size, -1)
     size = jnp.where(size > 0, size, 1.0)
     scaled = wanted / size
     scales = () if family.unit else family.fit(jnp.swapaxes(scaled, -1, -2), per_row=True)

@@ -15,15 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlr_jax.core.alternation import Problem, State, improve_backbone, init, step
+from qlr_jax.core.alternation import Candidate, Problem, State, improve_backbone, init, step
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.objective import checked_hessian, checked_weight, relative_error
-from qlr_jax.core.quantizers import Nothing
+from qlr_jax.core.metric import Metric
+from qlr_jax.core.objective import checked_hessian, checked_weight, damped, relative_error
+from qlr_jax.core.quantizers import Integer, Nothing
 from qlr_jax.core.spec import Spec
-from qlr_jax.errors import QLRError
 
 
 class Verdict(enum.Enum):
@@ -46,7 +47,8 @@ class Solution:
         value: the compressed matrix.
         verdict: how it ended.
         stats: `relative_error` √(tr(E H Eᵀ)/tr(W H Wᵀ)) of `value.dense()` with the H given, undamped; `history`, the same
-            after every half-step; `iterations`.
+            after every half-step; `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for
+            integer backbones without factors, None elsewhere.
     """
 
     value: QLRMatrix
@@ -62,8 +64,8 @@ def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset:
         hessian: H = E[x xᵀ], (in, in); None means the identity.
         spec: how to store it, e.g. `trellis-2+r32@trellis-4`.
         seed: of the rotation's signs.
-        preset: None, the default method.
-        **options: fields of `SolverConfig`, e.g. state_bits=10, iterations=8.
+        preset: None, the default method; "paper", CALDERA as published, for specs such as `e8-2+r64@e8-4`.
+        **options: fields of `SolverConfig`, e.g. state_bits=10, iterations=8; over a preset's own.
 
     Raises:
         QLRError: non-finite input, a Hessian that is not symmetric positive semi-definite, a rank too large, an unknown
@@ -79,20 +81,24 @@ def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset:
         (True, 'SINGLE_PASS')
     """
     weight = checked_weight(weight)
-    if preset is not None:
-        raise QLRError(f"preset {preset!r} is not known; leave it out for the default method")
+    config = SolverConfig.make(options, preset)
     matrix = checked_hessian(hessian, weight.shape[1])
-    return solve_batch(weight[None], matrix[None], spec, seed=seed, config=SolverConfig.make(options))[0]
+    return solve_batch(weight[None], matrix[None], spec, seed=seed, config=config)[0]
 
 
 @one_blas_thread()
 def solve_batch(
-    weights: np.ndarray, hessians: np.ndarray, spec: str | Spec, *, seed: int = 0, config: SolverConfig | None = None
+    weights: np.ndarray, hessians: np.ndarray | Metric, spec: str | Spec, *, seed: int = 0, config: SolverConfig | None = None
 ) -> list[Solution]:
-    """`solve` for matrices of one shape and spec, (b, m, n) with (b, n, n), computed together; inputs already checked."""
+    """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
+
+    Args:
+        hessians: one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
+    """
     config, spec = config or SolverConfig(), Spec.parse(spec)
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
-    problem = Problem.make(weights, hessians, spec, seed, config)
+    metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
+    problem = Problem.make(weights, metric, spec, seed, config)
     state = init(problem)
     if spec.rank == 0:
         state = improve_backbone(problem, state)
@@ -106,7 +112,7 @@ def solve_batch(
         # factors that hold what Q leaves worse than Q's own result will not help the next Q either
         hopeless = state.error > 1.2 * state.best_error
         converged = bool(np.all((gained < config.tolerance) | hopeless))
-        if converged:
+        if converged and config.tolerance > 0:
             break
     return _finish(problem, state, history, converged)
 
@@ -125,12 +131,26 @@ def _finish(problem: Problem, state: State, history: Sequence[np.ndarray], conve
             arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
         value = QLRMatrix(arrays, problem.layout)
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
-        error = float(relative_error(original / peak, value.dense() / peak, problem.original_hessian[i]))
+        error = float(relative_error(original / peak, value.dense() / peak, problem.metric.of(i)))
         trail = [float(h[i]) for h in history]
         judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
-        stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged}
+        stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged, "bound": _bound(problem, best, i)}
         solutions.append(Solution(value, _verdict(problem, i, trail, converged), stats))
     return solutions
+
+
+def _bound(problem: Problem, best: Candidate, i: int) -> float | None:
+    """What LDLQ with nearest rounding cannot exceed, relative: the assumptions hold for scalar grids, and no factors."""
+    energy = float(problem.energy[i])
+    if not isinstance(problem.backbone, Integer) or problem.spec.rank or energy <= 0 or problem.metric.damping == 0:
+        return None
+    place = min(i, len(problem.metric.original) - 1)
+    metric = np.asarray(damped(problem.metric.hessian[place], problem.metric.damping), np.float64)
+    error = np.asarray(problem.weight[i], np.float64) - best.q[i]
+    rounding = error + error @ np.asarray(problem.metric.factor(1)[place], np.float64)  # what each rounding missed its target by
+    steps = np.asarray(problem.backbone.grid(tuple(s[i] for s in best.scales), error.shape[1])[0], np.float64)
+    overshoot = np.maximum(np.abs(rounding) - steps / 2, 0.0)
+    return float(np.sqrt(nearest_bound(steps, ldl_diagonal(metric), overshoot=overshoot) / energy))
 
 
 def _verdict(problem: Problem, i: int, history: Sequence[float], converged: bool) -> Verdict:

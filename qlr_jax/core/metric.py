@@ -1,0 +1,83 @@
+"""The metric of a solve: H as it was given, rotated, and its feedback factors, made once for all matrices that share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core import hadamard
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.ldlq import echo, feedback, pad_metric
+from qlr_jax.core.objective import damped
+from qlr_jax.core.typing import Array
+
+
+@dataclass(frozen=True)
+class Metric:
+    """H for a batch of matrices: one for all, (1, n, n), or one each, (b, n, n).
+
+    Attributes:
+        original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
+        hessian: the same in the rotated basis.
+        sides: signs and block of the rotation of the inputs; None where there is none.
+    """
+
+    original: np.ndarray
+    hessian: Array
+    sides: tuple[np.ndarray, int] | None
+    damping: float
+    _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool) -> Metric:
+        n = hessians.shape[-1]
+        peak = np.abs(hessians).max(axis=(1, 2))
+        original = np.asarray(hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0))))[:, None, None], np.float32)
+        sides = (hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
+        return cls(original, turned(original, sides), sides, config.damping)
+
+    def of(self, i: int) -> np.ndarray:
+        """H of one matrix of the batch, as given."""
+        return self.original[min(i, len(self.original) - 1)]
+
+    def factor(self, width: int) -> Array:
+        """F of LDLQ at `width` columns a block."""
+        return self._made(width)[0]
+
+    def echo(self, width: int) -> np.ndarray:
+        """φ: what feedback with that factor adds to what is rounded."""
+        return self._made(width)[1]
+
+    def _made(self, width: int) -> tuple[Array, np.ndarray]:
+        if width not in self._factors:
+            factor = ldl(self.hessian, self.damping, width)
+            self._factors[width] = factor, np.asarray(echo(factor))
+        return self._factors[width]
+
+
+def turned(hessian: np.ndarray, sides: tuple[np.ndarray, int] | None) -> Array:
+    """V H Vᵀ."""
+    return _turn(jnp.asarray(hessian), *sides) if sides else jnp.asarray(hessian)
+
+
+@partial(jax.jit, static_argnames=("block",))
+def _turn(hessian: Array, sign: Array, block: int) -> Array:
+    return hadamard.rotate_hessian(hessian, sign, block)
+
+
+@partial(jax.jit, static_argnames=("width",))
+def ldl(hessian: Array, damping: float, width: int) -> Array:
+    """F of the damped H, padded to whole blocks."""
+    return feedback(pad_metric(damped(hessian, damping), width), width)[0]
+
+
+def outlier_channels(hessians: np.ndarray, count: int) -> np.ndarray:
+    """H restricted to the `count` input channels of the largest mean square, zero elsewhere: (b, n, n)."""
+    diagonal = np.diagonal(hessians, axis1=-2, axis2=-1)
+    kept = np.zeros_like(diagonal)
+    np.put_along_axis(kept, np.argsort(-diagonal, axis=-1)[:, :count], 1.0, axis=-1)
+    return hessians * kept[:, :, None] * kept[:, None, :]
