@@ -39,7 +39,7 @@ def test_text_round_trip(text, canonical):
 # spec, (out, in), bytes by hand
 BYTES = [
     ("trellis-2", (16, 16), 64 + 4),  # one walk of 256 weights; g
-    ("trellis-2", (17, 33), 2 * 3 * 64 + 4),  # edges fill whole walks
+    ("trellis-2", (17, 33), 1 * 5 * 64 + 4),  # edges fill whole walks
     ("trellis-2.25", (32, 48), 6 * 72 + 4),
     ("trellis-1.0625", (16, 32), 2 * 34 + 4),
     ("int-4", (5, 7), 5 * 4 + 5 * 2 + 4),  # 28 bits a row are 4 bytes; a scale a row

@@ -166,7 +166,7 @@ def test_torch_decodes_as_dense(index, monkeypatch):
 def parts_of_spec(matrix):
     """(name, quantizer, rows, cols) of everything that is stored on a grid."""
     (rows, cols), spec, state_bits = matrix.shape, matrix.spec, matrix.layout.state_bits
-    parts = [("backbone", spec.quantizer(state_bits), rows, cols)] if spec.backbone != "none" else []
+    parts = [("backbone", spec.quantizer(state_bits, (rows, cols)), rows, cols)] if spec.backbone != "none" else []
     if spec.rank:
         left, right = spec.factor_quantizers(state_bits)
         parts += [("left", left, spec.rank, rows), ("right", right, spec.rank, cols)]

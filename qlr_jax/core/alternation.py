@@ -41,15 +41,11 @@ class Problem:
     backbone: Quantizer
     mask: Array | None
 
-    @property
-    def hessian(self) -> Array:
-        return self.metric.hessian
-
     @classmethod
     def make(cls, weights: np.ndarray, metric: Metric, spec: Spec, seed: int, config: SolverConfig) -> Problem:
         m, n = weights.shape[1:]
         layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
-        backbone = spec.quantizer(config.state_bits)
+        backbone = spec.quantizer(config.state_bits, (m, n))
         size = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=(1, 2)))
         size = np.where(size > 0, size, 1.0)
         if not backbone.unit:  # a power of two leaves scales exact for formats that store no g
@@ -143,7 +139,7 @@ def init(problem: Problem) -> State:
     if config.start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
         factors, _, _ = _fit(problem, problem.weight, basis, 1)
         return replace(state, now=replace(now, factors=factors), basis=basis)
-    metric, plain = problem.hessian, config.factor_rounding == "plain"
+    metric, plain = problem.metric.regular, config.factor_rounding == "plain"
     if config.start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
         metric, plain = jnp.eye(n)[None], True
     elif config.start == "outliers":
@@ -246,10 +242,10 @@ def _fit(
     """Factors of W − Q in H, or their start in another metric."""
     config = problem.config
     left, right = problem.spec.factor_quantizers(config.state_bits)
-    factors, basis, left_over = fit_factors(
+    factors, basis = fit_factors(
         problem.weight,
         q,
-        problem.hessian if metric is None else metric,
+        problem.metric.regular if metric is None else metric,
         problem.metric.factor(column_block(right)),
         basis,
         problem.mask,
@@ -260,7 +256,12 @@ def _fit(
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
-    return factors, basis, _relative(left_over, problem.energy)
+    return factors, basis, _error(problem.weight, q, factors, problem.metric.hessian, problem.energy)
+
+
+@jax.jit
+def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array) -> Array:
+    return _relative(quadratic(weight - q - factors.product(), hessian), energy)
 
 
 @jax.jit

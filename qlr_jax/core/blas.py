@@ -17,6 +17,7 @@ def one_blas_thread() -> Iterator[None]:
         ...     pass
     """
     try:
+        import scipy.linalg  # noqa: F401  loads the BLAS that JAX uses: only what is loaded can be limited
         from threadpoolctl import threadpool_limits
     except ImportError:
         yield

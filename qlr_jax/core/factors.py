@@ -61,7 +61,7 @@ def fit_factors(
     inner: int,
     plain: bool = False,
     one_scale: bool = False,
-) -> tuple[Factors, Array, Array]:
+) -> tuple[Factors, Array]:
     """Rounded factors of A = W − Q: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
 
     Start from the rank-constrained optimum (`top_subspace`), then in turn R ← (LᵀL)⁻¹LᵀA, rounded in the metric H, and
@@ -78,7 +78,7 @@ def fit_factors(
         one_scale: one scale for all components, where a grid has none of its own.
 
     Returns:
-        The factors, the basis for a warm start, and tr((A − L R) H (A − L R)ᵀ).
+        The factors, and the basis for a warm start.
     """
     target, k = weight - backbone, mask.shape[0]
     left_family, right_family = families
@@ -94,11 +94,13 @@ def fit_factors(
         right, right_codes, right_scales = _round_right(wanted, right_feedback, right_family, data[1], one_scale)
         right = right * mask[:, None]
         wanted, metric = refit_left(target, right, hessian, mask)
+        ideal = wanted * mask
         left, component, left_codes, left_scales = _round_left(
-            wanted * mask, metric, mask, left_family, data[0], own_scales, plain, one_scale
+            ideal, metric, mask, left_family, data[0], own_scales, plain, one_scale
         )
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
-        return new, quadratic(target - new.product(), hessian)
+        # the loss less tr(A H Aᵀ), by Pythagoras about the best L: cheaper by far than the loss itself
+        return new, quadratic(left - ideal, metric) - quadratic(ideal, metric)
 
     def again(state: tuple[Array, Factors, Array], _: None) -> tuple[tuple[Array, Factors, Array], None]:
         left, best, least = state
@@ -110,8 +112,8 @@ def fit_factors(
     # the first round runs inside the scan too: one compilation of the roundings, whatever `inner` is
     shapes = jax.eval_shape(pair, start)[0]
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (_, best, least), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
-    return best, basis, least
+    (_, best, _), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
+    return best, basis
 
 
 def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool) -> tuple[Array, Array, Grid]:

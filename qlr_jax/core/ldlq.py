@@ -13,7 +13,7 @@ from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.typing import Array, Float
 
 EXACT = 256
-ELEMENT_BLOCK = 32  # columns that an elementwise grid handles between two updates of the feedback
+GROUP = 64  # columns that are rounded, at most, between two products with all of the error so far
 
 
 @partial(jax.jit, static_argnames=("block",))
@@ -103,38 +103,34 @@ def ldlq(
         values on the grid, and the codes as `pack` takes them.
     """
     n, lead = weight.shape[-1], weight.ndim - 1
-    elementwise = family.tile == (1, 1)
-    width = next(w for w in range(min(ELEMENT_BLOCK, n), 0, -1) if n % w == 0) if elementwise else column_block(family, transposed)
+    width = column_block(family, transposed)
+    group = next(w for w in range(width * max(GROUP // width, 1), 0, -width) if n % w == 0)
 
-    def round_elements(target: Array, original: Array, local: Grid, part: Array) -> tuple[Array, Array]:
-        def one(error: Array, j: Array) -> tuple[Array, tuple[Array, Array]]:
-            into = lax.dynamic_slice_in_dim(part, j, 1, axis=-1)
-            aim = lax.dynamic_slice_in_dim(target, j, 1, axis=-1) + jnp.matmul(error, into, precision="highest")
-            value, code = family.round_block(aim, tuple(_columns(g, j, 1) for g in local), data, transposed)
-            missed = lax.dynamic_slice_in_dim(original, j, 1, axis=-1) - value
-            return lax.dynamic_update_slice_in_dim(error, missed, j, axis=-1), (value[..., 0], code[..., 0])
-
-        _, (values, codes) = lax.scan(one, jnp.zeros_like(target), jnp.arange(width - 1, -1, -1))
-        return jnp.moveaxis(values[::-1], 0, -1), jnp.moveaxis(codes[::-1], 0, -1)
-
-    def step(error: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
-        start = block * width
-        into = lax.dynamic_slice_in_dim(factor, start, width, axis=-1)
-        original = lax.dynamic_slice_in_dim(weight, start, width, axis=-1)
-        # `error` is still zero in this block and before it
+    def round_group(error: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
+        start = number * group
+        into = lax.dynamic_slice_in_dim(factor, start, group, axis=-1)
+        original = lax.dynamic_slice_in_dim(weight, start, group, axis=-1)
+        # `error` is still zero in this group and before it
         target = original + jnp.matmul(error, into, precision="highest")
-        local = tuple(_columns(g, start, width) for g in grid)
-        if elementwise:
-            value, code = round_elements(target, original, local, lax.dynamic_slice_in_dim(into, start, width, axis=-2))
-        else:
-            value, code = family.round_block(target, local, data, transposed)
-        return lax.dynamic_update_slice_in_dim(error, original - value, start, axis=-1), (value, code)
+        within = lax.dynamic_slice_in_dim(into, start, group, axis=-2)
+        local = tuple(_columns(g, start, group) for g in grid)
 
-    _, (values, codes) = lax.scan(step, jnp.zeros_like(weight), jnp.arange(n // width - 1, -1, -1))
-    values = jnp.moveaxis(values[::-1], 0, -2).reshape(weight.shape)
-    # (blocks, *b, m, width) for elements, (blocks, *b, m / height, 256) for walks
-    codes = jnp.moveaxis(codes[::-1], 0, lead)
-    codes = codes.reshape(weight.shape) if elementwise else codes
+        def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
+            at = block * width
+            part = lax.dynamic_slice_in_dim(within, at, width, axis=-1)
+            aim = lax.dynamic_slice_in_dim(target, at, width, axis=-1) + jnp.matmul(missed, part, precision="highest")
+            value, code = family.round_block(aim, tuple(_columns(g, at, width) for g in local), data, transposed)
+            new = lax.dynamic_slice_in_dim(original, at, width, axis=-1) - value
+            return lax.dynamic_update_slice_in_dim(missed, new, at, axis=-1), (value, code)
+
+        missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(group // width - 1, -1, -1))
+        return lax.dynamic_update_slice_in_dim(error, missed, start, axis=-1), (values[::-1], codes[::-1])
+
+    _, (values, codes) = lax.scan(round_group, jnp.zeros_like(weight), jnp.arange(n // group - 1, -1, -1))
+    values, codes = (a[::-1].reshape(-1, *a.shape[2:]) for a in (values, codes))  # groups × blocks -> blocks
+    values = jnp.moveaxis(values, 0, -2).reshape(weight.shape)
+    codes = jnp.moveaxis(codes, 0, lead)  # (*b, m / height, blocks, codes a tile)
+    codes = codes.reshape(weight.shape) if family.tile == (1, 1) else codes
     return values, jnp.swapaxes(codes, lead - 1, lead) if transposed else codes
 
 

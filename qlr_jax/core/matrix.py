@@ -76,7 +76,7 @@ class QLRMatrix:
         """g · Q (m, n) in the rotated basis."""
         rows, cols = self.shape
         scale = self.arrays["scale"][0] if "scale" in self.arrays else 1.0
-        return scale * self.spec.quantizer(self.layout.state_bits).decode(self.part("backbone"), rows, cols)
+        return scale * self.spec.quantizer(self.layout.state_bits, self.shape).decode(self.part("backbone"), rows, cols)
 
     def factors(self) -> tuple[Array, Array]:
         """g · L diag(s) (m, rank) and R (rank, n), in the rotated basis."""

@@ -22,12 +22,14 @@ class Metric:
 
     Attributes:
         original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
-        hessian: the same in the rotated basis.
+        hessian: the same in the rotated basis: what results are judged in.
+        regular: the same, damped: what factors are fitted in.
         sides: signs and block of the rotation of the inputs; None where there is none.
     """
 
     original: np.ndarray
     hessian: Array
+    regular: Array
     sides: tuple[np.ndarray, int] | None
     damping: float
     _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
@@ -38,7 +40,8 @@ class Metric:
         peak = np.abs(hessians).max(axis=(1, 2))
         original = np.asarray(hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0))))[:, None, None], np.float32)
         sides = (hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
-        return cls(original, turned(original, sides), sides, config.damping)
+        hessian = turned(original, sides)
+        return cls(original, hessian, damped(hessian, config.damping), sides, config.damping)
 
     def of(self, i: int) -> np.ndarray:
         """H of one matrix of the batch, as given."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from qlr_jax.core.quantizers import Nothing, Quantizer, parse_quantizer, stored_bytes
-from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
+from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS, HEIGHTS, walk_height
 from qlr_jax.errors import QLRError
 
 _PATTERN = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
@@ -71,9 +71,9 @@ class Spec:
             text += f"+r{self.rank}@{self.left}" + (f",{self.right}" if self.right != self.left else "")
         return text
 
-    def quantizer(self, state_bits: int = DEFAULT_STATE_BITS) -> Quantizer:
-        """The grid of Q."""
-        return parse_quantizer(self.backbone, state_bits=state_bits)
+    def quantizer(self, state_bits: int = DEFAULT_STATE_BITS, shape: tuple[int, int] | None = None) -> Quantizer:
+        """The grid of Q, of a matrix of `shape` (out, in) where its tiles matter."""
+        return parse_quantizer(self.backbone, tile_rows=walk_height(*shape) if shape else HEIGHTS[0], state_bits=state_bits)
 
     def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
         """The grids of Lᵀ (rank, m) and R (rank, n); a trellis lays its walks across 4 components, where 4 divides the rank."""
@@ -98,7 +98,7 @@ class Spec:
         rows, cols = shape
         if self.rank > min(shape):
             raise QLRError(f"{self}: rank {self.rank} is larger than the {rows} × {cols} matrix allows; pass at most {min(shape)}")
-        total = stored_bytes(self.quantizer(), rows, cols) + SCALE_BYTES * self.has_scale
+        total = stored_bytes(self.quantizer(shape=shape), rows, cols) + SCALE_BYTES * self.has_scale
         if self.rank:
             left, right = self.factor_quantizers()
             total += stored_bytes(left, self.rank, rows) + stored_bytes(right, self.rank, cols)

@@ -36,8 +36,8 @@ TILE_WEIGHTS = 2**19
 TILE_BYTES = 32 * TILE_WEIGHTS  # peak of a tile while it is decoded, its float32 values included
 
 # A folder records the codes that it was made with, and others are refused.
-# The trellis: weights a walk, rows it covers in Q and (at most) in a factor, constants of its hash.
-TRELLIS = {"length": 256, "rows": 16, "factor_rows": 4, "multiplier": 2847382671, "addend": 1201005453}
+# The trellis: weights a walk, rows it may cover in Q and (at most) in a factor, constants of its hash.
+TRELLIS = {"length": 256, "rows": [64, 32, 16], "factor_rows": 4, "multiplier": 2847382671, "addend": 1201005453}
 LENGTH = TRELLIS["length"]
 # The lattice: by bits, the scale of its first stage, and of the second within it; checksums of its tables (in quarters, int8).
 LATTICE = {
@@ -328,6 +328,12 @@ class TrellisPart(Part):
         return rows[: stop - start, : self.cols]
 
 
+def walk_height(rows: int, cols: int) -> int:
+    """Rows that a walk of a backbone covers: the tallest that pads at most a thirty-second more than the best."""
+    walks = {height: -(-rows // height) * -(-cols * height // LENGTH) for height in TRELLIS["rows"]}
+    return next(height for height in TRELLIS["rows"] if 32 * walks[height] <= 33 * min(walks.values()))
+
+
 _QUANTIZER = re.compile(r"(?P<kind>int|nf|e8|trellis)-(?P<bits>[0-9.]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
 _SPEC = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
 
@@ -373,7 +379,7 @@ class QLRLinear(Stored):
         self.out_features, self.in_features = rows, cols = int(shape[0]), int(shape[1])
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
-        self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, TRELLIS["rows"], state_bits)
+        self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, walk_height(rows, cols), state_bits)
         self.rotated = bool(match["rot"]) or (self.backbone is not None and self.backbone.unit)
         if backbone != "bf16" or self.rank:
             self.store("scale", (1,), torch.float32)

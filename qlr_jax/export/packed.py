@@ -29,7 +29,7 @@ _SAMPLE = Spec.parse("trellis-2+r256@trellis-2")
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
     "length": trellis.LENGTH,
-    "rows": _SAMPLE.quantizer().tile[0],
+    "rows": list(trellis.HEIGHTS),
     "factor_rows": _SAMPLE.factor_quantizers()[0].tile[0],
     "multiplier": trellis.MULTIPLIER,
     "addend": trellis.ADDEND,
@@ -166,7 +166,7 @@ def array_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         {'backbone.codes': (8, 32), 'backbone.scales': (8, 2), 'scale': (1,)}
     """
     (rows, cols), spec = layout.shape, Spec.parse(layout.spec)
-    parts = {"backbone": (spec.quantizer(layout.state_bits), rows, cols)}
+    parts = {"backbone": (spec.quantizer(layout.state_bits, (rows, cols)), rows, cols)}
     if spec.rank:
         left, right = spec.factor_quantizers(layout.state_bits)
         parts |= {"left": (left, spec.rank, rows), "right": (right, spec.rank, cols)}

@@ -2,8 +2,8 @@
 
 Rounding with feedback leaves tr(E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n: D the grid's mean squared error on a unit
 Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.echo`), D_H the diagonal of the LDLᵀ factor of H (QuIP,
-arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly). With factors X = W − L̂ R̂, so rank pays through
-‖W‖² − ‖U_rᵀ W‖², and coarse factors take a part of that back.
+arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly). With factors X = W − L̂ R̂, so rank pays through the
+singular values of W, and coarse factors take a part of that back.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from qlr_jax.core.quantizers import Nothing, Quantizer, Trellis
 from qlr_jax.core.quantizers.trellis import gaussian_error
 from qlr_jax.core.spec import Spec
 
-BLOCK = 16
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -36,8 +34,8 @@ class Profile:
         shape: (out, in).
         energy: tr(W H Wᵀ).
         size: ‖W‖².
-        captured: ‖u_kᵀ W‖² for the leading eigenvectors u_k of W H Wᵀ, (k,).
-        explained: their eigenvalues, (k,): what each component takes from `energy`.
+        captured: the leading squared singular values of W, (k,): what each component takes from `size`.
+        explained: the leading eigenvalues of W H Wᵀ, (k,): what each component takes from `energy`.
         noise: tr(D_H) / n of the damped, rotated H.
         echo: φ of its feedback.
     """
@@ -58,12 +56,14 @@ def profile(
     m, n = weight.shape
     w, h = jnp.asarray(weight, jnp.float32)[None], jnp.asarray(hessian, jnp.float32)[None]
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
-    basis, values = top_subspace(w, h, jnp.asarray(start_basis(m, columns, 0))[None], 3)
-    captured = jnp.sum(jnp.square(jnp.matmul(jnp.swapaxes(basis, -1, -2), w, precision="highest")), axis=-1)
+    start = jnp.asarray(start_basis(m, columns, 0))[None]
+    _, values = top_subspace(w, h, start, 3)
+    _, captured = top_subspace(w, jnp.eye(n)[None], start, 3)
     turned = hadamard.rotate_hessian(h, hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, block))
-    factor, trace = feedback(pad_metric(damped(turned, damping), BLOCK), BLOCK)
+    width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile[1]
+    factor, trace = feedback(pad_metric(damped(turned, damping), width), width)
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
-    padding = (-n % BLOCK) * float(jnp.trace(damped(h, damping)[0])) / n
+    padding = (-n % width) * float(jnp.trace(damped(h, damping)[0])) / n
     return Profile(
         (m, n),
         max(float(quadratic(w, h)[0]), 0.0),
