@@ -27,10 +27,8 @@ GRIDS = ["bf16", "int-3g16a", "nf-3g16", "e8-2", "e8-3", "e8-4", "trellis-2.25"]
 def lowered(function, *arguments, **static):
     """The module for both platforms: one text, checked by JAX as it is made."""
     # factorizations call vendor libraries, which JAX does not promise to keep: here they only have to exist
-    calls = [
-        export.DisabledSafetyCheck.custom_call(name)
-        for name in ("cusolver_geqrf_ffi", "cusolver_orgqr_ffi", "cusolver_syevd_ffi", "cusolver_potrf_ffi", "Qr", "ProductOfElementaryHouseholderReflectors")
-    ]  # fmt: skip
+    vendor = ("cusolver_geqrf_ffi", "cusolver_orgqr_ffi", "cusolver_syevd_ffi", "cusolver_potrf_ffi", "Qr")
+    calls = [export.DisabledSafetyCheck.custom_call(name) for name in (*vendor, "ProductOfElementaryHouseholderReflectors")]
     made = export.export(jax.jit(function, static_argnames=tuple(static)), platforms=["tpu", "cuda"], disabled_checks=calls)
     module = made(*arguments, **static)
     assert set(module.platforms) == {"tpu", "cuda"}

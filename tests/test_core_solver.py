@@ -169,7 +169,7 @@ def test_one_hessian_for_all_equals_one_each(main, monkeypatch):
     weights = {k: normal(*SHAPE, seed=i).astype(np.float32) for i, k in enumerate("qk")}
     hessian = main[1].astype(np.float32)
     each = solve_batch(np.stack(list(weights.values())), np.stack([hessian] * 2), "int-4/rot")
-    monkeypatch.setattr(batch, "ROWS_TOGETHER", 32)  # so that these count as large
+    monkeypatch.setattr(batch, "SMALL", 32)  # so that these count as large
     made = []
     monkeypatch.setattr(batch.Metric, "make", lambda *a, make=Metric.make: made.append(a) or make(*a))
     problems = {k: (w, hessian, "int-4/rot") for k, w in weights.items()} | {"v": (weights["q"], hessian, "bf16/rot")}

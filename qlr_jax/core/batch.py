@@ -15,7 +15,7 @@ from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
 Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str]]
-ROWS_TOGETHER = 1024  # rows that keep a trellis search busy: smaller matrices are batched up to this many, whatever their H
+SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
 
 def solve_many(
@@ -69,15 +69,11 @@ def solve_many(
     return solved
 
 
-def _size(weight: np.ndarray) -> int:
-    return max(1, ROWS_TOGETHER // weight.shape[0])
-
-
 def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
     """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
     groups: dict[tuple[tuple[int, ...], str], list[Key]] = defaultdict(list)
     for key, (weight, _, spec) in problems.items():
-        if _size(weight) > 1:
+        if len(weight) < SMALL:
             groups[weight.shape, str(spec)].append(key)
     for (shape, _), keys in groups.items():
         size = ROWS_TOGETHER // shape[0]
@@ -88,6 +84,6 @@ def _large(problems: Problems[Key]) -> list[list[Key]]:
     """Batches of large matrices that share Hessian, shape and spec; those of one Hessian follow each other."""
     by_hessian: dict[int, dict[tuple[tuple[int, ...], str], list[Key]]] = defaultdict(lambda: defaultdict(list))
     for key, (weight, hessian, spec) in problems.items():
-        if _size(weight) == 1:
+        if len(weight) >= SMALL:
             by_hessian[id(hessian)][weight.shape, str(spec)].append(key)
     return [keys for groups in by_hessian.values() for keys in groups.values()]
