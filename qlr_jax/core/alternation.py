@@ -46,11 +46,11 @@ class Problem:
         m, n = weights.shape[1:]
         layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
         backbone = spec.quantizer(config.state_bits, (m, n))
-        size = np.sqrt(np.mean(np.square(weights, dtype=np.float64), axis=(1, 2)))
+        size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
         size = np.where(size > 0, size, 1.0)
         if not backbone.unit:  # a power of two leaves scales exact for formats that store no g
             size = 2.0 ** np.round(np.log2(size)) if spec.has_scale else np.ones_like(size)
-        weight = jnp.asarray(np.asarray(weights / size[:, None, None], np.float32))
+        weight = jnp.asarray(weights / size.astype(np.float32)[:, None, None])
         if metric.sides is not None:
             (u, u_block), (v, v_block) = hadamard.sides((m, n), seed, config.rotation_block)
             weight = _rotated(weight, u, v, (u_block, v_block))
@@ -275,7 +275,8 @@ def _judge(state: State, candidate: Candidate, error: Array) -> State:
     found = np.asarray(error)
     if state.best is None:
         return replace(state, now=candidate, error=found, best=candidate, best_error=found)
-    best = _choose(found < state.best_error, candidate, state.best)
+    better = found < state.best_error
+    best = candidate if better.all() else _choose(better, candidate, state.best) if better.any() else state.best
     return replace(state, now=candidate, error=found, best=best, best_error=np.minimum(found, state.best_error))
 
 

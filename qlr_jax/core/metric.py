@@ -38,7 +38,7 @@ class Metric:
     def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool) -> Metric:
         n = hessians.shape[-1]
         peak = np.abs(hessians).max(axis=(1, 2))
-        original = np.asarray(hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0))))[:, None, None], np.float32)
+        original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
         sides = (hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
         hessian = turned(original, sides)
         return cls(original, hessian, damped(hessian, config.damping), sides, config.damping)

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlr_jax.core.alternation import Candidate, Problem, State, improve_backbone, init, step
+from qlr_jax.core.alternation import Candidate, Problem, improve_backbone, init, step
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
 from qlr_jax.core.config import SolverConfig
@@ -102,7 +102,7 @@ def solve_batch(
     state = init(problem)
     if spec.rank == 0:
         state = improve_backbone(problem, state)
-        return _finish(problem, state, [state.error], converged=True)
+        return _finish(problem, state.best, [state.error], converged=True)
     history, converged = [], False
     for _ in range(config.iterations):
         before = state.best_error
@@ -114,12 +114,14 @@ def solve_batch(
         converged = bool(np.all((gained < config.tolerance) | hopeless))
         if converged and config.tolerance > 0:
             break
-    return _finish(problem, state, history, converged)
+    best = state.best
+    del state  # decoding needs the room
+    return _finish(problem, best, history, converged)
 
 
-def _finish(problem: Problem, state: State, history: Sequence[np.ndarray], converged: bool) -> list[Solution]:
+def _finish(problem: Problem, found: Candidate, history: Sequence[np.ndarray], converged: bool) -> list[Solution]:
     spec, backbone, solutions = problem.spec, problem.backbone, []
-    best = jax.tree.map(np.asarray, state.best)
+    best = jax.tree.map(np.asarray, found)
     for i in range(problem.weight.shape[0]):
         inner, original = float(best.scale[i]), problem.original[i]
         if inner == 0 and original.any():  # the factors leave nothing to Q; g is theirs too and must not erase them

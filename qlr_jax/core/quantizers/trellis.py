@@ -9,6 +9,7 @@ number of new bits may change from weight to weight (2, 2, 2, 3, … gives 2.25)
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -124,8 +125,11 @@ class Trellis:
 
     def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
         step, place = self._bits_of()
-        bits = (np.asarray(codes)[..., step] >> place) & 1
-        return {"codes": np.packbits(bits.astype(np.uint8), axis=-1)}
+        codes = np.asarray(codes)
+        packed = np.empty((*codes.shape[:-1], len(step) // 8), np.uint8)
+        for part in slabs(codes.shape):  # a bit takes two bytes before it is packed
+            packed[part] = np.packbits(((codes[part][..., step] >> place) & 1).astype(np.uint8), axis=-1)
+        return {"codes": packed}
 
     def _bits_of(self) -> tuple[np.ndarray, np.ndarray]:
         """For every bit of the stream: the weight it belongs to, and its place in that weight's state (0 is the newest)."""
@@ -135,9 +139,21 @@ class Trellis:
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         height, width = self.tile
         down, across = self.tiles(rows, cols)
-        states = read_states(arrays["codes"], self.ends, self.state_bits)
-        values = code_values(states, self.gain).reshape(down, across, height, width)
-        return jnp.swapaxes(values, 1, 2).reshape(down * height, across * width)[:rows, :cols]
+        stream = arrays["codes"]
+
+        def of(part: slice) -> Array:
+            values = code_values(read_states(stream[part], self.ends, self.state_bits), self.gain)
+            return jnp.swapaxes(values.reshape(-1, across, height, width), 1, 2).reshape(-1, across * width)
+
+        if isinstance(stream, jax.core.Tracer):
+            return of(slice(None))[:rows, :cols]
+        return jnp.concatenate([of(part) for part in slabs((down, across, LENGTH))])[:rows, :cols]
+
+
+def slabs(shape: tuple[int, ...]) -> list[slice]:
+    """Parts of the first axis of walks, of about a million weights each: what is computed op by op needs several times its size."""
+    step = max(1, 2**20 // math.prod(shape[1:]))
+    return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, "*b 256"]:
