@@ -24,13 +24,13 @@ from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.objective import checked_hessian, checked_weight
+from qlr_jax.core.objective import checked_weight
 from qlr_jax.core.solver import Solution
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, compare, divergence, reference
 from qlr_jax.export.files import refuse_occupied
 from qlr_jax.export.packed import load, read_config, read_matrices, save_packed
-from qlr_jax.models import Llama, find_folder, input_of, load_model, load_tokenizer
+from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
 from qlr_jax.progress import Progress, silent
 from qlr_jax.recipe import Recipe
 from qlr_jax.report.record import Record
@@ -142,10 +142,7 @@ def _run(
 
     with clock.stage("calibrate"):
         tokens = calibration_tokens(texts[0], tokenizer, original, recipe, weights)
-        blocks = original.config.num_hidden_layers
-        with progress.stage("calibrating", total=blocks) as stage:
-            statistics = calibrating.hessians(original, tokens, progress=lambda done, _: stage.advance(note=f"layer {done - 1}"))
-        hessians = {name: checked_hessian(statistics[input_of(name)], w.shape[1]) for name, w in weights.items()}
+        hessians = calibrating.matrix_hessians(original, tokens, list(weights), recipe.hessians, progress)
         sample = reference(original, spread(tokens, recipe.measure_tokens))
 
     with clock.stage("measure"):
@@ -256,12 +253,8 @@ def spread(rows: np.ndarray, tokens: int) -> np.ndarray:
 
 def solver_config(recipe: Recipe, state_bits: int | None = None) -> SolverConfig:
     """The solver's part of a recipe."""
-    return SolverConfig(
-        iterations=recipe.iterations,
-        damping=recipe.damping,
-        state_bits=state_bits or recipe.state_bits,
-        rotation_block=recipe.rotation_block,
-    )
+    options = {"damping": recipe.damping, "state_bits": state_bits or recipe.state_bits, "rotation_block": recipe.rotation_block}
+    return SolverConfig.make(options | ({"iterations": recipe.iterations} if recipe.iterations else {}), recipe.preset)
 
 
 def allocate(table: allocators.OptionTable, budget: str, progress: Progress) -> dict[str, allocators.Allocation]:

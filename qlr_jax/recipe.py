@@ -35,13 +35,15 @@ class Recipe:
     state_bits: int = _field(12, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")
     search_state_bits: int = _field(8, "of the trellis while options are measured")
     rotation_block: int = _field(0, "width of the Hadamard blocks, 0 = the whole width")
-    iterations: int = _field(4, "alternations between Q and L R, at most")
+    preset: str | None = _field(None, "of the solver; paper = CALDERA as published, for backbones [e8-2] and factors e8-4")
+    iterations: int | None = _field(None, "alternations between Q and L R, at most; null = the preset's (4; paper 15)")
     damping: float = _field(0.01, "share of the Hessian's mean diagonal that is added to it")
     backbones: tuple[str, ...] = _field(("trellis-1..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
     ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
     factors: str = _field("trellis-4", "the grid of L and R, or both of them: 'int-8,bf16'")
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
     exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
+    hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
@@ -70,6 +72,8 @@ class Recipe:
             raise QLRError(
                 f"recipe: rotation_block {self.rotation_block} is no power of two; give 64, 128, 256, or 0 (the whole width)"
             )
+        _check_preset(self.preset)
+        _check_hessians(self.hessians)
         _check_options(self.backbones, self.ranks, self.factors)
         _check_budget(self.budget)
 
@@ -165,12 +169,29 @@ def _converted(name: str, kind: str, value: Any) -> Any:
     else:
         if isinstance(value, str) and value.strip():
             return value.strip()
-        wanted = "a text such as " + {"budget": "2.25bpw", "factors": "trellis-4", "backbones": "trellis-2"}.get(name, "'*.mlp.*'")
+        examples = {"budget": "2.25bpw", "factors": "trellis-4", "backbones": "trellis-2", "hessians": "plain"}
+        wanted = "a text such as " + examples.get(name, "'*.mlp.*'")
     raise QLRError(f"recipe: {name} is {value!r}; give {wanted}")
 
 
+def _check_preset(preset: str | None) -> None:
+    from qlr_jax.core.config import SolverConfig
+
+    try:
+        SolverConfig.make({}, preset)
+    except QLRError as error:
+        raise QLRError(f"recipe: {error}") from None
+
+
+def _check_hessians(hessians: str) -> None:
+    from qlr_jax.calibration import WEIGHTINGS  # brings JAX along, which a recipe's mere definition does not need
+
+    if hessians not in WEIGHTINGS:
+        raise QLRError(f"recipe: hessians {hessians!r} is not known; give one of {', '.join(WEIGHTINGS)}")
+
+
 def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: str) -> None:
-    from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, which a recipe's mere definition does not need
+    from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, as above
 
     for name, values in (("backbones", backbones), ("ranks", ranks)):
         if not values:

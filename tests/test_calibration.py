@@ -5,9 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlr_jax.calibration import calibration_tokens, hessians, output_gradients, read_text, split_of, standard_library
+from qlr_jax.calibration import (
+    WEIGHTINGS,
+    calibration_tokens,
+    hessians,
+    matrix_hessians,
+    output_gradients,
+    read_text,
+    split_of,
+    squared_gradients,
+    standard_library,
+    token_weights,
+)
 from qlr_jax.errors import QLRError
-from qlr_jax.models import Llama, LlamaConfig, input_names, linear_names
+from qlr_jax.models import Llama, LlamaConfig, input_names, input_of, linear_names
 
 SMALL = LlamaConfig(
     vocab_size=48, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -95,8 +106,9 @@ def test_calibration_tokens():
 # --- Hessians --------------------------------------------------------------------------------------------------------------
 
 
-def oracle(model, tokens, w):
-    """H in float64 from the inputs of one whole forward pass."""
+@pytest.fixture(scope="module")
+def oracle(model, tokens):
+    """H of an input under token weights w, in float64, from the inputs of one whole forward pass."""
 
     @jax.jit
     def inputs(model):
@@ -105,20 +117,35 @@ def oracle(model, tokens, w):
         return seen
 
     seen = {name: np.asarray(x, np.float64) for name, x in inputs(model).items()}
-    return {name: np.einsum("bt,bti,btj->ij", w, x, x) / w.sum() for name, x in seen.items()}
+    return lambda name, w: np.einsum("bt,bti,btj->ij", w, seen[name], seen[name]) / w.sum()
+
+
+def assert_is(found, want):
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, found.T)
+    np.testing.assert_allclose(found, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_hessians_equal_oracle(model, tokens, batch, weighted):
+def test_hessians_equal_oracle(model, tokens, oracle, batch, weighted):
     w = np.random.default_rng(1).exponential(size=tokens.shape) if weighted else None
     steps = []
     found = hessians(model, tokens, batch=batch, weights=w, progress=lambda done, of: steps.append((done, of)))
     assert list(found) == input_names(SMALL) and steps == [(1, 2), (2, 2)]
-    for name, h in oracle(model, tokens, np.ones(tokens.shape) if w is None else w).items():
-        assert found[name].dtype == np.float32
-        np.testing.assert_array_equal(found[name], found[name].T)
-        np.testing.assert_allclose(found[name], h, rtol=1e-4, atol=1e-5 * np.abs(h).max())
+    for name, h in found.items():
+        assert_is(h, oracle(name, np.ones(tokens.shape) if w is None else w))
+
+
+def test_hessians_of_named_weights_equal_oracle(model, tokens, oracle):
+    """An input under weights of its own beside two of its layers under theirs, in any order; what is not named is not computed."""
+    rng, prefix = np.random.default_rng(2), "model.layers.1."
+    names = [prefix + n for n in ("self_attn.v_proj", "self_attn.qkv", "mlp.down_proj", "self_attn.q_proj")]
+    w = {name: 10.0 ** rng.uniform(-3, 3, tokens.shape) for name in names}
+    found = hessians(model, tokens, batch=2, weights=w)
+    assert list(found) == names
+    for name in names:
+        assert_is(found[name], oracle(name if name in input_names(SMALL) else input_of(name), w[name]))
 
 
 def test_one_compilation_serves_all_blocks_and_batches(model, tokens):
@@ -136,8 +163,11 @@ def test_hessian_refusals(model, tokens):
         hessians(model, tokens[0])
     with pytest.raises(QLRError, match="they must agree"):
         hessians(model, tokens, weights=np.ones((5, 8)))
-    with pytest.raises(QLRError, match="not all 0"):
-        hessians(model, tokens, weights=np.zeros(tokens.shape))
+    for bad in (np.zeros(tokens.shape), -np.ones(tokens.shape), np.full(tokens.shape, np.nan)):
+        with pytest.raises(QLRError, match=r"weights of model.layers.0.mlp.gate_up must be finite, at least 0, and not all 0"):
+            hessians(model, tokens, weights={"model.layers.0.mlp.gate_up": bad})
+    with pytest.raises(QLRError, match=r"'model.layers.2.mlp.up_proj', which this model does not have"):
+        hessians(model, tokens, weights={"model.layers.2.mlp.up_proj": np.ones(tokens.shape)})
     broken = jax.tree.map(lambda leaf: leaf, model)
     up = broken.linears()["model.layers.1.mlp.up_proj"].weight
     up.set_value(up.get_value().at[0, 0].set(jnp.inf))
@@ -145,10 +175,12 @@ def test_hessian_refusals(model, tokens):
         hessians(broken, tokens)
 
 
-# --- end-loss coefficients -------------------------------------------------------------------------------------------------
+# --- squared gradients of the end loss -------------------------------------------------------------------------------------
 
 
-def test_output_gradients_equal_explicit_perturbations(model, tokens):
+@pytest.fixture(scope="module")
+def perturbed(model, tokens):
+    """∂loss/∂(a perturbation added to the output) of every linear layer, float64: one whole backward pass of plain jax.grad."""
     shapes = {}
     jax.eval_shape(lambda: model(jnp.asarray(tokens), adjust=lambda name, y: shapes.setdefault(name, y)))
     shapes = {name: jnp.zeros(y.shape) for name, y in shapes.items()}
@@ -157,13 +189,73 @@ def test_output_gradients_equal_explicit_perturbations(model, tokens):
         logp = jax.nn.log_softmax(model(jnp.asarray(tokens), adjust=lambda name, y: y + bumps[name]))
         return -jnp.sum(logp[:, :-1] * jax.nn.one_hot(tokens[:, 1:], 48))
 
-    grads = jax.jit(jax.grad(loss))(shapes)
-    found = output_gradients(model, tokens, batch=2)  # the last batch is filled up
-    assert list(found) == linear_names(SMALL)
-    for name, g in grads.items():
-        np.testing.assert_allclose(found[name], np.mean(np.asarray(g, np.float64) ** 2), rtol=1e-4)
+    return {name: np.asarray(g, np.float64) for name, g in jax.jit(jax.grad(loss))(shapes).items()}
 
 
-def test_output_gradients_refuse(model, tokens):
-    with pytest.raises(QLRError, match=r"shape \(5, 1\)"):
-        output_gradients(model, tokens[:, :1])
+def test_squared_gradients_equal_explicit_perturbations(model, tokens, perturbed):
+    steps = []
+    found = squared_gradients(model, tokens, batch=2, progress=steps.append)  # the last batch is filled up
+    assert list(found) == linear_names(SMALL) and steps == [2, 2, 1]
+    means = output_gradients(model, tokens, batch=2)
+    assert list(means) == linear_names(SMALL)
+    for name, g in perturbed.items():
+        want = np.square(g).sum(-1)
+        np.testing.assert_allclose(found[name], want, rtol=1e-3, atol=1e-6 * want.max())
+        assert (found[name][:, -1] == 0).all() and (found[name][:, 1:-1] > 0).all()  # of one token alone q and k do not matter
+        np.testing.assert_allclose(means[name], np.mean(g**2), rtol=1e-4)
+
+
+def test_squared_gradients_compile_one_block_once(model, tokens):
+    from qlr_jax.calibration.gradients import _pull_back
+
+    _pull_back.clear_cache()
+    squared_gradients(model, tokens, batch=2)
+    assert _pull_back._cache_size() == 1
+
+
+def test_squared_gradients_refuse(model, tokens):
+    for of in (squared_gradients, output_gradients):
+        with pytest.raises(QLRError, match=r"shape \(5, 1\)"):
+            of(model, tokens[:, :1])
+    broken = jax.tree.map(lambda leaf: leaf, model)
+    down = broken.linears()["model.layers.1.mlp.down_proj"].weight
+    down.set_value(down.get_value().at[0, 0].set(jnp.inf))
+    with pytest.raises(QLRError, match=r"gradient at the output of model.layers.0.self_attn.q_proj is not finite"):
+        squared_gradients(broken, tokens)
+
+
+# --- weights of tokens -----------------------------------------------------------------------------------------------------
+
+
+def test_token_weights_are_normalised_by_matrix_before_they_are_added(tokens):
+    rng = np.random.default_rng(3)
+    squares = {name: 10.0 ** rng.uniform(-9, 9) * rng.exponential(size=tokens.shape) for name in linear_names(SMALL)}
+    dead = "model.layers.0.mlp.gate_proj"
+    squares[dead] = np.zeros(tokens.shape)  # the loss does not feel it: all tokens alike
+    alone = token_weights(squares, by_matrix=True)
+    assert list(alone) == linear_names(SMALL)
+    for name, s in squares.items():
+        np.testing.assert_allclose(alone[name], np.ones(tokens.shape) if name == dead else s / s.mean(), rtol=1e-12)
+    shared = token_weights(squares)
+    assert list(shared) == input_names(SMALL)
+    for x, w in shared.items():
+        np.testing.assert_allclose(w, sum(alone[name] for name in squares if input_of(name) == x), rtol=1e-12)
+        assert w.mean() == pytest.approx(sum(input_of(name) == x for name in squares))  # every matrix has one vote
+
+
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_matrix_hessians_equal_oracle(model, tokens, oracle, perturbed, weighting):
+    s = {name: np.square(g).sum(-1) for name, g in perturbed.items()}
+    names = [name for name in linear_names(SMALL) if not name.endswith("gate_proj")]  # up then has its input for itself
+    found = matrix_hessians(model, tokens, names, weighting)
+    assert list(found) == names
+    for name in names:
+        beside = [n for n in names if input_of(n) == input_of(name)]
+        among = {"plain": [], "loss": beside, "loss-by-matrix": [name]}[weighting]
+        assert_is(found[name], oracle(input_of(name), sum((s[n] / s[n].mean() for n in among), np.full(tokens.shape, 1e-12))))
+        assert all((found[name] is found[n]) == (weighting != "loss-by-matrix" or n == name) for n in beside)
+
+
+def test_an_unknown_weighting_is_refused(model, tokens):
+    with pytest.raises(QLRError, match="'fisher' of Hessians is not known; give one of plain, loss, loss-by-matrix"):
+        matrix_hessians(model, tokens, linear_names(SMALL), "fisher")

@@ -7,11 +7,12 @@ import pkgutil
 import pytest
 
 import allocators
+import qlr_jax.calibration
 import qlr_jax.core
 import qlr_jax.models
 import qlr_jax.report
 
-PACKAGES = (qlr_jax.core, qlr_jax.models, qlr_jax.report, allocators)
+PACKAGES = (qlr_jax.core, qlr_jax.calibration, qlr_jax.models, qlr_jax.report, allocators)
 NAMES = ["qlr_jax.errors", "qlr_jax.recipe", "qlr_jax.progress", "qlr_jax.export.files", *(p.__name__ for p in PACKAGES)]
 NAMES += [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
 

@@ -17,6 +17,7 @@ CHANGED = Recipe(
     sequence_length=512,
     damping=1e-3,
     force=True,
+    hessians="loss-by-matrix",
 )
 
 
@@ -59,6 +60,7 @@ def test_updated_checks_again():
         ("seed: true", "seed is True; give a whole number"),
         ("seed: 1.5", "seed is 1.5"),
         ("iterations: 0", "iterations 0 is out of range"),
+        ("preset: quick", "preset 'quick' is not known; pass one of 'paper'"),
         ("rotation_block: 96", "no power of two"),
         ("damping: lots", "damping is 'lots'; give a number"),
         ("damping: .nan", "damping is nan"),
@@ -71,6 +73,8 @@ def test_updated_checks_again():
         ("backbones: [trellis-9]", "trellis-9"),
         ("backbones: [trellis-2+r8@trellis-4]", "rank of its own"),
         ("factors: none", "factors cannot be none"),
+        ("hessians: gptq", "hessians 'gptq' is not known; give one of plain, loss, loss-by-matrix"),
+        ("hessians: 2", "hessians is 2; give a text such as plain"),
         ("sequence_length: 1", "sequence_length 1 is out of range"),
         ("[1, 2]\n", "holds a list, not settings"),
         ("a: [1\n", "is not YAML"),

@@ -1,8 +1,21 @@
-"""Text -> tokens -> Hessians, plain or weighted, and end-loss coefficients."""
+"""Text -> tokens -> Hessians, plain or weighted by the end loss, and end-loss coefficients."""
 
-from qlr_jax.calibration.gradients import output_gradients
+from qlr_jax.calibration.gradients import output_gradients, squared_gradients
 from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
 from qlr_jax.calibration.tokens import calibration_tokens, encode
+from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
-__all__ = ["calibration_tokens", "encode", "hessians", "output_gradients", "read_text", "split_of", "standard_library"]
+__all__ = [
+    "WEIGHTINGS",
+    "calibration_tokens",
+    "encode",
+    "hessians",
+    "matrix_hessians",
+    "output_gradients",
+    "read_text",
+    "split_of",
+    "squared_gradients",
+    "standard_library",
+    "token_weights",
+]

@@ -1,6 +1,6 @@
-"""H = E[x xᵀ] for every distinct input of linear layers, one block of the model in memory at a time."""
+"""H = E[x xᵀ] of the inputs of linear layers, tokens weighted or all alike, one block of the model in memory at a time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,10 +10,13 @@ from jaxtyping import Array, Float, Int
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
-from qlr_jax.models.names import input_names
+from qlr_jax.models.names import input_names, input_of, linear_names
 
 Progress = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
+
+TokenWeights = Float[np.ndarray, "sequences time"]
+"""How much every token counts; any scale."""
 
 
 def hessians(
@@ -21,50 +24,83 @@ def hessians(
     tokens: Int[np.ndarray, "sequences time"],
     *,
     batch: int = 8,
-    weights: Float[np.ndarray, "sequences time"] | None = None,
+    weights: TokenWeights | Mapping[str, TokenWeights] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Float[np.ndarray, "n n"]]:
-    """Second moments of the inputs of all linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
+    """Second moments of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
         H = Σ_t w_t x_t x_tᵀ / Σ_t w_t      over all tokens t, w = 1 unless `weights` are given
 
     The hidden states of all sequences are kept on the host at one block boundary; one compiled function serves all blocks.
-    Accumulation is in float32. Raises QLRError naming the block where an activation is not finite, for weights of another
-    shape, negative or all zero, and for token ids outside the vocabulary. (CALDERA section 2, H of QuIP# section 2.)
+    Accumulation is in float32.
+
+    Args:
+        weights: w of all inputs, (sequences, time); or a mapping from names of inputs or linear layers to the w of each: then
+            one H is returned for every key, that of a linear layer over its own input.
+
+    Raises:
+        QLRError: an activation that is not finite, naming its input; weights of another shape, negative or all zero, or for a
+            name that the model does not have; token ids outside the vocabulary.
+
+    Source: CALDERA, section 2; H of QuIP#, section 2.
+
+    Example:
+        >>> from qlr_jax.models import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> model, tokens = Llama(config, jax.random.key(0)), np.array([[1, 5, 3]])
+        >>> {name: h.shape for name, h in hessians(model, tokens, weights={"model.layers.0.mlp.up_proj": tokens}).items()}
+        {'model.layers.0.mlp.up_proj': (4, 4)}
     """
     tokens = np.asarray(tokens)
-    w = np.ones(tokens.shape, np.float32) if weights is None else np.asarray(weights, np.float32)
-    _check(model, tokens, w)
-    batch, count = min(batch, len(tokens)), len(tokens)
+    _check_tokens(model, tokens)
+    if not isinstance(weights, Mapping):
+        weights = dict.fromkeys(input_names(model.config), np.ones(tokens.shape, np.float32) if weights is None else weights)
+    inputs = _inputs(model, weights)
+    w = {name: _shares(name, np.asarray(given, np.float32), tokens.shape) for name, given in weights.items()}
     # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-    fill = -count % batch
+    batch = min(batch, len(tokens))
+    fill = -len(tokens) % batch
     tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
-    w = np.concatenate([w, np.zeros((fill, w.shape[1]), np.float32)])
-    rope, total = model.rope(tokens.shape[1]), float(w.sum(dtype=np.float64))
-    starts = range(0, len(tokens), batch)
+    w = {name: np.pad(share, ((0, fill), (0, 0))) for name, share in w.items()}
+    rope, starts = model.rope(tokens.shape[1]), range(0, len(tokens), batch)
     states = [np.asarray(_embed(model.model.embed_tokens, jnp.asarray(tokens[s : s + batch]))) for s in starts]
     out: dict[str, np.ndarray] = {}
     for i, block in enumerate(model.model.layers):
-        sums: dict[str, Array] | None = None
+        prefix = f"model.layers.{i}."
+        # Names are local to the block from here on, so that every block has one structure.
+        here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
+        sums: dict[str, Array] = {}
         for j, s in enumerate(starts):
-            x, found = _advance(block, jnp.asarray(states[j]), rope, jnp.asarray(w[s : s + batch] / total))
-            states[j] = np.asarray(x)
-            sums = found if sums is None else {name: sums[name] + h for name, h in found.items()}
-        assert sums is not None
+            shares: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
+            for name, x in here.items():
+                shares[x][name] = jnp.asarray(w[prefix + name][s : s + batch])
+            y, found = _advance(block, jnp.asarray(states[j]), rope, shares)
+            states[j] = np.asarray(y)
+            sums = {name: sums[name] + h if sums else h for name, h in found.items()}
         for name, h in sums.items():
-            matrix = np.asarray(h, np.float32)
-            if not np.isfinite(matrix).all():
+            out[prefix + name] = np.asarray(h, np.float32)
+            if not np.isfinite(out[prefix + name]).all():
                 raise QLRError(
-                    f"activations that enter model.layers.{i}.{name} are not finite; "
+                    f"activations that enter {prefix}{here[name]} are not finite; "
                     "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
                 )
-            out[f"model.layers.{i}.{name}"] = matrix
         if progress is not None:
             progress(i + 1, len(model.model.layers))
-    return {name: out[name] for name in input_names(model.config)}  # jit hands dictionaries back sorted by key
+    return {name: out[name] for name in weights}  # jit hands dictionaries back sorted by key
 
 
-def _check(model: Llama, tokens: np.ndarray, w: np.ndarray) -> None:
+def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:
+    """For every name of an input or a linear layer, the name of the input."""
+    known = {name: name for name in input_names(model.config)} | {name: input_of(name) for name in linear_names(model.config)}
+    for name in names:
+        if name not in known:
+            raise QLRError(
+                f"weights are given for {name!r}, which this model does not have; its names look like {next(iter(known))}"
+            )
+    return {name: known[name] for name in names}
+
+
+def _check_tokens(model: Llama, tokens: np.ndarray) -> None:
     if tokens.ndim != 2 or not tokens.size:
         raise QLRError(f"tokens have shape {tokens.shape}; (sequences, time) is needed, neither of them 0")
     if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
@@ -72,10 +108,15 @@ def _check(model: Llama, tokens: np.ndarray, w: np.ndarray) -> None:
             f"token id {tokens.max() if tokens.min() >= 0 else tokens.min()} lies outside the vocabulary of "
             f"{model.config.vocab_size}; use the model's own tokenizer"
         )
-    if w.shape != tokens.shape:
-        raise QLRError(f"weights have shape {w.shape}, tokens {tokens.shape}; they must agree")
+
+
+def _shares(name: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """w / Σ w, checked."""
+    if w.shape != shape:
+        raise QLRError(f"the token weights of {name} have shape {w.shape}, tokens {shape}; they must agree")
     if not np.isfinite(w).all() or w.min() < 0 or w.max() <= 0:
-        raise QLRError("token weights must be finite, at least 0, and not all 0")
+        raise QLRError(f"the token weights of {name} must be finite, at least 0, and not all 0")
+    return w / w.sum(dtype=np.float64).astype(np.float32)
 
 
 @jax.jit
@@ -84,14 +125,17 @@ def _embed(embedding: Any, tokens: Array) -> Array:
 
 
 @jax.jit
-def _advance(block: Block, x: Array, rope: tuple[Array, Array], w: Array) -> tuple[Array, dict[str, Array]]:
-    """The block's output and Σ w x xᵀ of each of its inputs, by local name."""
+def _advance(
+    block: Block, x: Array, rope: tuple[Array, Array], shares: dict[str, dict[str, Array]]
+) -> tuple[Array, dict[str, Array]]:
+    """The block's output, and Σ w x xᵀ for every w in shares[input], by its key; names are local."""
     found: dict[str, Array] = {}
 
     def tap(name: str, value: Array) -> None:
         rows = value.astype(jnp.float32).reshape(-1, value.shape[-1])
-        # √w on both sides keeps the sum exactly symmetric and positive semidefinite.
-        rows = rows * jnp.sqrt(w).reshape(-1, 1)
-        found[name] = jnp.einsum("ti,tj->ij", rows, rows, precision=HIGHEST, preferred_element_type=jnp.float32)
+        for key, w in shares.get(name, {}).items():
+            # √w on both sides keeps the sum exactly symmetric and positive semidefinite.
+            scaled = rows * jnp.sqrt(w).reshape(-1, 1)
+            found[key] = jnp.einsum("ti,tj->ij", scaled, scaled, precision=HIGHEST, preferred_element_type=jnp.float32)
 
     return block(x, rope, tap=tap), found

@@ -1,0 +1,71 @@
+"""How much each token counts in a matrix's Hessian: all alike, or by what the end loss feels of an error there."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from qlr_jax.calibration.gradients import squared_gradients
+from qlr_jax.calibration.hessians import TokenWeights, hessians
+from qlr_jax.core.objective import checked_hessian
+from qlr_jax.errors import QLRError
+from qlr_jax.models.llama import Llama
+from qlr_jax.models.names import input_of
+from qlr_jax.progress import Progress, silent
+
+WEIGHTINGS = ("plain", "loss", "loss-by-matrix")
+
+
+def matrix_hessians(
+    model: Llama,
+    tokens: Int[np.ndarray, "sequences time"],
+    names: Sequence[str],
+    weighting: str = "plain",
+    progress: Progress | None = None,
+) -> dict[str, Float[np.ndarray, "n n"]]:
+    """The Hessian in which each linear layer of `names` is compressed, checked; layers that share one share the array.
+
+    Args:
+        tokens: of calibration text.
+        weighting: "plain": all tokens alike; "loss": tokens weighted by the end loss's squared gradients, the matrices of one
+            input together; "loss-by-matrix": the same, each matrix for itself. Both take one backward pass first; whether they
+            pay on a model is for its KL to say (`benchmarks/hessians.py` compares the three).
+
+    Raises:
+        QLRError: for an unknown weighting, and what `hessians` and `squared_gradients` raise.
+
+    Source: GuidedQuant, arXiv 2505.07004, section 3, with one group of outputs a matrix.
+    """
+    if weighting not in WEIGHTINGS:
+        raise QLRError(f"weighting {weighting!r} of Hessians is not known; give one of {', '.join(WEIGHTINGS)}")
+    progress, weights = progress or silent(), None
+    if weighting != "plain":
+        with progress.stage("calibrating: backward pass", total=len(tokens)) as stage:
+            squares = squared_gradients(model, tokens, progress=stage.advance)
+        weights = token_weights({name: squares[name] for name in names}, by_matrix=weighting == "loss-by-matrix")
+    with progress.stage("calibrating", total=model.config.num_hidden_layers) as stage:
+        found = hessians(model, tokens, weights=weights, progress=lambda done, _: stage.advance(note=f"layer {done - 1}"))
+    checked = {key: checked_hessian(h, len(h)) for key, h in found.items()}
+    return {name: checked[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
+
+
+def token_weights(squares: Mapping[str, TokenWeights], *, by_matrix: bool = False) -> dict[str, TokenWeights]:
+    """Weights of tokens from the squared gradients s of linear layers; keyed by input, or by layer where `by_matrix`.
+
+        w_t(layer) = s_t / mean_t s      w_t(input) = Σ w_t(layer) over the layers of that input
+
+    A layer whose s is zero throughout is not felt by the loss: all its tokens weigh alike. Normalised, because the scales of q, k
+    and v differ, and the largest would speak for all.
+
+    Example:
+        >>> q, k = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"
+        >>> token_weights({q: np.array([[1.0, 3.0]]), k: np.array([[4.0, 0.0]])})
+        {'model.layers.0.self_attn.qkv': array([[2.5, 1.5]])}
+    """
+    out: dict[str, TokenWeights] = {}
+    for name, s in squares.items():
+        mean = float(s.mean(dtype=np.float64))
+        w = s / mean if mean > 0 else np.ones_like(s)
+        key = name if by_matrix else input_of(name)
+        out[key] = out[key] + w if key in out else w
+    return out
