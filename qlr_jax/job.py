@@ -89,8 +89,9 @@ def compress(
     if not calibration:
         raise QLRError("no calibration text was given; pass one or more text files that resemble what the model will read")
     texts = calibrating.read_text(calibration), calibrating.read_text(evaluate_on) if evaluate_on else ""
+    files = [evaluate_on] if isinstance(evaluate_on, str | Path) else evaluate_on or ()
     return _run(
-        model, Path(out).expanduser(), _recipe(recipe, budget), texts, progress or silent(), command, str(evaluate_on or "")
+        model, Path(out).expanduser(), _recipe(recipe, budget), texts, progress or silent(), command, ", ".join(map(str, files))
     )
 
 
