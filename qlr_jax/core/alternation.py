@@ -125,7 +125,7 @@ class State:
 
 
 def init(problem: Problem) -> State:
-    """Before the first step: no backbone yet; the factors fitted to W, in H or in its outlier channels, or no factors either."""
+    """Before the first step: no backbone yet, and the factors of W in the metric that `start` names (zero for "backbone")."""
     b, _, n = problem.weight.shape
     none_yet = np.full(b, np.inf, np.float32)
     now = Candidate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
