@@ -22,7 +22,7 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import Metric
-from qlr_jax.core.objective import checked_hessian, checked_weight, damped, relative_error
+from qlr_jax.core.objective import checked_hessian, checked_weight, relative_error
 from qlr_jax.core.quantizers import Integer, Nothing
 from qlr_jax.core.spec import Spec
 
@@ -147,7 +147,7 @@ def _bound(problem: Problem, best: Candidate, i: int) -> float | None:
     if not isinstance(problem.backbone, Integer) or problem.spec.rank or energy <= 0 or problem.metric.damping == 0:
         return None
     place = min(i, len(problem.metric.original) - 1)
-    metric = np.asarray(damped(problem.metric.hessian[place], problem.metric.damping), np.float64)
+    metric = np.asarray(problem.metric.regular[place], np.float64)
     error = np.asarray(problem.weight[i], np.float64) - best.q[i]
     rounding = error + error @ np.asarray(problem.metric.factor(1)[place], np.float64)  # what each rounding missed its target by
     steps = np.asarray(problem.backbone.grid(tuple(s[i] for s in best.scales), error.shape[1])[0], np.float64)
