@@ -1,13 +1,21 @@
-"""Which option each matrix gets: exact allocation of rank and bits under a memory budget (numpy and scipy only)."""
+"""Which option each matrix gets under a memory budget, from numbers alone: numpy, no JAX, no model, no files.
+
+A table (``OptionTable``) and a limit (``Budget``) go in; ``allocate`` returns the exact best with its proof, ``compared`` with its
+baselines beside it, ``frontier`` the curve of all limits, ``allocate_jointly`` the best where damages interact, and ``refine``
+improves any of them by a few measurements of the true loss.
+"""
 
 from allocators.allocation import Allocation, Status, from_specs
-from allocators.baselines import baselines, filled_uniform, greedy, random, rank0, uniform
+from allocators.baselines import baselines, compared, filled_uniform, greedy, random, rank0, uniform
 from allocators.budget import Budget, Problem, format_size, parse_size
 from allocators.errors import AllocationError, Infeasible
 from allocators.frontier import Frontier, frontier
+from allocators.interactions import Interactions, Pairwise, Saturating
+from allocators.joint import allocate_jointly
 from allocators.knapsack import allocate
 from allocators.options import ModelFacts, Option, Row, Tie, backbone
 from allocators.prune import Dropped, Pruned, prune
+from allocators.refine import Refined, Trial, refine
 from allocators.table import OptionTable
 
 __all__ = [
@@ -17,17 +25,24 @@ __all__ = [
     "Dropped",
     "Frontier",
     "Infeasible",
+    "Interactions",
     "ModelFacts",
     "Option",
     "OptionTable",
+    "Pairwise",
     "Problem",
     "Pruned",
+    "Refined",
     "Row",
+    "Saturating",
     "Status",
     "Tie",
+    "Trial",
     "allocate",
+    "allocate_jointly",
     "backbone",
     "baselines",
+    "compared",
     "filled_uniform",
     "format_size",
     "from_specs",
@@ -37,5 +52,6 @@ __all__ = [
     "prune",
     "random",
     "rank0",
+    "refine",
     "uniform",
 ]

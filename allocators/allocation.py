@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -30,7 +30,7 @@ class Status(Enum):
             Status.OPTIMAL: "No allocation of this table within the limit does less damage.",
             Status.WITHIN_GAP: "No allocation of this table within the limit does less damage by more than the gap asked for.",
             Status.STOPPED: "The search ended before the gap asked for was proved; allow more seconds, or accept the gap reported.",
-            Status.UNPROVED: "A rule of thumb chose this allocation; nothing is proved about it.",
+            Status.UNPROVED: "A rule of thumb chose this allocation; nothing is proved about it but a bound, where one is given.",
         }[self]
 
 
@@ -47,6 +47,8 @@ class Allocation:
     bound            no allocation within the limit does less damage than this; None where none was computed
     bits_per_weight  of the counted rows; None where no row is counted
     seconds          time taken
+    spec             the spec that every free row takes, or was filled up from, where the method gives all of them the same
+    baselines        simpler allocations within the same limit, by name, for comparison (``compared`` attaches them)
     """
 
     specs: Mapping[str, str]
@@ -58,6 +60,8 @@ class Allocation:
     bound: float | None = None
     bits_per_weight: float | None = None
     seconds: float = 0.0
+    spec: str | None = None
+    baselines: Mapping[str, Allocation] = field(default_factory=dict)
 
     @property
     def gap(self) -> float | None:
@@ -67,19 +71,26 @@ class Allocation:
         return (self.damage - self.bound) / abs(self.damage) if self.damage else -self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
+        """Plain values for JSON; ``spec`` and ``baselines`` (without their specs by row) only where there are any."""
+        plain = {
             name: getattr(self, name)
             for name in ("method", "bytes", "limit", "damage", "bound", "gap", "bits_per_weight", "seconds")
-        } | {
-            "status": self.status.value,
-            "specs": dict(self.specs),
-        }
+        } | {"status": self.status.value, "specs": dict(self.specs)}
+        if self.spec is not None:
+            plain["spec"] = self.spec
+        if self.baselines:
+            plain["baselines"] = {name: other._summary() for name, other in self.baselines.items()}
+        return plain
+
+    def _summary(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in ("damage", "bytes", "bits_per_weight")}
+        return plain | ({} if self.spec is None else {"spec": self.spec})
 
 
-def from_picks(table: OptionTable, picks: Sequence[int], limit: int, method: str, **proof: Any) -> Allocation:
+def from_picks(table: OptionTable, picks: Sequence[int] | np.ndarray, limit: int, method: str, **proof: Any) -> Allocation:
     """The allocation that takes option ``picks[i]`` of row i, totals added up afresh in whole bytes and checked.
 
+    proof  what else is known of it: fields of ``Allocation``
     raises AllocationError where it is over the limit or breaks a tie
     """
     options = [row.options[int(k)] for row, k in zip(table.rows, picks, strict=True)]

@@ -36,9 +36,9 @@ def uniform(table: OptionTable, limit: int) -> Allocation:
     counted, others = table.select(lambda row: row.counted), table.select(lambda row: not row.counted)
     if counted is None:
         raise Infeasible("no row of the table counts toward bits per weight, so there is no uniform spec")
-    best: tuple[float, dict[str, str]] | None = None
+    best: tuple[float, dict[str, str], str] | None = None
     for spec in table.uniform_specs():
-        chosen = {row.name: spec if len(row.options) > 1 else row.options[0].spec for row in counted.rows}
+        chosen = {row.name: row.options[0].spec if len(row.options) == 1 else spec for row in counted.rows}
         options = [counted[name].option(of) for name, of in chosen.items()]
         left = limit - sum(option.bytes for option in options)
         if left < (others.least_bytes if others else 0) or any(
@@ -48,11 +48,11 @@ def uniform(table: OptionTable, limit: int) -> Allocation:
         rest = allocate(others, left) if others else None
         damage = sum(option.damage for option in options) + (rest.damage if rest else 0.0)
         if best is None or damage < best[0]:
-            best = damage, chosen | (dict(rest.specs) if rest else {})
+            best = damage, chosen | (dict(rest.specs) if rest else {}), spec
     if best is None:
         raise Infeasible(f"no spec that every counted row offers fits {limit} bytes; pass a larger budget")
     picks = [row.options.index(row.option(best[1][row.name])) for row in table.rows]
-    return from_picks(table, picks, limit, "uniform", seconds=time.perf_counter() - start)
+    return from_picks(table, picks, limit, "uniform", seconds=time.perf_counter() - start, spec=best[2])
 
 
 def filled_uniform(table: OptionTable, limit: int) -> Allocation:
@@ -60,11 +60,22 @@ def filled_uniform(table: OptionTable, limit: int) -> Allocation:
     start, first, blocks = time.perf_counter(), uniform(table, limit), Blocks(table)
     picks = np.array([row.options.index(row.option(first.specs[row.name])) for row in table.rows])
     at = fill(blocks, blocks.include(picks), limit - first.bytes)
-    return from_picks(table, blocks.options(at), limit, "filled_uniform", seconds=time.perf_counter() - start)
+    return from_picks(table, blocks.options(at), limit, "filled_uniform", seconds=time.perf_counter() - start, spec=first.spec)
 
 
 def rank0(table: OptionTable, limit: int, **settings: float) -> Allocation:
-    """The exact best allocation without any low-rank part; ``settings`` go to ``allocate``."""
+    """The exact best allocation without any low-rank part.
+
+        min Σ damage(i, x_i)   subject to   rank(x_i) = 0,   Σ bytes(i, x_i) ≤ limit   and the table's ties
+
+    settings  of ``allocate``: gap, seconds
+    raises    Infeasible where a row or a tie offers nothing without rank, or the limit is below the least of what is offered
+
+    >>> from allocators.options import Option, Row
+    >>> row = Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.5), Option("int-4", 32, 2.0)))
+    >>> dict(rank0(OptionTable((row,)), 30).specs)
+    {'q': 'int-2'}
+    """
     without = table.restrict(lambda row, option: option.rank == 0, "leaving out every rank")
     return replace(allocate(without, limit, **settings), method="rank0")
 
@@ -84,20 +95,29 @@ def random(table: OptionTable, limit: int, seed: int = 0) -> Allocation:
     """A random allocation that all but fills the limit: the best one for random damages.
 
     Gumbel noise stands in for the damages, so at the price λ of the limit each lone row's option has probability ∝ exp(−λ · bytes):
-    the least presuming distribution of that mean size.
+    the least presuming distribution of that mean size. λ may be negative: a large limit is filled too.
 
     seed  one seed, one allocation
     """
     start, limit = time.perf_counter(), check_limit(table, limit)
     draw = np.random.default_rng(seed)
-    blocks = Blocks(table, [-draw.gumbel(size=len(row.options)) for row in table.rows])
+    noise = [-draw.gumbel(size=len(row.options)) for row in table.rows]
+    size = [np.array([option.bytes for option in row.options], float) for row in table.rows]
+    unit = float(np.mean([np.ptp(of) for of in size])) or 1.0
+    for price in (0.0, *np.geomspace(1.0, 1e6, 21)):  # damages that fall with bytes, until their least is beyond the limit
+        blocks = Blocks(table, [n - price * of / unit for n, of in zip(noise, size, strict=True)])
+        if blocks.walk.size[-1] >= min(limit, table.most_bytes):
+            break
     steps = blocks.walk.steps_within(limit)
     at = fill(blocks, blocks.at(steps), limit - int(blocks.walk.size[steps]))
     return from_picks(table, blocks.options(at), limit, "random", seconds=time.perf_counter() - start)
 
 
-def baselines(table: OptionTable, limit: int, seed: int = 0) -> dict[str, Allocation]:
+def baselines(table: OptionTable, limit: int, seed: int = 0, *, gap: float = 0.0, seconds: float = 10.0) -> dict[str, Allocation]:
     """Every baseline that exists at this limit, by name; one that does not (no single spec fits) is left out.
+
+    seed          of the random one
+    gap, seconds  of the exact solve without rank
 
     >>> from allocators.options import Option, Row
     >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
@@ -109,7 +129,7 @@ def baselines(table: OptionTable, limit: int, seed: int = 0) -> dict[str, Alloca
     makers: dict[str, Callable[[], Allocation]] = {
         "uniform": lambda: uniform(table, limit),
         "filled_uniform": lambda: filled_uniform(table, limit),
-        "rank0": lambda: rank0(table, limit),
+        "rank0": lambda: rank0(table, limit, gap=gap, seconds=seconds),
         "greedy": lambda: greedy(table, limit),
         "random": lambda: random(table, limit, seed),
     }
@@ -120,3 +140,27 @@ def baselines(table: OptionTable, limit: int, seed: int = 0) -> dict[str, Alloca
         except Infeasible:
             continue
     return found
+
+
+def compared(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float = 10.0, seed: int = 0) -> Allocation:
+    """The exact allocation with its baselines attached, and never worse than any of them.
+
+    Where a gap is asked for, a baseline may happen to do less damage within it; then the exact one takes over its specs.
+
+    table, limit, gap, seconds  as for ``allocate``
+    seed                        of the random baseline
+    raises                      Infeasible where the limit is below the table's least
+
+    >>> from allocators.options import Option, Row
+    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+    >>> best = compared(OptionTable((Row("q", 64, options), Row("k", 64, options))), 56)
+    >>> best.damage, best.baselines["uniform"].damage, best.to_dict()["baselines"]["uniform"]["spec"]
+    (2.5, 3.0, 'int-3')
+    """
+    found = allocate(table, limit, gap=gap, seconds=seconds)
+    others = baselines(table, limit, seed, gap=gap, seconds=seconds)
+    better = min(others.values(), key=lambda other: other.damage)
+    if better.damage < found.damage:
+        taken = {name: getattr(better, name) for name in ("specs", "bytes", "damage", "bits_per_weight")}
+        found = replace(found, **taken, bound=None if found.bound is None else min(found.bound, better.damage))
+    return replace(found, baselines=others)

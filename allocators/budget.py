@@ -177,6 +177,7 @@ class Budget:
         if counted is None:
             raise AllocationError(f"budget {self}: no row of the table counts toward bits per weight; pass a budget in bytes")
         weights = counted.weights()
+        assert self.bits is not None
         limit = int(Fraction(self.bits) * weights / 8)
         if not counted.least_bytes <= limit <= counted.most_bytes:
             ends = (

@@ -73,9 +73,29 @@ def _joint(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.n
         at[step] = at[step - 1]
         at[step, k] = p
     picks = [hull[at[:, k]] for k, hull in enumerate(hulls)]
-    size = sum(part[0][pick] for part, pick in zip(parts, picks, strict=True))
-    damage = sum(part[1][pick] for part, pick in zip(parts, picks, strict=True))
+    size, damage = (np.sum([part[k][pick] for part, pick in zip(parts, picks, strict=True)], axis=0) for k in range(2))
     return size, damage, np.stack([part[2][pick] for part, pick in zip(parts, picks, strict=True)], axis=1)
+
+
+Group = tuple[tuple[int, ...], list[tuple[np.ndarray, ...]]]
+
+
+def _groups(table: OptionTable) -> list[Group]:
+    """Rows that are decided together and, for each key that all of them offer, the option numbers under it, by row."""
+    groups: list[Group] = []
+    for rows, tie in table.blocks():
+        if tie is None:
+            keys = [tuple(np.arange(len(table.rows[i].options)) for i in rows)]
+        else:
+            shared, under = table.shared(tie), []
+            for i in rows:
+                of: dict[str, list[int]] = {}
+                for number, option in enumerate(table.rows[i].options):
+                    of.setdefault(tie.key(option), []).append(number)
+                under.append(of)
+            keys = [tuple(np.array(of[key]) for of in under) for key in under[0] if key in shared]
+        groups.append((tuple(rows), keys))
+    return groups
 
 
 @dataclass(frozen=True)
@@ -101,25 +121,24 @@ class Walk:
 class Blocks:
     """A table made ready for the solvers: arrays in place of rows, ties resolved into blocks.
 
-    damage   in place of the table's own damage, one array a row (used to draw random allocations)
+    damage   in place of the table's own damage, one array a row (another objective over the same options)
+    groups   the rows decided together and, by key, which of their options share it: of this table, where they are known already
     """
 
-    def __init__(self, table: OptionTable, damage: list[np.ndarray] | None = None) -> None:
+    def __init__(self, table: OptionTable, damage: list[np.ndarray] | None = None, groups: list[Group] | None = None) -> None:
         self.table = table
         self.size = [np.array([o.bytes for o in row.options], dtype=np.int64) for row in table.rows]
         self.damage = damage or [np.array([o.damage for o in row.options]) for row in table.rows]
+        self.groups = groups or _groups(table)
         self.blocks: list[Block] = []
-        for rows, tie in table.blocks():
-            if tie is None:
-                keys = [tuple(self._best(i, np.arange(len(self.size[i]))) for i in rows)]
-            else:
-                names = [[tie.key(o) for o in table.rows[i].options] for i in rows]
-                shared = [key for key in dict.fromkeys(names[0]) if key in table.shared(tie)]
-                keys = [
-                    tuple(self._best(i, np.flatnonzero([n == key for n in of])) for i, of in zip(rows, names, strict=True))
-                    for key in shared
-                ]
-            self.blocks.append(self._block(tuple(rows), tuple(keys)))
+        for rows, keys in self.groups:
+            self.blocks.append(
+                self._block(rows, tuple(tuple(self._best(i, o) for i, o in zip(rows, key, strict=True)) for key in keys))
+            )
+
+    def judged(self, damage: list[np.ndarray]) -> Blocks:
+        """The same table under another damage of its options, one array a row."""
+        return Blocks(self.table, damage, self.groups)
 
     def _best(self, i: int, among: np.ndarray) -> np.ndarray:
         order = among[np.lexsort((self.damage[i][among], self.size[i][among]))]

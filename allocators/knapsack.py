@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from allocators.allocation import Allocation, Status, check_limit, from_picks
-from allocators.core import Relaxation, build, relax, solve
+from allocators.core import Choices, Relaxation, relax, remaining
 from allocators.errors import AllocationError
 from allocators.greedy import fill
 from allocators.hull import Blocks
+from allocators.search import aim, search
 from allocators.table import OptionTable
+
+CELLS = (2**17, 2**20, 2**22)  # of states × choices that a search may hold: one after another, until one is whole
 
 
 def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float = 10.0) -> Allocation:
@@ -22,15 +27,16 @@ def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float
 
     Three steps. The hull of the table gives the best multiplier λ, the bound L = Σ min (damage + λ bytes) − λ limit, and, filled
     up greedily, a first allocation of damage U. An option whose reduced cost exceeds U − L is in no better allocation and is left
-    out. What remains, often an option or two a row, goes to HiGHS in units of U − L. The bytes of every result are added up again
-    in whole numbers, so that no solver tolerance can exceed the limit.
+    out. What remains, often an option or two a row, is solved by dynamic programming over undominated (bytes, damage) states, each
+    bounded by the hull of the rows still to come. Where they are too many to keep they are thinned, and the bound tells what that
+    may have lost.
 
     table    matrices × options
     limit    bytes that all rows may take together (``Budget.parse("2.25bpw").on(table).limit``)
     gap      relative gap at which to stop; 0 asks for the best of all
-    seconds  time for HiGHS, after which the best found is returned with the gap that is proved
+    seconds  time after which the best found is returned with the gap that is proved
     raises   Infeasible where the limit is below the table's least
-    source   Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11; Pisinger, EJOR 83 (1995) for the fixing
+    source   Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11; Pisinger, EJOR 83 (1995)
 
     >>> from allocators.options import Option, Row
     >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
@@ -44,21 +50,45 @@ def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float
         raise AllocationError(f"gap is {gap!r}; pass a relative gap from 0 to below 1, such as 1e-4")
     if not seconds > 0:
         raise AllocationError(f"seconds is {seconds!r}; pass a positive time")
-    blocks = Blocks(table)
+    found = solve(Blocks(table), limit, gap=gap, end=start + seconds, cells=CELLS)
+    within, proof = found.damage - found.bound, Status.STOPPED
+    if within <= max(found.rounding, gap * abs(found.damage)):
+        proof = Status.OPTIMAL if within <= found.rounding else Status.WITHIN_GAP
+    took = time.perf_counter() - start
+    return from_picks(table, found.picks, limit, "exact", status=proof, bound=min(found.bound, found.damage), seconds=took)
+
+
+@dataclass(frozen=True)
+class Solved:
+    """Option number by row, their damage, the proved bound on it, and how far sums of damages may be off by rounding."""
+
+    picks: np.ndarray
+    damage: float
+    bound: float
+    rounding: float
+
+
+def solve(blocks: Blocks, limit: int, *, gap: float = 0.0, end: float = math.inf, cells: Sequence[int] = CELLS) -> Solved:
+    """``allocate`` for a table that is made ready, under the damages that it was made ready with.
+
+    end    value of time.perf_counter() at which to stop
+    cells  sizes of the searches to try, smallest first
+    """
     picks, relaxation = _relaxed(blocks, _reachable(blocks, limit))
     damage, bound = _damage(blocks, picks), relaxation.bound
-    window, rounding = damage - bound, 1e-12 * (abs(damage) + relaxation.price * limit)
-    tolerance = rounding
-    if window > max(rounding, gap * abs(damage)):
-        found, bound, finished = solve(build(blocks, relaxation, damage), blocks, gap * abs(damage), seconds)
-        if found is not None and _damage(blocks, found) < damage:
-            picks, damage = found, _damage(blocks, found)
-        if finished and gap == 0:  # HiGHS calls a programme solved within its tolerances, which are parts in 10⁶ of the window
-            tolerance = max(rounding, 2e-6 * (abs(damage) + window))
-    proved = damage - bound <= tolerance
-    status = Status.OPTIMAL if proved else Status.WITHIN_GAP if damage - bound <= gap * abs(damage) else Status.STOPPED
-    took = time.perf_counter() - start
-    return from_picks(table, picks, limit, "exact", status=status, bound=min(bound, damage), seconds=took)
+    rounding = 1e-12 * (abs(damage) + relaxation.price * limit)
+    for most in cells:
+        if damage - bound <= max(rounding, gap * abs(damage)):
+            break
+        left = remaining(blocks, relaxation, aim(damage, gap), math.isqrt(most))
+        found = search(left, relaxation.limit, damage, gap, most, end)
+        bound = max(bound, found.bound)
+        better = picks if found.picks is None else _chosen(left, found.picks, len(picks))
+        if _damage(blocks, better) < damage:
+            picks, damage = better, _damage(blocks, better)
+        if found.whole or time.perf_counter() > end:
+            break
+    return Solved(picks, damage, bound, rounding)
 
 
 def _reachable(blocks: Blocks, limit: int) -> int:
@@ -75,6 +105,14 @@ def _relaxed(blocks: Blocks, limit: int) -> tuple[np.ndarray, Relaxation]:
     price = float(walk.slope[steps]) if steps < len(walk.slope) else 0.0
     at = fill(blocks, blocks.at(steps), limit - int(walk.size[steps]))
     return blocks.options(at), relax(blocks, price, limit)
+
+
+def _chosen(left: Sequence[Choices], picks: np.ndarray, rows: int) -> np.ndarray:
+    """Option number by row, from the choice number of every block."""
+    options = np.empty(rows, dtype=np.int64)
+    for choices, k in zip(left, picks, strict=True):
+        options[list(choices.rows)] = choices.options[k]
+    return options
 
 
 def _damage(blocks: Blocks, picks: np.ndarray) -> float:

@@ -3,6 +3,7 @@
     python benchmarks/allocators.py                       all sizes; prints a table, writes allocators.json
     python benchmarks/allocators.py --peer                beside it the plain model, given whole to HiGHS
     python benchmarks/allocators.py --ties backbone       q, k, v tied, and gate, up
+    python benchmarks/allocators.py --joint               beside it the allocation where pairs of matrices interact
 
 The peer is scipy.optimize.milp (HiGHS) on the textbook model with one 0-1 variable an option: no hull, no fixing, no start.
 """
@@ -22,16 +23,24 @@ from scipy import sparse
 from scipy.optimize import LinearConstraint, milp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from allocators import Budget, Option, OptionTable, Row, allocate, baselines, frontier
+from allocators import Budget, Option, OptionTable, Pairwise, Row, allocate, allocate_jointly, baselines, frontier
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-# name: (layers, hidden, key-value width, intermediate, matrices kept, options)
+COARSE = (np.arange(24, 69, 4) / 16, [(0, 16, 16), *((rank, bits, bits) for rank in (8, 16, 32, 64) for bits in (4, 8))])
+FACTORS = [(4, 4), (4, 2), (2, 4), (8, 8), (2, 2)]  # bits of L and R
+FINE = (np.arange(16, 65) / 16, [(0, 4, 4), *((rank, *bits) for bits in FACTORS for rank in (4, 8, 16, 32))])
+# name: (layers, hidden, key-value width, intermediate, matrices kept, options, (rates, (rank, bits of L, bits of R)))
 MODELS = {
-    "32 x 60": (5, 256, 128, 768, 32, 60),
-    "224 x 60 (7B)": (32, 4096, 4096, 11008, 224, 60),
-    "560 x 60 (Llama-2-70B)": (80, 8192, 1024, 28672, 560, 60),
-    "882 x 100 (Llama-3.1-405B)": (126, 16384, 1024, 53248, 882, 100),
+    "32 x 60": (5, 256, 128, 768, 32, 60, COARSE),
+    "42 x 245 (bundled)": (6, 256, 128, 768, 42, 245, FINE),
+    "42 x 1029 (bundled)": (6, 256, 128, 768, 42, 1029, FINE),
+    "224 x 60 (7B)": (32, 4096, 4096, 11008, 224, 60, COARSE),
+    "560 x 60 (Llama-2-70B)": (80, 8192, 1024, 28672, 560, 60, COARSE),
+    "882 x 100 (Llama-3.1-405B)": (126, 16384, 1024, 53248, 882, 100, COARSE),
 }
+QUARTERS = np.arange(4, 17) / 4
+WAVES = 0.02 * np.sin(7 * QUARTERS)  # bits by which a trellis departs from 4^(-bits)
+LOST = {2: 0.08, 4: 0.005, 8: 0.0, 16: 0.0}  # of a factor's share, to its own rounding
 
 
 def shapes(hidden: int, kv: int, inter: int) -> dict[str, tuple[int, int]]:
@@ -45,27 +54,37 @@ def shapes(hidden: int, kv: int, inter: int) -> dict[str, tuple[int, int]]:
 def table(model: str, kind: str, seed: int) -> OptionTable:
     """A table with the rate curve of a trellis, a spectrum of random steepness a matrix, and damages noisy, smooth or all alike.
 
-    damage = sensitivity · weights · 4^(−bits) · tail(rank)^2 · noise;   bytes from the shape: backbone, row scales, both factors
+    damage = sensitivity · 4^(−bits) · (1 − captured(rank) (1 − lost by rounding L, R)) · noise;   bytes from the shape: backbone,
+    row scales, both factors. The fine grid is as the bundled model's table: a scale a grid, a power-law spectrum, a rate curve
+    interpolated in its logarithm between quarters of a bit, a correction for every rank.
     """
-    layers, hidden, kv, inter, kept, count = MODELS[model]
+    layers, hidden, kv, inter, kept, count, (rates, sides) = MODELS[model]
     draw = np.random.default_rng(seed)
-    rates = np.arange(24, 69, 4) / 16  # 1.5 to 4.25 bits in quarters
-    sides = [(0, 16), *((rank, factor) for rank in (8, 16, 32, 64) for factor in (4, 8))]
-    grid = [(rate, rank, factor) for rank, factor in sides for rate in rates][:count]
+    grid = [(rate, *side) for side in sides for rate in rates][:count]
     rows = []
     for n in range(min(kept, layers * len(KINDS))):
         layer, name = divmod(n, len(KINDS))
         out, inner = shapes(hidden, kv, inter)[KINDS[name]]
-        alike = kind == "alike"
+        alike, fine = kind == "alike", rates is FINE[0]
         sensitivity = (1.0 if alike else draw.lognormal(0, 1)) * 1e-3
         steep = 0.4 if alike else draw.uniform(0.0, 1.5)
+        captured = {rank: 1 - (1 + rank / 8) ** (-steep / 2) for rank, *_ in sides}
+        correction, curve = dict.fromkeys(sides, 1.0), {rate: rate for rate in rates}
+        if fine:
+            spectrum = np.arange(1, 257.0) ** -steep
+            share = (0.5 if alike else draw.uniform(0.2, 0.8)) / spectrum.sum()
+            captured = {rank: share * spectrum[:rank].sum() for rank in captured}
+            correction = {side: 1.0 if alike else draw.lognormal(0, 0.01) for side in sides}
+            curve = {rate: float(np.interp(rate, QUARTERS, QUARTERS * 0.95 + WAVES)) for rate in rates}
         options = []
-        for rate, rank, factor in grid:
-            tail = (1 + rank / 8) ** (-steep / 2)
+        for rate, rank, left, right in grid:
+            tail = 1 - captured[rank] * (1 - LOST[left] - LOST[right])
             noise = draw.lognormal(0, 0.05) if kind == "noisy" else 1.0
-            size = int(out * inner * rate / 8) + 2 * out + (out + inner) * rank * factor // 8
-            spec = f"trellis-{rate:g}" + (f"+r{rank}@trellis-{factor}" if rank else "")
-            options.append(Option(spec, size, sensitivity * 4.0**-rate * tail * noise, rank=rank))
+            scales = (12 if rank else 4) if fine else 2 * out
+            size = int(out * inner * rate / 8) + scales + (out * left + inner * right) * rank // 8
+            spec = f"trellis-{rate:g}" + (f"+r{rank}@trellis-{left},trellis-{right}" if rank else "")
+            damage = sensitivity * 4.0 ** -curve[rate] * tail * noise * correction[rank, left, right]
+            options.append(Option(spec, size, damage, rank=rank))
         rows.append(Row(f"layers.{layer}.{KINDS[name]}", out * inner, tuple(options)))
     return OptionTable(tuple(rows))
 
@@ -87,6 +106,13 @@ def plain(table: OptionTable, limit: int, gap: float, seconds: float) -> tuple[f
     return (None if result.x is None else float(result.fun) * scale), (result.mip_dual_bound or 0.0) * scale
 
 
+def interactions(table: OptionTable, seed: int) -> Pairwise:
+    """A Gram matrix of random directions, a fifth of it off the diagonal."""
+    vectors = np.random.default_rng(seed).standard_normal((len(table.rows), 20))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return Pairwise(tuple(table.index), 0.8 * np.eye(len(vectors)) + 0.2 * vectors @ vectors.T)
+
+
 def main() -> None:
     """Run and print."""
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,6 +124,7 @@ def main() -> None:
     parse.add_argument("--seconds", type=float, default=60.0, help="time limit of one solve")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--peer", action="store_true", help="also give the whole model to HiGHS")
+    parse.add_argument("--joint", action="store_true", help="also allocate with interactions of pairs")
     parse.add_argument("--out", type=Path, default=Path("allocators.json"))
     args = parse.parse_args()
     if args.peer and args.ties != "none":
@@ -141,6 +168,16 @@ def main() -> None:
                             else f"gap {(damage - bound) / damage:.1e}, damage /ours {damage / found.damage:.6f}"
                         )
                         print(f"{'':28} {'':8} {'HiGHS':8} {gap:7.0e} {took:8.2f} {behind}", flush=True)
+                    if args.joint:
+                        pairs = interactions(problem.table, args.seed)
+                        joint = allocate_jointly(problem.table, problem.limit, pairs, gap=gap, seconds=args.seconds)
+                        apart = pairs.damage(problem.table, found.specs)
+                        record["joint"] = dict(seconds=joint.seconds, gap=joint.gap, damage=joint.damage, of_sum=apart)
+                        print(
+                            f"{'':28} {'':8} {'pairs':8} {gap:7.0e} {joint.seconds:8.2f} {joint.gap:9.1e} {joint.status.value:11}"
+                            f" joint damage /that of the least sum {joint.damage / apart:.4f}",
+                            flush=True,
+                        )
                     records.append(record)
     machine = dict(python=platform.python_version(), numpy=np.__version__, scipy=scipy.__version__, machine=platform.machine())
     args.out.write_text(

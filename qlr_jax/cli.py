@@ -1,4 +1,4 @@
-"""The commands `qlr demo | compress | evaluate | inspect | export`: they parse, call and print; what is heavy loads inside them."""
+"""The commands of `qlr`: they parse, call and print; what is heavy loads inside them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,27 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Saved = Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")]
+Lock = Annotated[
+    list[str] | None,
+    typer.Option("--lock", metavar="PATTERN=SPEC", help="Such matrices keep this spec, e.g. '*v_proj=trellis-4'; may repeat."),
+]
+AtLeast = Annotated[
+    list[str] | None,
+    typer.Option("--at-least", metavar="PATTERN=BITS", help="Such matrices store so many bits per weight or more; may repeat."),
+]
+TieBackbone = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tie",
+        metavar="PATTERN,PATTERN",
+        help="Matrices with the same text for * take the same backbone, e.g. '*q_proj,*k_proj'; may repeat.",
+    ),
+]
+TieSpec = Annotated[
+    list[str] | None,
+    typer.Option("--tie-spec", metavar="PATTERN,PATTERN", help="As --tie, the whole spec with its rank; may repeat."),
+]
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
 
 
@@ -77,6 +98,13 @@ def compress(
     state_bits: Annotated[
         int | None, typer.Option("--state-bits", help="Of the trellis, 6 to 16: more is better and slower.")
     ] = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="TABLE", help="What qlr sensitivity wrote for this model: not measured again.")
+    ] = None,
+    lock: Lock = None,
+    at_least: AtLeast = None,
+    tie: TieBackbone = None,
+    tie_spec: TieSpec = None,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -89,6 +117,7 @@ def compress(
         qlr compress path/to/llama small --budget 2.25bpw --calibration text.txt
         qlr compress path/to/llama small --budget 900MB --calibration a.txt --calibration b.txt --evaluate-on heldout.txt
         qlr compress path/to/llama small --recipe small/recipe.yaml --seed 1
+        qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
     """
     with _clear_errors(as_json):
         from qlr_jax.recipe import Recipe, read_settings
@@ -101,8 +130,9 @@ def compress(
         chosen = Recipe(**settings)
         chosen = chosen.updated(force=True) if force else chosen
 
-        from qlr_jax import job, progress
+        from qlr_jax import job, planning, progress
 
+        saved = planning.read_table(table) if table else None
         result = job.compress(
             model,
             out,
@@ -112,8 +142,150 @@ def compress(
             progress=progress.choose(as_json),
             command=_command(),
             evaluate_on=list(evaluate_on) if evaluate_on else None,
+            table=saved,
+            constraints=planning.Constraints.parse(lock, at_least, tie, tie_spec),
         )
         _tell_job(result, as_json)
+
+
+@app.command(short_help="What every matrix is sensitive to, as a table.")
+def sensitivity(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, its name on the hub, or 'bundled'.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat. 'bundled' needs none."),
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Measure only such layers, e.g. '*.mlp.*'; may repeat.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
+    ] = None,
+    matrix: Annotated[
+        str | None,
+        typer.Option("--matrix", metavar="NAME", help="Draw its error against bits; else that of the most sensitive matrix."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of rotations and samples; the same seed gives the same table.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much the error of every matrix matters, and write the table of all options that allocations are made from.
+
+    OUT holds table.json, for qlr allocate and qlr frontier, sensitivity.html and its pictures. Nothing is compressed.
+
+    \b
+    Example:
+        qlr sensitivity bundled measured
+        qlr sensitivity path/to/llama measured --calibration text.txt
+        qlr sensitivity path/to/llama measured --calibration text.txt --matrix model.layers.3.mlp.down_proj
+        qlr allocate measured --budget 2.25bpw --budget 3bpw
+    """
+    with _clear_errors(as_json):
+        from qlr_jax.recipe import DEMO, Recipe, read_settings
+
+        settings = read_settings(recipe) if recipe else {}
+        given = {"include": include, "exclude": exclude, "seed": seed}
+        settings |= {name: value for name, value in given.items() if value is not None and value != []}
+        from qlr_jax import job, progress
+        from qlr_jax.report.sensitivity import sensitivity_text
+
+        chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
+        chosen = chosen.updated(force=True) if force else chosen
+        result = job.sensitivity(
+            model,
+            out,
+            calibration=list(calibration) if calibration else None,
+            recipe=chosen,
+            matrix=matrix,
+            progress=progress.choose(as_json),
+            command=_command(),
+        )
+        _tell(result, as_json, sensitivity_text)
+
+
+@app.command(short_help="The best specs under a budget, from a saved table.")
+def allocate(
+    table: Saved,
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192; may repeat.")
+    ] = None,
+    lock: Lock = None,
+    at_least: AtLeast = None,
+    tie: TieBackbone = None,
+    tie_spec: TieSpec = None,
+    gap: Annotated[float, typer.Option("--gap", help="Stop where no better one can be better by more than this share.")] = 1e-4,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time for the search; what is proved by then is told.")] = 10.0,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="JSON of all allocations with their specs.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Choose a spec for every matrix under a budget, with the proof, and compare with simpler ways of spending the same bytes.
+
+    It works on a saved table and needs no model. Patterns are names of matrices with * for any text.
+
+    \b
+    Example:
+        qlr allocate measured --budget 2.25bpw
+        qlr allocate measured --budget 2.25bpw --budget 900MB --out plans.json
+        qlr allocate measured --budget 3bpw --lock '*v_proj=trellis-4' --at-least '*down_proj=2.5'
+        qlr allocate measured --budget 3bpw --tie '*q_proj,*k_proj,*v_proj'
+    """
+    with _clear_errors(as_json):
+        if not budget:
+            raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw")
+        from qlr_jax import planning
+        from qlr_jax.report.plans import plans_text
+
+        held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(planning.read_table(table))
+        plans = planning.plan(held, budget, gap=gap, seconds=seconds)
+        written = planning.write_json(out, _plain(plans)) if out else None
+        result = {"table": table, "allocations": plans, "out": written}
+        _tell(result, as_json, lambda _: plans_text(plans) + (f"\n\nwritten: {written}" if written else ""))
+
+
+@app.command(short_help="Size against damage, from a saved table.")
+def frontier(
+    table: Saved,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option("--with", metavar="FOLDER", help="A compressed model of this table, to mark as measured; may repeat."),
+    ] = None,
+    lock: Lock = None,
+    at_least: AtLeast = None,
+    tie: TieBackbone = None,
+    tie_spec: TieSpec = None,
+    points: Annotated[int, typer.Option("--points", help="Corners of a curve, at most.")] = 200,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Folder for frontier.json and frontier.svg; new or not.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The least predicted damage at every size, with and without rank, and the measured models beside it.
+
+    It works on a saved table and needs no model. Patterns are names of matrices with * for any text.
+
+    \b
+    Example:
+        qlr frontier measured
+        qlr frontier measured --with small --with smaller --out pictures
+        qlr frontier measured --tie '*q_proj,*k_proj,*v_proj' --json
+    """
+    with _clear_errors(as_json):
+        from qlr_jax import planning
+        from qlr_jax.report.frontier import frontier_text
+
+        whole = planning.read_table(table)
+        held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(whole)
+        found = planning.curves(held, points) | {"measured": planning.measured_points(whole, beside or ())}
+        files = planning.write_frontier(out, _plain(found)) if out else []
+        result = {"table": table, **found, "files": files}
+        lines = "".join(f"\nwritten: {file}" for file in files)
+        _tell(result, as_json, lambda _: frontier_text(found, found["measured"]) + ("\n" + lines if lines else ""))
 
 
 @app.command(short_help="Perplexity and divergence from the original.")

@@ -12,6 +12,8 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 
+OUTPUTS = ("fisher", "alike")
+
 
 def _field(default: Any, says: str) -> Any:
     return field(default=default, metadata={"says": says})
@@ -40,13 +42,19 @@ class Recipe:
     damping: float = _field(0.01, "share of the Hessian's mean diagonal that is added to it")
     backbones: tuple[str, ...] = _field(("trellis-1..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
     ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
-    factors: str = _field("trellis-4", "the grid of L and R, or both of them: 'int-8,bf16'")
+    factors: tuple[str, ...] = _field(
+        ("trellis-2", "trellis-3", "trellis-4"), "grids of L and R to choose among, or pairs: 'int-8,bf16'"
+    )
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
     exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
     hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
+    outputs: str = _field("fisher", "how errors of outputs count: fisher (by the end loss: one backward pass) or alike")
+    attribution: str = _field("path", "how KL is attributed to matrices: path, alone, noise, second-order, kronecker or error")
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
+    refine: int = _field(12, "other allocations, at most, that are built and measured after the first; 0 = none")
+    refine_seconds: float = _field(600.0, "that these may take")
     evaluation_tokens: int = _field(32768, "of held-out text at most, for the figures of the report")
     force: bool = _field(False, "go on with less calibration text than a matrix has inputs")
 
@@ -63,6 +71,8 @@ class Recipe:
             ("sequences", 1, 2**24),
             ("sequence_length", 2, 2**24),
             ("measure_tokens", 2, 2**24),
+            ("refine", 0, 10000),
+            ("refine_seconds", 1.0, 1e9),
             ("evaluation_tokens", 2, 2**31),
         ):
             value = getattr(self, name)
@@ -73,7 +83,7 @@ class Recipe:
                 f"recipe: rotation_block {self.rotation_block} is no power of two; give 64, 128, 256, or 0 (the whole width)"
             )
         _check_preset(self.preset)
-        _check_hessians(self.hessians)
+        _check_choices(self)
         _check_options(self.backbones, self.ranks, self.factors)
         _check_budget(self.budget)
 
@@ -150,7 +160,9 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             value = (value,)
         if isinstance(value, list | tuple):
             return tuple(_converted(name, "int" if "int" in kind else "str", entry) for entry in value)
-        wanted = "a list such as " + {"ranks": "[0, 8, 16]", "backbones": "[trellis-2, trellis-3]"}.get(name, "['*.mlp.*']")
+        wanted = "a list such as " + {"ranks": "[0, 8, 16]", "backbones": "[trellis-2, trellis-3]", "factors": "[trellis-2]"}.get(
+            name, "['*.mlp.*']"
+        )
     elif kind == "float":
         try:
             if not isinstance(value, bool) and math.isfinite(float(value)):
@@ -169,7 +181,7 @@ def _converted(name: str, kind: str, value: Any) -> Any:
     else:
         if isinstance(value, str) and value.strip():
             return value.strip()
-        examples = {"budget": "2.25bpw", "factors": "trellis-4", "backbones": "trellis-2", "hessians": "plain"}
+        examples = {"budget": "2.25bpw", "hessians": "plain", "outputs": "fisher", "attribution": "alone"}
         wanted = "a text such as " + examples.get(name, "'*.mlp.*'")
     raise QLRError(f"recipe: {name} is {value!r}; give {wanted}")
 
@@ -183,17 +195,21 @@ def _check_preset(preset: str | None) -> None:
         raise QLRError(f"recipe: {error}") from None
 
 
-def _check_hessians(hessians: str) -> None:
+def _check_choices(recipe: Recipe) -> None:
     from qlr_jax.calibration import WEIGHTINGS  # brings JAX along, which a recipe's mere definition does not need
+    from qlr_jax.sensitivity import ATTRIBUTIONS
 
-    if hessians not in WEIGHTINGS:
-        raise QLRError(f"recipe: hessians {hessians!r} is not known; give one of {', '.join(WEIGHTINGS)}")
+    for name, known in (("hessians", WEIGHTINGS), ("outputs", OUTPUTS), ("attribution", tuple(ATTRIBUTIONS))):
+        if (value := getattr(recipe, name)) not in known:
+            raise QLRError(f"recipe: {name} {value!r} is not known; give one of {', '.join(known)}")
+    if recipe.attribution == "kronecker" and recipe.outputs != "fisher":
+        raise QLRError("recipe: attribution kronecker needs outputs: fisher; give that, or attribution: alone")
 
 
-def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: str) -> None:
+def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: tuple[str, ...]) -> None:
     from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, as above
 
-    for name, values in (("backbones", backbones), ("ranks", ranks)):
+    for name, values in (("backbones", backbones), ("ranks", ranks), ("factors", factors)):
         if not values:
             raise QLRError(f"recipe: {name} is empty; give at least one")
         if twice := [value for value in values if values.count(value) > 1]:
@@ -207,7 +223,8 @@ def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: 
             if "+" in backbone:
                 raise QLRError(f"{backbone!r} has a rank of its own; give the backbone alone, and the ranks in 'ranks'")
             for single in expand_backbones([backbone]):
-                Spec.parse(f"{single}+r8@{factors}")
+                for grids in factors:
+                    Spec.parse(f"{single}+r8@{grids}")
         except QLRError as error:
             raise QLRError(f"recipe: {error}") from None
 
@@ -220,3 +237,7 @@ def _check_budget(budget: str) -> None:
         Budget.parse(budget)
     except AllocationError as error:
         raise QLRError(str(error)) from None
+
+
+DEMO = Recipe(sequences=128, ranks=(0, 4, 8, 16, 32), state_bits=10, search_state_bits=10, measure_tokens=8192)
+"""For the bundled model: minutes on two CPU cores."""

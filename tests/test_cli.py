@@ -13,7 +13,7 @@ import qlr_jax
 from allocators.errors import AllocationError
 from qlr_jax import cli
 from qlr_jax.errors import QLRError
-from qlr_jax.recipe import Recipe
+from qlr_jax.recipe import DEMO, Recipe
 
 REPORT = {
     "bits_per_weight": 2.2431,
@@ -26,7 +26,20 @@ REPORT = {
         {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
     ],
 }
-COMMANDS = ("demo", "compress", "evaluate", "inspect", "export")
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity")
+PLANNERS = ("allocate", "frontier")  # tests/test_planning.py says more of them
+FOUND = {
+    "out": Path("measured"),
+    "table": Path("measured/table.json"),
+    "matrices": 1,
+    "options": 12,
+    "seconds": 61.0,
+    "notes": {
+        "model": "bundled",
+        "attribution": "knockout",
+        "matrices": {"a.q_proj": {"kind": "q", "layer": 0, "coefficient": float("inf"), "probe": {"error": 0.25, "kl": 0.0125}}},
+    },
+}
 
 
 @pytest.fixture
@@ -47,6 +60,7 @@ def calls(monkeypatch):
     job = types.ModuleType("qlr_jax.job")
     job.demo = job.compress = noted(done)
     job.evaluate = noted({"perplexity": 5.633, "kl": 0.15, "agreement": 0.86, "tokens": 512, "protocol": "one BOS"})
+    job.sensitivity = noted(FOUND)
     job.inspect = noted({"matrices": [{"name": "a.q_proj", "spec": "trellis-2", "shape": [4, 4], "bytes": 8, "bits": 4.0}]})
     dense = types.ModuleType("qlr_jax.export.dense")
     dense.export_dense = noted(Path("dense"))
@@ -111,6 +125,7 @@ def test_budget_from_the_recipe_or_refused(calls, tmp_path):
         ("evaluate", "o"),
         ("inspect", "o"),
         ("export", "o", "d", "--to", "dense"),
+        ("sensitivity", "m", "o"),
     ],
     ids=COMMANDS,
 )
@@ -127,6 +142,8 @@ def test_json_is_one_object(calls, args, fails):
         assert result.stderr.splitlines() == [f"qlr: {fails}"]
     else:
         assert result.exit_code == 0 and "error" not in told
+        if args[0] == "sensitivity":
+            assert told["table"] == "measured/table.json" and told["notes"]["matrices"]["a.q_proj"]["coefficient"] is None
         if args[0] in ("demo", "compress"):
             assert told["out"] == "small" and told["bits_per_weight"] == 2.2431 and told["kl"]["uniform"] is None
 
@@ -160,7 +177,31 @@ def test_errors_bugs_and_interruptions(calls):
     assert result.exit_code == 130 and len(result.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_sensitivity_passes_everything_on(calls, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/qlr", "sensitivity", "bundled", "out"])
+    result = qlr("sensitivity", "bundled", "out")
+    assert result.exit_code == 0, result.output
+    assert calls.args == ("bundled", Path("out")) and calls.kwargs["recipe"] == DEMO
+    assert calls.kwargs["calibration"] is None and calls.kwargs["matrix"] is None
+    assert calls.kwargs["command"] == "qlr sensitivity bundled out"
+    for wanted in (
+        "bundled: 1 matrices, 12 options",
+        "a.q_proj",
+        "0.0125",
+        "attribution: knockout",
+        "1 min 01 s",
+        "measured/table.json",
+    ):
+        assert wanted in result.stdout
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("ranks: [0, 16]\nseed: 3\n")
+    options = ["--calibration", "a.txt", "--calibration", "b.txt", "--recipe", recipe, "--include", "*.mlp.*", "--exclude", "*.0.*"]
+    assert qlr("sensitivity", "model", "out", *options, "--matrix", "a.q_proj", "--seed", "5", "--force").exit_code == 0
+    assert calls.kwargs["calibration"] == [Path("a.txt"), Path("b.txt")] and calls.kwargs["matrix"] == "a.q_proj"
+    assert calls.kwargs["recipe"] == Recipe(ranks=(0, 16), seed=5, include=("*.mlp.*",), exclude=("*.0.*",), force=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS + PLANNERS)
 def test_help_teaches(command):
     result = qlr(command, "--help")
     assert (
@@ -176,7 +217,7 @@ def test_console_script():
     code = "import sys; from qlr_jax import cli\ntry: cli.main()\n"
     code += "finally: print([m for m in ('jax', 'numpy') if m in sys.modules], file=sys.stderr)"
     done = run("--help", code=code)
-    assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS)
+    assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS + PLANNERS)
     assert done.stderr.strip() == "[]"  # help is instant
     done = run("inspect", "--jsn", "--json")
     assert done.returncode == 2 and "--jsn" in json.loads(done.stdout)["error"]

@@ -2,15 +2,24 @@
 
 import copy
 import io
+import json
 import re
 import threading
+from functools import partial
 from html.parser import HTMLParser
+from itertools import pairwise
+from xml.etree import ElementTree
 
 import pytest
 
+from allocators import Option, OptionTable, Row
 from qlr_jax import progress
+from qlr_jax.errors import QLRError
 from qlr_jax.report import evaluation, inspection, report_html, summary
-from qlr_jax.report.figures import ticks
+from qlr_jax.report.draw import standalone, ticks
+from qlr_jax.report.frontier import frontier_svg, frontier_text
+from qlr_jax.report.sensitivity import sensitivity_page, sensitivity_text, write_pictures
+from qlr_jax.report.sensitivity_figures import coefficient_map, damage_map, error_bits, spectra, worst_matrix
 
 VOID = {"meta", "wbr", "br"}
 
@@ -183,8 +192,43 @@ def test_summary(report):
     assert "2.2431 bits per weight as stored, of a budget of 2.25bpw" in text
     assert "ranks: 1 of 4 matrices: q 1 of 2 (r8); none for v, down" in text
     row = next(line for line in text.splitlines() if line.startswith("allocated *"))
-    assert row.split() == ["allocated", "*", "5.633", "×1.17", "0.152", "0.150", "86.1", "%"]
+    assert row.split() == ["allocated", "*", "5.633", "×1.17", "0.152", "0.150", "0.00400", "86.1", "%"]
     assert "3 min 32 s" in text and "2.21 GB" in text
+
+
+def test_whether_rank_paid(report):
+    told = "At these bytes rank paid: KL 0.152 against 0.169 without, 9.8 % less (held-out)."
+    assert told in summary(report) and told in report_html(report)
+    assert "predicted before any solve → measured: allocated 0.00400 → 0.150" in report_html(report)
+    report["kl"]["rank0"] = 0.1525
+    assert "Rank made no difference: KL 0.152 against 0.152 without, 0.1 % less" in summary(report)
+    report["kl"] = {}
+    report["calibration_kl"]["rank0"] = 0.14
+    assert "Rank did not pay: KL 0.150 against 0.140 without, 7.0 % more (calibration text)." in summary(report)
+    report["calibration_kl"] = {}
+    assert "without" not in summary(report).replace("stored without", "")
+
+
+def test_what_refining_brought(report):
+    assert "efined" not in summary(report) + report_html(report)
+    report["refined"] = {"measured": 0.148, "start": 0.15, "gained": 0.002, "tried": 24, "accepted": 5, "seconds": 3.0}
+    assert "refined: 5 of 24 proposals accepted, calibration KL 1.3 % lower" in summary(report)
+    assert "Refined: 5 of 24 proposals accepted, calibration KL 1.3 % lower." in report_html(report)
+    for less in (
+        {},
+        {"tried": 3},
+        {"tried": 3, "accepted": 0, "start": 0.0},
+        {"tried": 0, "accepted": 0, "start": 0.1, "gained": None},
+    ):
+        report["refined"] = less
+        assert "None" not in summary(report)
+        Checker(report_html(report))
+
+
+def test_predictions_are_held_against_what_was_minimised(report):
+    for row in report["matrices"]:
+        row["felt_error"] = 0.9 * row["relative_error"]
+    assert "median: 1.00" in " ".join(Checker(report_html(report)).text)
 
 
 def test_other_tables(report):
@@ -236,3 +280,225 @@ def test_silent_and_bars(capsys):
             told.say("a line [with brackets]")
     shown = capsys.readouterr()
     assert shown.out == "" and "a line [with brackets]" in shown.err and "outer: done in" in shown.err
+
+
+KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+def table_of(layers=3, kinds=KINDS, ranks=(0, 4, 8), **notes):
+    """A small option table with everything that a measurement notes."""
+    rows, facts = [], {}
+    for layer in range(layers):
+        for at, kind in enumerate(kinds):
+            part = "self_attn" if kind in "qkvo" else "mlp"
+            name, coefficient = f"model.layers.{layer}.{part}.{kind}_proj", 10.0 ** (at - 4 - layer)
+            options = []
+            for rank in ranks:
+                for bits in (1, 2, 3, 4):
+                    spec = f"trellis-{bits}" + (f"+r{rank}@trellis-4" if rank else "")
+                    error = 2.0**-bits * 0.99**rank
+                    options.append(Option(spec, 512 * bits + 16 * rank, coefficient * error**2, bits == 2))
+            rows.append(Row(name, 4096, tuple(options)))
+            spectrum = [0.3 * 0.7**i for i in range(20)]
+            probe = {"spec": "trellis-2", "error": 0.25, "kl": coefficient / 16}
+            facts[name] = {"layer": layer, "kind": kind, "shape": [64, 64], "coefficient": coefficient, "probe": probe}
+            facts[name] |= {"spectrum": spectrum, "plain_spectrum": [share / 2 for share in spectrum]}
+    told = {
+        "model": "llama <tiny> & co",
+        "command": "qlr sensitivity bundled out",
+        "unit": "nats of KL a token",
+        "attribution": "knockout",
+        "seconds": {"load": 1.0, "measure": 61.0},
+        "matrices": facts,
+        "measured": [{"label": "rank0", "kind": "rank0", "bytes": 30000, "bits_per_weight": 2.25, "kl": 0.02}],
+        "prediction": {"median": 1.01, "p10": 0.9, "p90": 1.1, "count": 9},
+    }
+    return OptionTable(tuple(rows), notes=told | notes)
+
+
+def number_of(node, key):
+    return float(node.get(key, 0))
+
+
+def inside(drawing):
+    """The drawing as XML, none of its coordinates or letters outside of its view box."""
+    svg = ElementTree.fromstring(drawing)
+    left, top, width, height = map(float, svg.get("viewBox").split())
+    xs, ys = [], []
+    for node in svg.iter():
+        tag = node.tag.rpartition("}")[2]
+        get = partial(number_of, node)
+        if tag == "text" and "transform" not in node.attrib:
+            assert "nan" not in (node.text or "")
+            # letters are 6.4 pixels wide on average, digits and bold ones 7
+            wide = 7.0 * len(node.text or "") if node.get("class") == "label" else 6.4 * len(node.text or "")
+            start = get("x") - {"end": wide, "middle": wide / 2}.get(node.get("text-anchor"), 0.0)
+            xs += [start, start + wide]
+            ys += [get("y") - 10, get("y") + 3]
+        elif tag == "rect":
+            xs += [get("x"), get("x") + get("width")] if "%" not in node.get("width") else []
+            ys += [get("y"), get("y") + get("height")]
+        elif tag == "circle":
+            xs += [get("cx") - get("r"), get("cx") + get("r")]
+            ys += [get("cy") - get("r"), get("cy") + get("r")]
+        elif tag == "line":
+            xs += [get("x1"), get("x2")]
+            ys += [get("y1"), get("y2")]
+        elif tag in ("polyline", "polygon"):
+            for pair in node.get("points").split():
+                x, y = map(float, pair.split(","))
+                xs.append(x)
+                ys.append(y)
+    assert left - 1 <= min(xs) and max(xs) <= left + width + 1, (min(xs), max(xs), width)
+    assert top - 1 <= min(ys) and max(ys) <= top + height + 1, (min(ys), max(ys), height)
+    return svg
+
+
+def texts(svg):
+    return [node.text for node in svg.iter() if node.tag.endswith("text")]
+
+
+@pytest.mark.parametrize("layers", [1, 3, 40])
+def test_heat_maps(layers):
+    notes = table_of(layers).notes
+    for drawing, key in ((damage_map(notes), "damage at trellis-2"), (coefficient_map(notes), "damage per squared relative error")):
+        svg = inside(drawing)
+        shown = texts(svg)
+        assert key in shown and shown.count("gate") == 1
+        assert len([node for node in svg.iter() if node.tag == "g"]) == 7 * layers
+    fallback = copy.deepcopy(dict(notes))
+    for row in fallback["matrices"].values():
+        del row["probe"]["kl"]  # coefficient · error² is the same number here
+    assert damage_map(fallback) == damage_map(notes)
+
+
+def test_heat_map_of_odd_values():
+    notes = table_of(2, ("q", "odd")).notes
+    names = list(notes["matrices"])
+    for name, value in zip(names, (0.0, -1e-6, 1e-9, float("nan")), strict=True):
+        notes["matrices"][name]["coefficient"] = notes["matrices"][name]["probe"]["kl"] = value
+    assert "nan" not in coefficient_map(notes) and "nan" not in damage_map(notes)
+    inside(coefficient_map(notes))
+
+
+@pytest.mark.parametrize(("layers", "kinds"), [(1, ("q",)), (3, KINDS), (33, ("q", "gate", "down"))])
+def test_spectra(layers, kinds):
+    svg = inside(spectra(table_of(layers, kinds).notes))
+    curves = [node for node in svg.iter() if node.tag == "polyline"]
+    assert len(curves) == layers * len(kinds) + len(kinds) + 1  # a line a matrix, the plain median of each kind, the legend's
+    assert [text for text in texts(svg) if text in kinds] == list(kinds)
+    plain = [node for node in curves if "dasharray" in (node.get("style") or "")]
+    assert len(plain) == len(kinds) + 1
+    title = next(node for node in svg.iter() if node.tag == "title").text
+    assert title.endswith("half is in 2 components")
+
+
+def test_error_against_bits():
+    table = table_of()
+    assert worst_matrix(table.notes) == "model.layers.0.mlp.down_proj"
+    svg = inside(error_bits(table))
+    assert "model.layers.0.mlp.down_proj" in texts(svg) and {"rank 0", "r4", "r8"} <= set(texts(svg))
+    assert len([node for node in svg.iter() if node.tag == "circle"]) == 3  # measured
+    other = inside(error_bits(table, "model.layers.2.self_attn.q_proj"))
+    assert "model.layers.2.self_attn.q_proj" in texts(other)
+    said = next(node.find("title").text for node in svg.iter() if node.tag == "circle")
+    assert "trellis-2" in said and "error 0.25" in said  # √(damage / coefficient)
+    inside(error_bits(table_of(ranks=(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10))))  # labels do not fall off
+    kept = (Option("trellis-2", 1024, 0.1), Option("bf16", 8192, 0.0))
+    inside(
+        error_bits(OptionTable((Row("a.q_proj", 4096, kept),), notes={"matrices": {"a.q_proj": {"coefficient": 1.0}}}), "a.q_proj")
+    )
+
+
+def test_sensitivity_page():
+    table = table_of()
+    page = sensitivity_page(table)
+    assert page == sensitivity_page(json.loads(table.to_json()))
+    checker = Checker(page)
+    text = " ".join(" ".join(checker.text).split())
+    assert {"damage", "coefficient", "spectra", "error", "matrices", "about"} <= checker.ids and checker.seen.count("svg") == 4
+    for wanted in (
+        "21",
+        "252 options",
+        "Attribution: knockout",
+        "10th to 90th percentile 0.900 to 1.10",
+        "1 min 01 s",
+        "rank0 0.0200",
+    ):
+        assert wanted in text
+    assert "llama <tiny> & co" in text and "<tiny>" not in page
+    assert "http" not in page and "url(" not in page and "width=device-width" in page
+    chosen = sensitivity_page(table, "model.layers.2.mlp.up_proj")
+    assert "model.layers.2.mlp.up_proj: the least error" in chosen
+    with pytest.raises(QLRError, match=r"matrix 'up' is not in the table; give a name such as model\.layers\.0\.mlp\.down_proj"):
+        sensitivity_page(table, "up")
+
+
+def test_sensitivity_with_anything_missing(tmp_path):
+    table = table_of()
+    for key in table.notes:
+        for value in (None, "absent"):
+            less = {name: fact for name, fact in table.notes.items() if name != key} | ({key: None} if value is None else {})
+            Checker(sensitivity_page(OptionTable(table.rows, notes=less)))
+            assert "None" not in sensitivity_text({"notes": less})
+    facts = table.notes["matrices"]
+    for key in ("layer", "kind", "shape", "coefficient", "probe", "spectrum", "plain_spectrum"):
+        for value in (None, "absent"):
+            less = {
+                name: {k: v for k, v in row.items() if k != key} | ({key: None} if value is None else {})
+                for name, row in facts.items()
+            }
+            bare = OptionTable(table.rows, notes=dict(table.notes) | {"matrices": less})
+            Checker(sensitivity_page(bare))
+            sensitivity_text({"notes": bare.notes})
+    bare = OptionTable(table.rows)
+    Checker(sensitivity_page(bare))
+    assert [file.name for file in write_pictures(bare, tmp_path)] == ["sensitivity.html"]
+    assert sensitivity_text({}) and "None" not in sensitivity_text({})
+
+
+def test_pictures_are_files_of_their_own(tmp_path):
+    files = write_pictures(table_of(), tmp_path)
+    assert [file.name for file in files] == ["sensitivity.html", "damage.svg", "coefficient.svg", "spectra.svg", "error.svg"]
+    for file in files[1:]:
+        drawing = file.read_text()
+        assert "var(" not in drawing  # colours as every viewer knows them
+        svg = inside(drawing)
+        assert svg.tag == "{http://www.w3.org/2000/svg}svg" and float(svg.get("width")) > 100
+
+
+def test_sensitivity_text():
+    told = sensitivity_text(
+        {"out": "o", "table": "o/table.json", "matrices": 21, "options": 252, "seconds": 62.0, "notes": table_of().notes}
+    )
+    assert "21 matrices, 252 options" in told and "attribution: knockout" in told and "table: o/table.json" in told
+    first = next(line for line in told.splitlines() if line.startswith("model.layers."))
+    assert first.split()[:3] == ["model.layers.0.mlp.down_proj", "6.25", "81.1"]
+    assert "by layer: 0 90.1 %, 1 9.0 %, 2 0.9 %" in told and "by kind: q 0.0 %" in told and "time: 1 min 02 s (load 1.0 s" in told
+
+
+def corners(sizes, damages):
+    return [
+        {"bytes": size, "bits_per_weight": size / 1000, "damage": damage, "price": 1e-6}
+        for size, damage in zip(sizes, damages, strict=True)
+    ]
+
+
+def test_frontier_drawing():
+    curves = {"weights": 8_000_000, "all_counted": True, "corners": 9}
+    curves |= {"all": corners((1e6, 2e6, 4e6), (1.0, 0.1, 1e-9)), "rank0": corners((1e6, 2e6), (1.0, 0.12))}
+    measured = [
+        {"label": f"{kind} (a long name of a folder)", "kind": kind, "bytes": 2e6, "kl": kl, "on": "calibration"}
+        for kind, kl in (("allocated", 0.11), ("uniform", 0.2), ("rank0", 0.112), ("other", 0.112))
+    ]
+    svg = inside(frontier_svg(curves, measured))
+    assert {node.tag for node in svg.iter()} >= {"circle", "rect", "polygon", "polyline"}  # shapes tell the models apart
+    assert "bits per weight" in texts(svg) and any("rank 0" in text for text in texts(svg))
+    heights = sorted(float(node.get("y")) for node in svg.iter() if node.tag == "text" and "long name" in (node.text or ""))
+    assert all(high - low >= 12 for low, high in pairwise(heights))
+    assert "marks: measured on calibration text" in texts(svg)
+    ElementTree.fromstring(standalone(frontier_svg(curves)))
+    inside(frontier_svg({"all": corners((1e6,), (0.0,)), "rank0": None}))
+    assert frontier_svg({}) == ""
+    told = frontier_text(curves, measured)
+    assert "3 of 9 corners" in told and "rank 0 (a long" in told and "0.120" in told and "None" not in told

@@ -1,6 +1,6 @@
-"""Text -> tokens -> Hessians, plain or weighted by the end loss, and end-loss coefficients."""
+"""Text -> tokens -> Hessians of inputs, plain or weighted by the end loss, and of outputs."""
 
-from qlr_jax.calibration.gradients import output_gradients, squared_gradients
+from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
 from qlr_jax.calibration.tokens import calibration_tokens, encode
@@ -12,7 +12,7 @@ __all__ = [
     "encode",
     "hessians",
     "matrix_hessians",
-    "output_gradients",
+    "output_hessians",
     "read_text",
     "split_of",
     "squared_gradients",

@@ -1,6 +1,7 @@
-"""How much the end loss feels an error in each linear layer's output: squared gradients, token by token and on the mean."""
+"""How much the end loss feels an error in each linear layer's output: squared gradients by token, and G = E[g gᵀ] by output."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,25 +9,39 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Block, Llama
+from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import layer_of, linear_names, shape_of
+
+# ---- watchers: y itself, and what the probe's "gradient" becomes, so that no gradient of a token need be kept
 
 
 @jax.custom_vjp
-def _watch(y: Array, probe: Array) -> Array:
-    """y itself; the gradient that arrives for `probe` is Σ_i (∂loss/∂y_i)² of every token, so that no gradient need be kept."""
+def _squares(y: Array, probe: Array) -> Array:
+    """y itself; the gradient that arrives for `probe` (batch, time) is Σ_i (∂loss/∂y_i)² of every token."""
     return y
 
 
-def _watch_forward(y: Array, probe: Array) -> tuple[Array, None]:
+@jax.custom_vjp
+def _products(y: Array, probe: Array) -> Array:
+    """y itself; the gradient that arrives for `probe` (m, m) is Σ g gᵀ over all tokens, g = ∂loss/∂y."""
+    return y
+
+
+def _untouched(y: Array, probe: Array) -> tuple[Array, None]:
     return y, None
 
 
-def _watch_backward(_: None, g: Array) -> tuple[Array, Array]:
+def _squared(_: None, g: Array) -> tuple[Array, Array]:
     return g, jnp.sum(jnp.square(g.astype(jnp.float32)), axis=-1)
 
 
-_watch.defvjp(_watch_forward, _watch_backward)
+def _multiplied(_: None, g: Array) -> tuple[Array, Array]:
+    rows = g.astype(jnp.float32).reshape(-1, g.shape[-1])
+    return g, jnp.einsum("ti,tj->ij", rows, rows, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+_squares.defvjp(_untouched, _squared)
+_products.defvjp(_untouched, _multiplied)
 
 
 def squared_gradients(
@@ -60,43 +75,112 @@ def squared_gradients(
         >>> found["model.layers.0.mlp.down_proj"].shape, found["model.layers.0.mlp.down_proj"][0, -1].item()
         ((1, 3), 0.0)
     """
-    tokens = np.asarray(tokens, np.int32)
-    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
-        raise QLRError(f"tokens have shape {tokens.shape}; at least one sequence of two tokens is needed")
+    tokens = _checked(tokens)
     out = {name: np.empty(tokens.shape, np.float32) for name in linear_names(model.config)}
-    rope, batch = model.rope(tokens.shape[1]), min(batch, len(tokens))
-    first = [name.removeprefix("model.layers.0.") for name in linear_names(model.config) if layer_of(name) == 0]
-    probes = dict.fromkeys(first, jnp.zeros((batch, tokens.shape[1])))
-    for start in range(0, len(tokens), batch):
-        rows = tokens[start : start + batch]
-        live = len(rows)
-        rows = jnp.asarray(np.concatenate([rows, np.repeat(rows[-1:], batch - live, axis=0)]))  # every batch has one shape
-        states = [model.embed(rows)]
-        for block in model.model.layers:
-            states.append(_forward(block, states[-1], rope))
-        g = _head_gradient(model, states.pop(), rows)
-        for i, block in reversed(list(enumerate(model.model.layers))):
-            g, found = _pull_back(block, states.pop(), rope, probes, g)
+    names, batch = _local_names(model), min(batch, len(tokens))
+    probes = dict.fromkeys(names, jnp.zeros((batch, tokens.shape[1])))
+    for rows, start, live in _batches(tokens, batch):
+        labels = np.full(rows.shape, NOTHING, np.int32)
+        labels[:, :-1] = rows[:, 1:]
+        for i, found in _backward(model, rows, labels, dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
             for name, value in found.items():
                 out[f"model.layers.{i}.{name}"][start : start + live] = np.asarray(value)[:live]
         if progress is not None:
             progress(live)
-    for name, value in out.items():
+    return _finite(out)
+
+
+def output_hessians(
+    model: Llama,
+    tokens: Int[np.ndarray, "sequences time"],
+    names: Sequence[str] | None = None,
+    *,
+    seed: int = 0,
+    batch: int = 4,
+    progress: Callable[[int], None] | None = None,
+) -> dict[str, Float[np.ndarray, "m m"]]:
+    """For every linear layer y = W x what an error in y does to the model's output distribution, token by token on the mean.
+
+        G(layer) = mean_{q,t} g gᵀ      g = ∂ Σ_t' log p(z_t') / ∂ y[q, t],  labels z_t' drawn from the model's own p
+
+    Then an error E in W alone costs KL(original ‖ changed) ≈ ½ tr(G E H Eᵀ) nats a token, H = E[x xᵀ]: the second-order expansion
+    of the KL with its Fisher matrix, errors of different tokens taken to be independent and x of g (a Kronecker factorisation).
+    One backward pass as in `squared_gradients`; the sums, an (m, m) a layer of `names` (all where None), stay in memory.
+
+    Args:
+        seed: of the labels.
+
+    Raises:
+        QLRError: as `squared_gradients`.
+
+    Source: Martens and Grosse, arXiv 1503.05671, section 3; for rounding: YAQA, arXiv 2505.22988, section 3 (sketch A).
+
+    Example:
+        >>> from qlr_jax.models import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> output_hessians(Llama(config, jax.random.key(0)), np.array([[1, 5, 3]]))["model.layers.0.mlp.up_proj"].shape
+        (8, 8)
+    """
+    tokens, wanted = _checked(tokens), list(names if names is not None else linear_names(model.config))
+    layers: dict[int, dict[str, Array]] = {}
+    for name in wanted:
+        m = shape_of(model.config, name)[0]
+        layers.setdefault(layer_of(name), {})[name.removeprefix(f"model.layers.{layer_of(name)}.")] = jnp.zeros((m, m))
+    sums: dict[str, Array] = {}
+    for rows, start, live in _batches(tokens, min(batch, len(tokens))):
+        labels = np.array(_drawn(model, jnp.asarray(rows), jax.random.fold_in(jax.random.key(seed), start)))
+        labels[live:] = NOTHING  # repeats that fill the last batch
+        for i, found in _backward(model, rows, labels, layers, "products"):
+            for name, value in found.items():
+                full = f"model.layers.{i}.{name}"
+                sums[full] = sums[full] + value if full in sums else value
+        if progress is not None:
+            progress(live)
+    return _finite({name: np.asarray(sums[name], np.float32) / np.float32(tokens.size) for name in wanted})
+
+
+NOTHING = -1  # the label of a position whose prediction does not count
+
+
+def _checked(tokens: np.ndarray) -> np.ndarray:
+    tokens = np.asarray(tokens, np.int32)
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise QLRError(f"tokens have shape {tokens.shape}; at least one sequence of two tokens is needed")
+    return tokens
+
+
+def _finite(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, value in found.items():
         if not np.isfinite(value).all():
             raise QLRError(f"the gradient at the output of {name} is not finite; load the model in float32 and check its weights")
-    return out
+    return found
 
 
-def output_gradients(model: Llama, tokens: Int[np.ndarray, "sequences time"], *, batch: int = 4) -> dict[str, float]:
-    """For every linear layer y = W x the mean squared gradient of the next-token loss at y, over tokens and outputs.
+def _local_names(model: Llama) -> list[str]:
+    return [name.removeprefix("model.layers.0.") for name in linear_names(model.config) if layer_of(name) == 0]
 
-        g(layer) = mean_{q,t,i} ( ∂ nll_q / ∂ y[q, t, i] )²      nll_q summed over the tokens of sequence q
 
-    Then the loss rises to first order of the Fisher approximation by ½ Σ_t g ‖E x_t‖² for an error E in W: the end-loss
-    coefficient of a layer (GuidedQuant, arXiv 2505.07004, section 3, with one group). Raises what `squared_gradients` raises.
-    """
-    found = squared_gradients(model, tokens, batch=batch)
-    return {name: float(s.mean(dtype=np.float64)) / shape_of(model.config, name)[0] for name, s in found.items()}
+def _batches(tokens: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(rows, first, how many are not repeats); every batch has one shape."""
+    for start in range(0, len(tokens), batch):
+        rows = tokens[start : start + batch]
+        yield np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]), start, len(rows)
+
+
+def _backward(
+    model: Llama, rows: np.ndarray, labels: np.ndarray, probes: dict[int, dict[str, Array]], watch: str
+) -> Iterator[tuple[int, dict[str, Array]]]:
+    """From the last block to the first of those in `probes`: (layer, what its probes received), of −Σ log p(labels)."""
+    rope = model.rope(rows.shape[1])
+    states = [model.embed(jnp.asarray(rows))]
+    for block in model.model.layers:
+        states.append(_forward(block, states[-1], rope))
+    g = _head_gradient(model, states.pop(), jnp.asarray(labels))
+    for i, block in reversed(list(enumerate(model.model.layers))):
+        if i < min(probes):
+            return
+        g, found = _pull_back(block, states.pop(), rope, probes.get(i, {}), g, watch=watch)
+        yield i, found
 
 
 @jax.jit
@@ -105,23 +189,31 @@ def _forward(block: Block, x: Array, rope: tuple[Array, Array]) -> Array:
 
 
 @jax.jit
-def _head_gradient(model: Llama, x: Float[Array, "batch time n"], tokens: Int[Array, "batch time"]) -> Array:
-    """∂ Σ nll / ∂x of the hidden state that leaves the last block."""
+def _drawn(model: Llama, tokens: Int[Array, "batch time"], key: Array) -> Int[Array, "batch time"]:
+    """A label for every position, from the model's own distribution."""
+    return jax.random.categorical(key, model(tokens)).astype(jnp.int32)
+
+
+@jax.jit
+def _head_gradient(model: Llama, x: Float[Array, "batch time n"], labels: Int[Array, "batch time"]) -> Array:
+    """∂ −Σ log p(label) / ∂x of the hidden state that leaves the last block."""
 
     def loss(x: Array) -> Array:
-        logp = jax.nn.log_softmax(model.head(x)[:, :-1], axis=-1)
-        return -jnp.sum(jnp.take_along_axis(logp, tokens[:, 1:, None], axis=-1))
+        logp = jax.nn.log_softmax(model.head(x), axis=-1)
+        of = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
+        return -jnp.sum(jnp.where(labels >= 0, of, 0.0))
 
     return jax.grad(loss)(x)
 
 
-@jax.jit
+@partial(jax.jit, static_argnames=("watch",))
 def _pull_back(
-    block: Block, x: Array, rope: tuple[Array, Array], probes: dict[str, Array], g: Array
-) -> tuple[Array, dict[str, Float[Array, "batch time"]]]:
-    """From ∂loss/∂(the block's output): ∂loss/∂x, and s of each of its linear layers; `probes` has a zero for each token."""
+    block: Block, x: Array, rope: tuple[Array, Array], probes: dict[str, Array], g: Array, *, watch: str
+) -> tuple[Array, dict[str, Array]]:
+    """From ∂loss/∂(the block's output): ∂loss/∂x, and what each probe of its linear layers receives."""
+    see = {"squares": _squares, "products": _products}[watch]
 
     def watched(x: Array, probes: dict[str, Array]) -> Array:
-        return block(x, rope, adjust=lambda name, y: _watch(y, probes[name]))
+        return block(x, rope, adjust=lambda name, y: see(y, probes[name]) if name in probes else y)
 
     return jax.vjp(watched, x, probes)[1](g)

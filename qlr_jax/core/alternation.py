@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 from qlr_jax.core import hadamard
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
-from qlr_jax.core.ldlq import column_block, echo, inflation, ldlq, pad_to_tiles
+from qlr_jax.core.ldlq import column_block, echo, inflation, ldlq, ldlq_rows, pad_to_tiles, row_group
 from qlr_jax.core.low_rank import bucket, start_basis
 from qlr_jax.core.matrix import Layout
 from qlr_jax.core.metric import Metric, ldl, outlier_channels, turned
@@ -36,13 +37,16 @@ class Problem:
     original: np.ndarray
     unit: np.ndarray  # (b,): the weight's size
     metric: Metric
+    output: Metric | None  # G of the outputs; None is the identity
     weight: Array
-    energy: Array  # (b,): tr(W H Wᵀ)
+    energy: Array  # (b,): tr(G W H Wᵀ)
     backbone: Quantizer
     mask: Array | None
 
     @classmethod
-    def make(cls, weights: np.ndarray, metric: Metric, spec: Spec, seed: int, config: SolverConfig) -> Problem:
+    def make(
+        cls, weights: np.ndarray, metric: Metric, output: Metric | None, spec: Spec, seed: int, config: SolverConfig
+    ) -> Problem:
         m, n = weights.shape[1:]
         layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
         backbone = spec.quantizer(config.state_bits, (m, n))
@@ -58,7 +62,13 @@ class Problem:
         if spec.rank:
             columns = -(-bucket(spec.rank, min(m, n)) // 8) * 8
             mask = (np.arange(columns) < spec.rank).astype(np.float32)
-        return cls(spec, layout, config, weights, size, metric, weight, _energy(weight, metric.hessian), backbone, mask)
+        energy = _energy(weight, metric.hessian, output and output.hessian)
+        return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask)
+
+    @property
+    def felt(self) -> Array | None:
+        """G in the rotated basis: with H, what results are judged in."""
+        return self.output and self.output.hessian
 
 
 @partial(jax.jit, static_argnames=("blocks",))
@@ -108,7 +118,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class State:
-    """The current and the best candidate, and their errors √(tr(E H Eᵀ)/tr(W H Wᵀ)) per matrix.
+    """The current and the best candidate, and their errors √(tr(G E H Eᵀ)/tr(G W H Wᵀ)) per matrix.
 
     Attributes:
         basis: of the subspace iteration, kept warm.
@@ -124,7 +134,29 @@ class State:
     trail: tuple[np.ndarray, ...] = ()
 
 
-def init(problem: Problem) -> State:
+def first_step(problem: Problem) -> State:
+    """`init` and one `step`; in a race that from either start, each matrix going on with the better.
+
+    Factors of W itself leave least to Q; factors of what a rounded W lacks hold the outputs that the loss feels most. Which pays
+    is a matter of the spectra of W and of G.
+    """
+    start = problem.config.start
+    if start != "race":
+        return step(problem, init(problem, start))
+    state = step(problem, init(problem, "weight"))
+    if problem.output is None or isinstance(problem.backbone, Nothing):
+        return state
+    other = step(problem, init(problem, "backbone"))
+    better = other.best_error < state.best_error
+    if not better.any():
+        return state
+    basis, now, best = _choose(better, (other.basis, other.now, other.best), (state.basis, state.now, state.best))
+    error, best_error = (np.where(better, *pair) for pair in ((other.error, state.error), (other.best_error, state.best_error)))
+    trail = tuple(np.where(better, a, b) for a, b in zip(other.trail, state.trail, strict=True))
+    return State(now, basis, error, best, best_error, trail)
+
+
+def init(problem: Problem, start: str) -> State:
     """Before the first step: no backbone yet, and the factors of W in the metric that `start` names (zero for "backbone")."""
     b, _, n = problem.weight.shape
     none_yet = np.full(b, np.inf, np.float32)
@@ -136,13 +168,13 @@ def init(problem: Problem) -> State:
     if isinstance(problem.backbone, Nothing):  # the factors alone: a candidate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
         return _judge(replace(state, basis=basis), replace(now, factors=factors), error)
-    if config.start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
+    if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
         factors, _, _ = _fit(problem, problem.weight, basis, 1)
         return replace(state, now=replace(now, factors=factors), basis=basis)
     metric, plain = problem.metric.regular, config.factor_rounding == "plain"
-    if config.start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
+    if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
         metric, plain = jnp.eye(n)[None], True
-    elif config.start == "outliers":
+    elif start == "outliers":
         metric = turned(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.sides)
     factors, basis, _ = _fit(problem, now.q, basis, steps, metric, plain)
     return replace(state, now=replace(now, factors=factors), basis=basis)
@@ -169,7 +201,7 @@ def _start(problem: Problem) -> Array:
 
 
 def improve_backbone(problem: Problem, state: State) -> State:
-    """Q ← LDLQ(W − L R), in the metric H or its downdate."""
+    """Q ← LDLQ(W − L R), in the metric H or its downdate, and in that of the outputs."""
     quantizer, factors, metric = problem.backbone, state.now.factors, problem.metric
     width, known = column_block(quantizer), factors.product() if problem.spec.rank else None
     tau = downdate_strength(problem.spec, problem.config)
@@ -178,6 +210,10 @@ def improve_backbone(problem: Problem, state: State) -> State:
         echoed = np.asarray(echo(factor))
     else:
         factor, echoed = metric.factor(width), metric.echo(width)
+    rows, output = None, problem.output
+    if output is not None:
+        group = row_group(-(-problem.layout.shape[0] // quantizer.tile[0]) * quantizer.tile[0], quantizer.tile[0])
+        rows, echoed = output.factor(group), (1 + echoed) * (1 + output.echo(group)) - 1
     fitted = problem.config.backbone_scale == "fitted"
     q, codes, scale, scales, error = _round_backbone(
         problem.weight,
@@ -187,6 +223,8 @@ def improve_backbone(problem: Problem, state: State) -> State:
         factor,
         _stretch(quantizer, echoed) if fitted and quantizer.unit else np.ones(len(echoed), np.float32),
         quantizer.data(),
+        problem.felt,
+        rows,
         family=quantizer.family(),
         refit=fitted,
     )
@@ -202,26 +240,33 @@ def _round_backbone(
     factor: Array,
     stretch: Array,
     data: Grid,
+    output: Array | None = None,
+    rows: Array | None = None,
     *,
     family: Quantizer,
     refit: bool,
 ) -> tuple[Array, Array, Array, Grid, Array]:
-    """Q for W − `known` (nothing known: None): values, codes, scale, the grid's own scales, relative error."""
+    """Q for W − `known` (nothing known: None): values, codes, scale, the grid's own scales, relative error.
+
+    `output` and `rows` are G and its feedback factor: of a rectangle of rows at a time (`ldlq_rows`).
+    """
     m, n = weight.shape[-2:]
     left_over = weight if known is None else weight - known
     scales = family.fit(left_over, per_row=False)
     if family.unit:
         scales = (scales[0] * stretch[:, None, None],)
-    q, codes = ldlq(pad_to_tiles(left_over, *family.tile), factor, family.grid(scales, n), data, family)
+    padded, grid = pad_to_tiles(left_over, *family.tile), family.grid(scales, n)
+    q, codes = ldlq(padded, factor, grid, data, family) if rows is None else ldlq_rows(padded, factor, rows, grid, data, family)
     q, scale = q[:, :m, :n], jnp.ones(q.shape[:1])
     if family.unit:
         scale, scales = scales[0][:, 0, 0], ()
         if refit:  # one scale for all of Q costs nothing to refit: the best multiple of Q in the metric
             weighted = jnp.matmul(q, hessian, precision="highest")
+            weighted = weighted if output is None else jnp.matmul(output, weighted, precision="highest")
             own = jnp.sum(weighted * q, axis=(-2, -1))
             best = jnp.where(own > 0, jnp.sum(weighted * left_over, axis=(-2, -1)) / jnp.where(own > 0, own, 1.0), 1.0)
             q, scale = q * best[:, None, None], scale * best
-    return q, codes, scale, scales, _relative(quadratic(left_over - q, hessian), energy)
+    return q, codes, scale, scales, _relative(quadratic(left_over - q, hessian, output), energy)
 
 
 @jax.jit
@@ -239,7 +284,7 @@ def downdated(hessian: Array, right: Array, strength: float) -> Array:
 def _fit(
     problem: Problem, q: Array, basis: Array, steps: int, metric: Array | None = None, plain: bool | None = None
 ) -> tuple[Factors, Array, Array]:
-    """Factors of W − Q in H, or their start in another metric."""
+    """Factors of W − Q in H and G, or their start in another metric."""
     config = problem.config
     left, right = problem.spec.factor_quantizers(config.state_bits)
     factors, basis = fit_factors(
@@ -251,22 +296,23 @@ def _fit(
         problem.mask,
         (left.data(), right.data()),
         steps,
+        (problem.output.regular, problem.output.root()) if problem.output is not None and metric is None else None,
         families=(left.family(), right.family()),
         inner=config.inner,
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
-    return factors, basis, _error(problem.weight, q, factors, problem.metric.hessian, problem.energy)
+    return factors, basis, _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.felt)
 
 
 @jax.jit
-def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array) -> Array:
-    return _relative(quadratic(weight - q - factors.product(), hessian), energy)
+def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array, output: Array | None = None) -> Array:
+    return _relative(quadratic(weight - q - factors.product(), hessian, output), energy)
 
 
 @jax.jit
 def _relative(left_over: Array, energy: Array) -> Array:
-    """√(tr(E H Eᵀ) / tr(W H Wᵀ)), 0 where both are 0; infinite where a factorization failed, so that it is never kept."""
+    """√(tr(G E H Eᵀ) / tr(G W H Wᵀ)), 0 where both are 0; infinite where a factorization failed, so that it is never kept."""
     left_over = jnp.where(jnp.isnan(left_over), jnp.inf, jnp.maximum(left_over, 0.0))
     return jnp.sqrt(jnp.where(left_over > 0, left_over / jnp.where(energy > 0, energy, 1.0), 0.0))
 
@@ -281,8 +327,8 @@ def _judge(state: State, candidate: Candidate, error: Array) -> State:
 
 
 @jax.jit
-def _choose(better: Array, new: Candidate, old: Candidate) -> Candidate:
+def _choose(better: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-__all__ = ["Candidate", "Problem", "State", "downdate_strength", "downdated", "improve_backbone", "init", "step"]
+__all__ = ["Candidate", "Problem", "State", "downdate_strength", "downdated", "first_step", "improve_backbone", "init", "step"]

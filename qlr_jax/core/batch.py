@@ -14,7 +14,7 @@ from qlr_jax.core.solver import Solution, solve_batch
 from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
-Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str]]
+Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str] | tuple[np.ndarray, np.ndarray, str, np.ndarray | None]]
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
 
@@ -25,7 +25,7 @@ def solve_many(
     config: SolverConfig | None = None,
     on_done: Callable[[Key, Solution], None] | None = None,
 ) -> dict[Key, Solution]:
-    """Solve (weight (m, n), Hessian (n, n), spec) for every key.
+    """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None]) for every key.
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
     and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
@@ -48,7 +48,9 @@ def solve_many(
     def run(keys: list[Key], metric: Metric, size: int) -> None:
         filled = keys + [keys[-1]] * (size - len(keys))
         weights, spec = np.stack([problems[k][0] for k in filled]), problems[keys[0]][2]
-        for key, solution in zip(keys, solve_batch(weights, metric, spec, seed=seed, config=config), strict=False):
+        outputs = None if _output(problems[keys[0]]) is None else np.stack([_output(problems[k]) for k in filled])
+        solutions = solve_batch(weights, metric, spec, outputs=outputs, seed=seed, config=config)
+        for key, solution in zip(keys, solutions, strict=False):
             solved[key] = solution
             if on_done is not None:
                 on_done(key, solution)
@@ -69,21 +71,30 @@ def solve_many(
     return solved
 
 
+def _output(problem: tuple) -> np.ndarray | None:
+    return problem[3] if len(problem) > 3 else None
+
+
+def _kind(problem: tuple) -> tuple:
+    """What matrices must have in common to be solved together."""
+    return problem[0].shape, str(problem[2]), _output(problem) is None
+
+
 def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
     """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
-    groups: dict[tuple[tuple[int, ...], str], list[Key]] = defaultdict(list)
-    for key, (weight, _, spec) in problems.items():
-        if len(weight) < SMALL:
-            groups[weight.shape, str(spec)].append(key)
-    for (shape, _), keys in groups.items():
+    groups: dict[tuple, list[Key]] = defaultdict(list)
+    for key, problem in problems.items():
+        if len(problem[0]) < SMALL:
+            groups[_kind(problem)].append(key)
+    for (shape, *_), keys in groups.items():
         size = ROWS_TOGETHER // shape[0]
         yield from ((keys[start : start + size], size) for start in range(0, len(keys), size))
 
 
 def _large(problems: Problems[Key]) -> list[list[Key]]:
     """Batches of large matrices that share Hessian, shape and spec; those of one Hessian follow each other."""
-    by_hessian: dict[int, dict[tuple[tuple[int, ...], str], list[Key]]] = defaultdict(lambda: defaultdict(list))
-    for key, (weight, hessian, spec) in problems.items():
-        if len(weight) >= SMALL:
-            by_hessian[id(hessian)][weight.shape, str(spec)].append(key)
+    by_hessian: dict[int, dict[tuple, list[Key]]] = defaultdict(lambda: defaultdict(list))
+    for key, problem in problems.items():
+        if len(problem[0]) >= SMALL:
+            by_hessian[id(problem[1])][_kind(problem)].append(key)
     return [keys for groups in by_hessian.values() for keys in groups.values()]

@@ -9,7 +9,7 @@ from typing import Any
 from qlr_jax.errors import QLRError
 
 CHOICES = {
-    "start": ("weight", "low-rank", "outliers", "backbone"),
+    "start": ("race", "weight", "low-rank", "outliers", "backbone"),
     "factor_rounding": ("feedback", "plain"),
     "factor_scales": ("component", "matrix"),
     "backbone_scale": ("fitted", "rms"),
@@ -25,9 +25,11 @@ class SolverConfig:
         inner: alternations between L and R inside one fit of the factors.
         subspace_steps: power steps of the subspace iteration, first fit; later fits start warm and take two.
         warm_start: whether they do; otherwise every fit starts from the same random basis and takes `subspace_steps`.
-        start: what comes first: "weight" (factors of W itself, whatever H: what they leave to Q then has the least size, and Q's
-            error is a multiple of that), "low-rank" (factors of W in the metric H), "outliers" (those in the metric of as many
-            input channels as the rank, of the largest mean square: ODLRI, arXiv 2506.02077), or "backbone" (Q of W).
+        start: what comes first: "race" (one iteration each from "weight" and from "backbone", and each matrix goes on with the
+            better; without an output Hessian "backbone" rarely wins, and "weight" is taken), "weight" (factors of W itself,
+            whatever H: what they leave to Q then has the least size, and Q's error is a multiple of that), "low-rank" (factors of
+            W in the metric H), "outliers" (those in the metric of as many input channels as the rank, of the largest mean square:
+            ODLRI, arXiv 2506.02077), or "backbone" (Q of W).
         damping: fraction of H's mean diagonal added before it is factored.
         downdate: τ of H − τ H Rᵀ(R H Rᵀ)⁻¹R H, the metric in which Q is rounded; None: after the factors' precision.
         factor_rounding: "feedback" in each factor's own metric, or "plain".
@@ -43,7 +45,7 @@ class SolverConfig:
     inner: int = 2
     subspace_steps: int = 4
     warm_start: bool = True
-    start: str = "weight"
+    start: str = "race"
     damping: float = 1e-2
     downdate: float | None = None
     factor_rounding: str = "feedback"

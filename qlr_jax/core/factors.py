@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.linalg import solve_triangular
 
 from qlr_jax.core.ldlq import column_block, feedback, ldlq, pad_metric, pad_to_tiles
 from qlr_jax.core.low_rank import refit_left, refit_right, top_subspace
@@ -56,16 +57,17 @@ def fit_factors(
     mask: Array,
     data: tuple[Grid, Grid],
     steps: int,
+    output: tuple[Array, Array] | None = None,
     *,
     families: tuple[Quantizer, Quantizer],
     inner: int,
     plain: bool = False,
     one_scale: bool = False,
 ) -> tuple[Factors, Array]:
-    """Rounded factors of A = W − Q: minimise tr((A − L R) H (A − L R)ᵀ), L and R on their grids, best pair of `inner` rounds kept.
+    """Rounded factors of A = W − Q: minimise tr(G (A − L R) H (A − L R)ᵀ), L and R on their grids, the best pair kept.
 
-    Start from the rank-constrained optimum (`top_subspace`), then in turn R ← (LᵀL)⁻¹LᵀA, rounded in the metric H, and
-    L ← A H Rᵀ (R H Rᵀ)⁻¹, rounded in the metric R H Rᵀ (LPLR, arXiv 2310.11028; the feedback is ours).
+    Start from the rank-constrained optimum (`top_subspace` of CᵀA for G = C Cᵀ), then in turn R ← (LᵀGL)⁻¹LᵀG A, rounded in the
+    metric H, and L ← A H Rᵀ (R H Rᵀ)⁻¹, rounded in the metric R H Rᵀ (LPLR, arXiv 2310.11028; the feedback and G are ours).
 
     Args:
         weight, backbone: W and Q, (b, m, n).
@@ -73,6 +75,7 @@ def fit_factors(
         basis: (b, m, k') to start the subspace iteration from.
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
         data, families: of the quantizers of L and R.
+        output: (G, C), the metric of the outputs; None is the identity.
         inner: rounds.
         plain: round without feedback.
         one_scale: one scale for all components, where a grid has none of its own.
@@ -82,25 +85,26 @@ def fit_factors(
     """
     target, k = weight - backbone, mask.shape[0]
     left_family, right_family = families
-    basis, _ = top_subspace(target, hessian, basis, steps)
-    start = jnp.pad(basis, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
+    metric, root = output or (None, None)
+    felt = target if root is None else jnp.matmul(jnp.swapaxes(root, -1, -2), target, precision="highest")
+    basis, _ = top_subspace(felt, hessian, basis, steps)
+    leading = basis if root is None else solve_triangular(jnp.swapaxes(root, -1, -2), basis, lower=False)
+    start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
     own_scales = not (left_family.unit or right_family.unit)
     if plain:
         right_feedback = jnp.zeros_like(right_feedback)
 
     def pair(left: Array) -> tuple[Factors, Array]:
-        wanted, _ = refit_right(target, left, mask)
+        wanted, _ = refit_right(target, left, mask, metric)
         wanted = jnp.swapaxes(wanted, -1, -2)
         right, right_codes, right_scales = _round_right(wanted, right_feedback, right_family, data[1], one_scale)
         right = right * mask[:, None]
-        wanted, metric = refit_left(target, right, hessian, mask)
+        wanted, own = refit_left(target, right, hessian, mask)
         ideal = wanted * mask
-        left, component, left_codes, left_scales = _round_left(
-            ideal, metric, mask, left_family, data[0], own_scales, plain, one_scale
-        )
+        left, component, left_codes, left_scales = _round_left(ideal, own, mask, left_family, data[0], own_scales, plain, one_scale)
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
-        # the loss less tr(A H Aᵀ), by Pythagoras about the best L: cheaper by far than the loss itself
-        return new, quadratic(left - ideal, metric) - quadratic(ideal, metric)
+        # the loss less tr(G A H Aᵀ), by Pythagoras about the best L: cheaper by far than the loss itself
+        return new, quadratic(left - ideal, own, metric) - quadratic(ideal, own, metric)
 
     def again(state: tuple[Array, Factors, Array], _: None) -> tuple[tuple[Array, Factors, Array], None]:
         left, best, least = state

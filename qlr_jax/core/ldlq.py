@@ -13,6 +13,7 @@ from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.typing import Array, Float
 
 EXACT = 256
+ROW_GROUPS = 16  # groups of rows, at most, that feel each other's errors; within a group rows are rounded side by side
 GROUP = 64  # columns that are rounded, at most, between two products with all of the error so far
 
 
@@ -132,6 +133,124 @@ def ldlq(
     codes = jnp.moveaxis(codes, 0, lead)  # (*b, m / height, blocks, codes a tile)
     codes = codes.reshape(weight.shape) if family.tile == (1, 1) else codes
     return values, jnp.swapaxes(codes, lead - 1, lead) if transposed else codes
+
+
+def row_group(rows: int, height: int) -> int:
+    """Rows that are rounded side by side under feedback among the outputs: whole tiles, at least 64 rows where there are.
+
+    Example:
+        >>> row_group(256, 64), row_group(4096, 64), row_group(48, 1), row_group(96, 32)
+        (64, 256, 48, 96)
+    """
+    least = max(64, rows // ROW_GROUPS)
+    return next((g for g in range(height, rows, height) if rows % g == 0 and g >= least), rows)
+
+
+@partial(jax.jit, static_argnames=("family",))
+def ldlq_rows(
+    weight: Float[Array, "b m n"],
+    factor: Float[Array, "*b n n"],
+    rows: Float[Array, "*b m m"],
+    grid: Grid,
+    data: Grid,
+    family: Quantizer,
+) -> tuple[Float[Array, "b m n"], Array]:
+    """`ldlq` with feedback among the rows as well: for tr(G E H Eᵀ), G = (I + F_G) D_G (I + F_G)ᵀ.
+
+    Groups of rows are rounded from last to first, each as W_i + Σ_{r > i} F_G[r, i]ᵀ E_r with E = W − Q, by feedback F along its
+    columns. Then (I + F_G)ᵀ E (I + F) = η, the rounding errors alone, and tr(G E H Eᵀ) = tr(D_G η D ηᵀ). A group of rows needs of
+    those after it only the columns that it has come to, so each follows the next by one group of columns, and nearly all are
+    rounded side by side. Two-sided rounding is YAQA's idea (arXiv 2505.22988, section 3); this form and its order are ours.
+
+    Args:
+        weight: whole tiles of the quantizer.
+        factor: F, one a matrix or one for all.
+        rows: F_G at `row_group` columns a block, padded to the rows of `weight`.
+
+    Returns:
+        as `ldlq`.
+    """
+    (b, m, n), width = weight.shape, column_block(family)
+    high = row_group(m, family.tile[0])
+    if high == m:
+        return ldlq(weight, factor, grid, data, family)
+    count, wide = m // high, _column_group(n, width, m // high)
+    ahead = n // wide  # groups of columns
+
+    def grouped(array: Array) -> Array:
+        """(b, groups of rows from last to first, rows of a group, n)."""
+        if array.shape[-2] == 1:
+            return array[:, None]
+        return array.reshape(len(array), count, high, array.shape[-1])[:, ::-1]
+
+    own, scales = grouped(weight), tuple(grouped(g) for g in grid)
+    # F_G[r, i] for every group i, its rows r in the order of `own`
+    into = jnp.moveaxis(grouped(rows).reshape(len(rows), m, count, high)[:, :, ::-1], 2, 1)
+
+    def window(array: Array, start: Array) -> Array:
+        """Of every group of rows its own columns: (b, count, ..., wide) of (b, count or 1, ..., n)."""
+        if array.shape[-1] == 1:
+            return array
+        shared = array.shape[1] == 1
+        cut = jax.vmap(lambda a, s: lax.dynamic_slice_in_dim(a, s, wide, axis=-1), in_axes=(None if shared else 1, 0), out_axes=1)
+        return cut(array[:, 0] if shared else array, start)
+
+    def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        error, felt_error = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
+        at = step - jnp.arange(count)
+        live = ((at >= 0) & (at < ahead))[:, None, None]
+        start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
+        original = window(own, start)
+        after = window(error.reshape(b, 1, m, n), start)  # still zero in the rows that come later
+        aims = original + jnp.einsum("birg,birw->bigw", into, after, precision="highest")
+        columns = window(factor[:, None], start)
+        target = aims + jnp.einsum("bign,binw->bigw", felt_error, columns, precision="highest")
+        within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
+        local = tuple(window(g, start) for g in scales)
+
+        def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
+            here = block * width
+            part = lax.dynamic_slice_in_dim(within, here, width, axis=-1)
+            aim = lax.dynamic_slice_in_dim(target, here, width, axis=-1) + jnp.einsum(
+                "bigw,biwk->bigk", missed, part, precision="highest"
+            )
+            flat = aim.reshape(b * count, high, width)
+            sizes = tuple(
+                jnp.broadcast_to(_columns(g, here, width), (b, count, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
+            )
+            value, code = family.round_block(flat, tuple(g.reshape(b * count, *g.shape[2:]) for g in sizes), data, False)
+            value = value.reshape(aim.shape)
+            new = lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value
+            return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
+
+        missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(wide // width - 1, -1, -1))
+        values = jnp.moveaxis(values[::-1], 0, -2).reshape(target.shape)
+
+        def written(array: Array, part: Array) -> Array:
+            kept = jnp.where(live, part, window(array, start))
+            put = jax.vmap(lambda a, p, s: lax.dynamic_update_slice_in_dim(a, p, s, axis=-1), in_axes=(1, 1, 0), out_axes=1)
+            return put(array, kept, start)
+
+        return (written(error, original - values), written(felt_error, missed)), (values, codes[::-1])
+
+    nothing = jnp.zeros_like(own)
+    _, (values, codes) = lax.scan(advance, (nothing, nothing), jnp.arange(ahead + count - 1))
+    # group i came to its j-th columns, from the last, at step i + j; both orders are turned round
+    group, column = jnp.arange(count)[::-1, None], jnp.arange(ahead)[None, ::-1]
+    values = values[group + column, :, group]  # (count, ahead, b, high, wide)
+    values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)
+    codes = codes.reshape(*codes.shape[:2], b, count, *codes.shape[3:])  # steps, blocks, b, count, rows or walks, ...
+    codes = codes[group + column, :, :, group]  # (count, ahead, blocks, b, rows or walks, ...)
+    codes = jnp.transpose(codes, (3, 0, 4, 1, 2, *range(5, codes.ndim)))
+    if family.tile == (1, 1):
+        return values, codes.reshape(weight.shape)
+    return values, codes.reshape(b, codes.shape[1] * codes.shape[2], codes.shape[3] * codes.shape[4], *codes.shape[5:])
+
+
+def _column_group(n: int, width: int, count: int) -> int:
+    """Columns by which one group of rows follows another: few, so that most groups are under way, but not below 16 or a tile."""
+    most = min(GROUP, max(16, n // (4 * count)))
+    return next((w for w in range(width * max(most // width, 1), 0, -width) if n % w == 0), width)
 
 
 def pad_to_tiles(array: Array, height: int, width: int) -> Array:

@@ -69,10 +69,13 @@ def refit_left(
 
 @jax.jit
 def refit_right(
-    matrix: Float[Array, "*b m n"], left: Float[Array, "*b m k"], mask: Float[Array, "k"]
+    matrix: Float[Array, "*b m n"],
+    left: Float[Array, "*b m k"],
+    mask: Float[Array, "k"],
+    output: Float[Array, "*b m m"] | None = None,
 ) -> tuple[Float[Array, "*b n k"], Float[Array, "*b k k"]]:
-    """Rᵀ of R = (LᵀL)⁻¹ Lᵀ A on the masked components, and their metric LᵀL (the identity elsewhere)."""
-    transposed = jnp.swapaxes(left, -1, -2)
+    """Rᵀ of R = (LᵀGL)⁻¹ LᵀG A on the masked components, and their metric LᵀGL (the identity elsewhere); G = I if not given."""
+    transposed = jnp.swapaxes(left if output is None else _mm(output, left), -1, -2)
     return _solve(_mm(transposed, left), _mm(transposed, matrix), mask)
 
 

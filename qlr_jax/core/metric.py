@@ -1,4 +1,4 @@
-"""The metric of a solve: H as it was given, rotated, and its feedback factors, made once for all matrices that share it."""
+"""The metric of one side of a solve: H (or G) as given, rotated, and its feedback factors, made once for all that share it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from qlr_jax.core.typing import Array
 
 @dataclass(frozen=True)
 class Metric:
-    """H for a batch of matrices: one for all, (1, n, n), or one each, (b, n, n).
+    """H of the inputs (or G of the outputs) for a batch of matrices: one for all, (1, n, n), or one each, (b, n, n).
 
     Attributes:
         original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
         hessian: the same in the rotated basis: what results are judged in.
         regular: the same, damped: what factors are fitted in.
-        sides: signs and block of the rotation of the inputs; None where there is none.
+        sides: signs and block of the rotation of this side; None where there is none.
     """
 
     original: np.ndarray
@@ -35,11 +35,11 @@ class Metric:
     _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool) -> Metric:
+    def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool, side: int = hadamard.INPUT) -> Metric:
         n = hessians.shape[-1]
         peak = np.abs(hessians).max(axis=(1, 2))
         original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
-        sides = (hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
+        sides = (hadamard.signs(seed, side, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
         hessian = turned(original, sides)
         return cls(original, hessian, damped(hessian, config.damping), sides, config.damping)
 
@@ -54,6 +54,12 @@ class Metric:
     def echo(self, width: int) -> np.ndarray:
         """φ: what feedback with that factor adds to what is rounded."""
         return self._made(width)[1]
+
+    def root(self) -> Array:
+        """C, lower triangular, with C Cᵀ = the damped H."""
+        if 0 not in self._factors:
+            self._factors[0] = _cholesky(self.regular), np.zeros(0)
+        return self._factors[0][0]
 
     def _made(self, width: int) -> tuple[Array, np.ndarray]:
         if width not in self._factors:
@@ -70,6 +76,9 @@ def turned(hessian: np.ndarray, sides: tuple[np.ndarray, int] | None) -> Array:
 @partial(jax.jit, static_argnames=("block",))
 def _turn(hessian: Array, sign: Array, block: int) -> Array:
     return hadamard.rotate_hessian(hessian, sign, block)
+
+
+_cholesky = jax.jit(jnp.linalg.cholesky)
 
 
 @partial(jax.jit, static_argnames=("width",))

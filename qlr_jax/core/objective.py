@@ -8,23 +8,30 @@ from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
 
-def quadratic(error: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
-    """tr(E H Eᵀ) for each matrix of a batch."""
-    return jnp.sum(jnp.matmul(error, hessian, precision="highest") * error, axis=(-2, -1))
+def quadratic(
+    error: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"], output: Float[Array, "*b m m"] | None = None
+) -> Float[Array, "*b"]:
+    """tr(E H Eᵀ), or tr(G E H Eᵀ) with the metric G of the outputs, for each matrix of a batch."""
+    weighted = jnp.matmul(error, hessian, precision="highest")
+    felt = error if output is None else jnp.matmul(output, error, precision="highest")
+    return jnp.sum(weighted * felt, axis=(-2, -1))
 
 
 @jax.jit
 def relative_error(
-    weight: Float[Array, "*b m n"], approximation: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"]
+    weight: Float[Array, "*b m n"],
+    approximation: Float[Array, "*b m n"],
+    hessian: Float[Array, "*b n n"],
+    output: Float[Array, "*b m m"] | None = None,
 ) -> Float[Array, "*b"]:
-    """√(tr(E H Eᵀ) / tr(W H Wᵀ)), E = W − Ŵ; 0 where both are 0.
+    """√(tr(E H Eᵀ) / tr(W H Wᵀ)), E = W − Ŵ; 0 where both are 0. With G: √(tr(G E H Eᵀ) / tr(G W H Wᵀ)).
 
     Example:
         >>> w = jnp.eye(2); float(relative_error(w, 0.5 * w, jnp.eye(2)))
         0.5
     """
-    num = jnp.maximum(quadratic(weight - approximation, hessian), 0.0)
-    den = jnp.maximum(quadratic(weight, hessian), 0.0)
+    num = jnp.maximum(quadratic(weight - approximation, hessian, output), 0.0)
+    den = jnp.maximum(quadratic(weight, hessian, output), 0.0)
     return jnp.sqrt(jnp.where(num > 0, num / jnp.where(den > 0, den, 1.0), 0.0))
 
 
@@ -48,13 +55,17 @@ def checked_weight(weight: object) -> np.ndarray:
     return array
 
 
-def checked_hessian(hessian: object, size: int) -> np.ndarray:
-    """The Hessian as a finite, symmetric, positive semi-definite float32 (n, n), or QLRError saying what is wrong."""
+def checked_hessian(hessian: object, size: int, side: str = "inputs") -> np.ndarray:
+    """The Hessian as a finite, symmetric, positive semi-definite float32 (n, n), or QLRError saying what is wrong.
+
+    Args:
+        size: n, the weight's inputs or (`side`) outputs.
+    """
     if hessian is None:
         return np.eye(size, dtype=np.float32)
     array = np.asarray(hessian).astype(np.float32)
     if array.shape != (size, size):
-        raise QLRError(f"the Hessian has shape {array.shape}; the weight has {size} inputs, so pass ({size}, {size})")
+        raise QLRError(f"the Hessian has shape {array.shape}; the weight has {size} {side}, so pass ({size}, {size})")
     if not np.isfinite(array).all():
         raise QLRError("the Hessian holds NaN or infinity; pass E[x xᵀ] of finite activations")
     scale = float(np.abs(array).max())

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlr_jax.core.alternation import Candidate, Problem, improve_backbone, init, step
+from qlr_jax.core import hadamard
+from qlr_jax.core.alternation import Candidate, Problem, first_step, improve_backbone, init, step
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
 from qlr_jax.core.config import SolverConfig
@@ -46,9 +47,10 @@ class Solution:
     Attributes:
         value: the compressed matrix.
         verdict: how it ended.
-        stats: `relative_error` √(tr(E H Eᵀ)/tr(W H Wᵀ)) of `value.dense()` with the H given, undamped; `history`, the same
-            after every half-step; `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for
-            integer backbones without factors, None elsewhere.
+        stats: `relative_error` √(tr(E H Eᵀ)/tr(W H Wᵀ)) of `value.dense()` with the H given, undamped; where G was given,
+            `felt_error`, the same in G as well, √(tr(G E H Eᵀ)/tr(G W H Wᵀ)); `history`, what was minimised after every half-step;
+            `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for integer backbones without
+            factors and without G, None elsewhere.
     """
 
     value: QLRMatrix
@@ -56,13 +58,24 @@ class Solution:
     stats: Mapping[str, Any] = field(default_factory=dict)
 
 
-def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset: str | None = None, **options: Any) -> Solution:
-    """Compress one matrix: minimise tr(E H Eᵀ), E = W − g · Uᵀ (Q + L R) V, with Q, L, R on their grids.
+def solve(
+    weight: Any,
+    hessian: Any,
+    spec: str | Spec,
+    *,
+    output_hessian: Any = None,
+    seed: int = 0,
+    preset: str | None = None,
+    **options: Any,
+) -> Solution:
+    """Compress one matrix: minimise tr(G E H Eᵀ), E = W − g · Uᵀ (Q + L R) V, with Q, L, R on their grids.
 
     Args:
         weight: W, (out, in).
         hessian: H = E[x xᵀ], (in, in); None means the identity.
         spec: how to store it, e.g. `trellis-2+r32@trellis-4`.
+        output_hessian: G, (out, out), e.g. the mean of g gᵀ over gradients g of the end loss at the outputs; None means the
+            identity: all outputs matter alike.
         seed: of the rotation's signs.
         preset: None, the default method; "paper", CALDERA as published, for specs such as `e8-2+r64@e8-4`.
         **options: fields of `SolverConfig`, e.g. state_bits=10, iterations=8; over a preset's own.
@@ -71,7 +84,7 @@ def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset:
         QLRError: non-finite input, a Hessian that is not symmetric positive semi-definite, a rank too large, an unknown
             spec, option or preset.
 
-    Source: CALDERA, arXiv 2405.18886; QTIP, arXiv 2406.11235.
+    Source: CALDERA, arXiv 2405.18886; QTIP, arXiv 2406.11235; for G: YAQA, arXiv 2505.22988.
 
     Example:
         >>> import numpy as np
@@ -83,28 +96,37 @@ def solve(weight: Any, hessian: Any, spec: str | Spec, *, seed: int = 0, preset:
     weight = checked_weight(weight)
     config = SolverConfig.make(options, preset)
     matrix = checked_hessian(hessian, weight.shape[1])
-    return solve_batch(weight[None], matrix[None], spec, seed=seed, config=config)[0]
+    output = None if output_hessian is None else checked_hessian(output_hessian, weight.shape[0], "outputs")[None]
+    return solve_batch(weight[None], matrix[None], spec, outputs=output, seed=seed, config=config)[0]
 
 
 @one_blas_thread()
 def solve_batch(
-    weights: np.ndarray, hessians: np.ndarray | Metric, spec: str | Spec, *, seed: int = 0, config: SolverConfig | None = None
+    weights: np.ndarray,
+    hessians: np.ndarray | Metric,
+    spec: str | Spec,
+    *,
+    outputs: np.ndarray | None = None,
+    seed: int = 0,
+    config: SolverConfig | None = None,
 ) -> list[Solution]:
     """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
 
     Args:
         hessians: one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
+        outputs: G of each (b, m, m) or for all (1, m, m); None: the identity.
     """
     config, spec = config or SolverConfig(), Spec.parse(spec)
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
     metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
-    problem = Problem.make(weights, metric, spec, seed, config)
-    state = init(problem)
+    output = None if outputs is None else Metric.make(outputs, seed, config, spec.rotated, hadamard.OUTPUT)
+    problem = Problem.make(weights, metric, output, spec, seed, config)
     if spec.rank == 0:
-        state = improve_backbone(problem, state)
+        state = improve_backbone(problem, init(problem, config.start))
         return _finish(problem, state.best, [state.error], converged=True)
-    history, converged = [], False
-    for _ in range(config.iterations):
+    state = first_step(problem)
+    history, converged = [*state.trail], False
+    for _ in range(config.iterations - 1):
         before = state.best_error
         state = step(problem, state)
         history += state.trail
@@ -133,10 +155,13 @@ def _finish(problem: Problem, found: Candidate, history: Sequence[np.ndarray], c
             arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
         value = QLRMatrix(arrays, problem.layout)
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
-        error = float(relative_error(original / peak, value.dense() / peak, problem.metric.of(i)))
+        pair = original / peak, value.dense() / peak
+        error = float(relative_error(*pair, problem.metric.of(i)))
         trail = [float(h[i]) for h in history]
         judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
         stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged, "bound": _bound(problem, best, i)}
+        if problem.output is not None:
+            stats["felt_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
         solutions.append(Solution(value, _verdict(problem, i, trail, converged), stats))
     return solutions
 
@@ -144,7 +169,13 @@ def _finish(problem: Problem, found: Candidate, history: Sequence[np.ndarray], c
 def _bound(problem: Problem, best: Candidate, i: int) -> float | None:
     """What LDLQ with nearest rounding cannot exceed, relative: the assumptions hold for scalar grids, and no factors."""
     energy = float(problem.energy[i])
-    if not isinstance(problem.backbone, Integer) or problem.spec.rank or energy <= 0 or problem.metric.damping == 0:
+    if (
+        not isinstance(problem.backbone, Integer)
+        or problem.spec.rank
+        or energy <= 0
+        or problem.metric.damping == 0
+        or problem.output
+    ):
         return None
     place = min(i, len(problem.metric.original) - 1)
     metric = np.asarray(problem.metric.regular[place], np.float64)

@@ -68,8 +68,13 @@ class Spec:
     def __str__(self) -> str:
         text = self.backbone + ("/rot" if self.rotated and not self.quantizer().unit else "")
         if self.rank:
-            text += f"+r{self.rank}@{self.left}" + (f",{self.right}" if self.right != self.left else "")
+            text += f"+r{self.rank}@{self.grids}"
         return text
+
+    @property
+    def grids(self) -> str:
+        """The factors' grids as the spec writes them, e.g. `trellis-4` or `int-8,bf16`; empty at rank 0."""
+        return self.left + (f",{self.right}" if self.right != self.left else "")
 
     def quantizer(self, state_bits: int = DEFAULT_STATE_BITS, shape: tuple[int, int] | None = None) -> Quantizer:
         """The grid of Q, of a matrix of `shape` (out, in) where its tiles matter."""
@@ -122,7 +127,8 @@ def expand_backbones(backbones: Sequence[str]) -> list[str]:
         head, dots, last = text.partition("..")
         kind, _, first = head.rpartition("-")
         if not dots:
-            out.append(str(Spec.parse(text)))
+            # `none` is a backbone for those who give it factors; alone it is no spec
+            out.append(text if text == "none" else str(Spec.parse(text)))
             continue
         try:
             steps = range(int(Fraction(first) * 16), int(Fraction(last) * 16) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -34,7 +35,9 @@ def heat_map(report: Mapping[str, Any]) -> str:
     placed = {(matrix["layer"], kind_of(matrix)): matrix for matrix in matrices if isinstance(matrix.get("layer"), int)}
     kinds = kind_order(kind for _, kind in placed)
     parts = ['<section id="allocation"><h2>What every matrix got</h2>']
-    parts.append('<p class="soft">A cell is the spec in short: bits of the trellis, “+r8” a low-rank term of rank 8; its colour ')
+    parts.append(
+        '<p class="soft">A cell is the spec in short: bits of the trellis, rounded, “+r8” a low-rank term of rank 8; its colour '
+    )
     parts.append("is bits per weight, all side data counted. Rows are layers.</p>")
     if known:
         parts.append(f'<div class="ramp"><span>{low:.2f}</span><div>')
@@ -61,6 +64,7 @@ def _cell(matrix: Mapping[str, Any] | None, low: float, high: float) -> str:
     value = matrix.get("bits")
     colour = f' class="s{step_of(value, low, high)}"' if is_number(value) else ""
     backbone, plus, rank = short_spec(matrix["spec"]).partition("+")
+    backbone = f"{float(backbone):.2f}" if re.fullmatch(r"\d+\.\d{3,}", backbone) else backbone  # as a phone's cell has room for
     text = f"<span>{escape(backbone)}</span>" + (f"<wbr>{escape(plus + rank)}" if rank else "")
     title = f"{matrix.get('name', kind_of(matrix))}: {matrix['spec']}, {bits(value)} bits per weight"
     return f'<td{colour} title="{escape(title)}">{text}</td>'

@@ -22,6 +22,9 @@ from qlr_jax.report.words import (
     number,
     part_of,
     percent,
+    predicted,
+    rank_paid,
+    refined_line,
     rows_of,
     size,
     times,
@@ -120,13 +123,29 @@ def _quality(report: Mapping[str, Any]) -> str:
             cells += [times(perplexity, original), *bars, percent(agreement)]
         out.append(f"<tr{' class=chosen' if delivered else ''}>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     out.append("</tbody></table></div>")
+    if verdict := rank_paid(report):
+        out.append(f"<p><b>{escape(verdict)}</b></p>")
+    if known := [key for key in MODELS if is_number(predicted(report, key))]:
+        pairs = [
+            f"{model_label(key, report)} {number(predicted(report, key))} → {number(found[key][2])}"
+            for key in known
+            if key in found
+        ]
+        out.append(
+            f"<p>KL on the calibration text, predicted before any solve → measured: {escape(', '.join(pairs))}.</p>"
+            if pairs
+            else ""
+        )
+    if refined := refined_line(report):
+        out.append(f"<p>{escape(refined[:1].upper() + refined[1:])}.</p>")
     if note := delivery_note(report):
         out.append(f'<p class="note">{escape(note)}</p>')
     where = evaluated_on(report)
     out.append(
         f'<p class="soft">{escape(where[:1].upper() + where[1:] + ". ") if where else ""}KL is KL(original ‖ compressed) in nats a '
-        "token, mean over positions. <i>uniform</i>: one spec everywhere, the best that fits the budget. <i>rank 0</i>: the "
-        "allocation of the same budget without low-rank terms.</p></section>"
+        "token, mean over positions. <i>uniform</i>: one "
+        "spec everywhere, the best that fits the budget. <i>rank 0</i>: the allocation of the same budget without low-rank "
+        "terms.</p></section>"
     )
     return "".join(out)
 

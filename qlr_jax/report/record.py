@@ -16,7 +16,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison
 from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
 from qlr_jax.recipe import Recipe
-from qlr_jax.sensitivity import Sensitivity, prediction_quality
+from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
 
 PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
 FRONTIER_POINTS = 60
@@ -35,6 +35,7 @@ class Record:
     solutions: Mapping[tuple[str, str], Solution]
     sensitivity: Sensitivity
     judged: Mapping[str, Comparison]
+    refined: allocators.Refined | None
     held_out: Mapping[str, Comparison]
     held_out_name: str
     seconds: Mapping[str, float]
@@ -81,19 +82,27 @@ class Record:
             "agreement": {name: c.agreement for name, c in everyone.items()},
             "calibration_kl": {name: c.kl for name, c in self.judged.items()},
             "delivered": self.delivered,
+            "refined": self._refined(),
             "evaluation": self._evaluation(comparisons),
             "seconds": {"total": time.perf_counter() - self.started, "stages": dict(self.seconds)},
             "peak_rss_bytes": self.peak_rss,
             "allocation": {"damage": plan.damage, "bound": plan.bound, "gap": plan.gap},
-            "uniform_spec": next(iter(self.plans["uniform"].specs.values())),
+            "uniform_spec": next(iter(self.plans["uniform"].specs.values())) if "uniform" in self.plans else None,
             "frontier": self._frontier(),
             "points": {
                 name: {"bytes": p.bytes, "damage": p.damage, "bits_per_weight": p.bits_per_weight} for name, p in self.plans.items()
             },
-            "prediction": prediction_quality([(r["predicted_error"], r["relative_error"]) for r in rows]),
+            "prediction": prediction_quality([(r["predicted_error"], r["felt_error"]) for r in rows]),
             "matrices": rows,
             "recipe": {**vars(self.recipe), **{k: list(v) for k, v in vars(self.recipe).items() if isinstance(v, tuple)}},
         }
+
+    def _refined(self) -> dict[str, Any] | None:
+        found = self.refined
+        if found is None:
+            return None
+        said = {name: getattr(found, name) for name in ("measured", "start", "gained", "tried", "accepted", "seconds", "explain")}
+        return said | {"history": [vars(trial) for trial in found.history]}
 
     def _matrix(self, name: str, spec: str) -> dict[str, Any]:
         solution = self.solutions[name, spec]
@@ -108,9 +117,10 @@ class Record:
             "bytes": solution.value.nbytes,
             "bits": 8 * solution.value.nbytes / (m * n),
             "relative_error": solution.stats["relative_error"],
+            "felt_error": final_error(solution),
             "predicted_error": 0.0 if kept else self.sensitivity.error(name, spec),
             "predicted_damage": 0.0 if kept else self.sensitivity.damage(name, spec),
-            "sensitivity": self.sensitivity.coefficient[name],
+            "sensitivity": self.sensitivity.coefficient(name),
         }
 
     def _parts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

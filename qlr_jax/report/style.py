@@ -1,5 +1,7 @@
 """The page's style sheet: one column on a phone, two on a desk, light or dark as the reader's system has it."""
 
+import re
+
 # Bits per weight, few to many: on a light page from pale to deep, on a dark page from deep to pale, so few bits recede on both.
 RAMP = ("#cde2fb", "#9ec5f4", "#6da7ec", "#3987e5", "#256abf", "#184f95", "#0d366b")
 PALE = 4  # so many of them carry dark letters
@@ -23,6 +25,17 @@ def _ramp(colours: tuple[str, ...]) -> str:
     )
 
 
+# Name -> colour on a light page, for drawings that leave the page.
+LIGHT = dict(re.findall(r"--(\w+): (#\w+);", _LIGHT + _ramp(RAMP)))
+
+
+SVG_RULES = """
+svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--soft); }
+svg text.label { fill: var(--ink); font-weight: 600; stroke: var(--card); stroke-width: 3px; paint-order: stroke; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--line); } .curve { fill: none; stroke: var(--soft); stroke-width: 2; }
+.mark { stroke: var(--card); stroke-width: 1.5; }
+"""
+
 _RULES = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--page); color: var(--ink);
@@ -38,9 +51,9 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .tiles { display: grid; grid-template-columns: repeat(4, 1fr); gap: 12px; margin: 16px 0; }
 .tile { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; min-width: 0; }
 .tile b { display: block; font-size: 1.6rem; line-height: 1.25; font-weight: 650; }
-.tile span { display: block; color: var(--soft); font-size: .84rem; line-height: 1.35; }
-.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
-.pair > section { margin: 0; }
+.tile span { display: block; color: var(--soft); font-size: .84rem; line-height: 1.35; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; margin: 16px 0; }
+.pair > section { margin: 0; } .pair > div { min-width: 0; } .pair > div > section:first-child { margin-top: 0; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--grid); white-space: nowrap; }
@@ -65,10 +78,6 @@ tr.chosen td { font-weight: 650; }
 .ramp { display: flex; align-items: center; gap: 8px; margin: 4px 0 12px; font-size: .84rem; color: var(--soft); flex-wrap: wrap; }
 .ramp div { display: flex; } .ramp i { width: 26px; height: 13px; }
 figure { margin: 10px 0 0; } svg { display: block; width: 100%; height: auto; max-width: 520px; }
-svg text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; fill: var(--soft); }
-svg text.label { fill: var(--ink); font-weight: 600; }
-.grid { stroke: var(--grid); } .axis { stroke: var(--line); } .curve { fill: none; stroke: var(--soft); stroke-width: 2; }
-.mark { stroke: var(--card); stroke-width: 1.5; }
 pre { overflow-x: auto; background: var(--page); border: 1px solid var(--line); border-radius: 6px; padding: 10px 12px;
   font-size: .82rem; line-height: 1.45;   white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 12px; } summary { cursor: pointer; color: var(--soft); }
@@ -97,5 +106,6 @@ CSS = (
     + _ramp(RAMP[::-1])
     + "\n} }\n"
     + "\n".join(f".s{at} {{ background: var(--step{at}); color: var(--letters{at}); }}" for at in range(len(RAMP)))
+    + SVG_RULES
     + _RULES
 )

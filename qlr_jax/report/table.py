@@ -16,7 +16,10 @@ from qlr_jax.report.words import (
     number,
     part_of,
     percent,
+    predicted,
     rank_line,
+    rank_paid,
+    refined_line,
     rows_of,
     size,
     times,
@@ -51,6 +54,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "",
         comparison(report),
         "",
+        *[line for line in (rank_paid(report), refined_line(report)) if line],
         rank_line(rows_of(report, "matrices")),
     ]
     seconds, memory = part_of(report, "seconds").get("total"), report.get("peak_rss_bytes")
@@ -60,7 +64,7 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def comparison(report: Mapping[str, Any]) -> str:
-    """Perplexity, its ratio to the original's, KL and agreement of all models of a job, one row each."""
+    """Perplexity, its ratio to the original's, KL measured and predicted, agreement of all models of a job, one row each."""
     rows, delivered = [], report.get("delivered")
     original = part_of(report, "perplexity").get("original")
     for key in MODELS:
@@ -75,14 +79,16 @@ def comparison(report: Mapping[str, Any]) -> str:
                 "" if base else times(here[0], original),
                 "" if base else number(here[1]),
                 "" if base else number(here[2]),
+                "" if base else number(predicted(report, key)),
                 "" if base else percent(here[3]),
             ]
         )
     if not rows:
         return "not evaluated: perplexity and KL are not known"
-    lines = [columns(["model", "perplexity", "ratio", "KL", "KL on calibration", "same top token"], rows)]
+    lines = [columns(["model", "perplexity", "ratio", "KL", "calib. KL", "predicted", "same top"], rows)]
     if delivered:
-        lines.append(f"* delivered{', ' + evaluated_on(report) if evaluated_on(report) else ''}; KL in nats a token")
+        lines.append(f"* delivered{', ' + evaluated_on(report) if evaluated_on(report) else ''}")
+    lines.append("KL in nats a token, held out and on the calibration text; predicted: of the latter, before anything was solved")
     if note := delivery_note(report):
         lines.append(note)
     return "\n".join(lines)

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 MODELS = ("original", "allocated", "uniform", "rank0")
 MISSING = "–"
+NEAR = 0.01  # KLs that differ by less are called equal: seeds alone make them differ by more
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether `value` is a finite number that can be shown or drawn."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -127,6 +128,58 @@ def rank_line(matrices: Iterable[Mapping[str, Any]]) -> str:
     return line + (f"; none for {', '.join(without)}" if without else "")
 
 
+def rank_verdict(with_rank: Any, without: Any) -> tuple[str, str]:
+    """Whether rank paid, and by how much: two damages in words; both empty where one is not known.
+
+    >>> rank_verdict(0.0308, 0.0335), rank_verdict(0.0310, 0.0311), rank_verdict(0.035, 0.0335)
+    (('paid', '8.1 % less'), ('made no difference', '0.3 % less'), ('did not pay', '4.5 % more'))
+    """
+    if not (is_number(with_rank) and is_number(without) and without > 0):
+        return "", ""
+    less = 1 - with_rank / without
+    how = f"{percent(abs(less))} {'less' if less > 0 else 'more'}" if less else "the same"
+    return "made no difference" if abs(less) < NEAR else "paid" if less > 0 else "did not pay", how
+
+
+def rank_paid(report: Mapping[str, Any]) -> str:
+    """Whether low-rank terms paid at the bytes of a finished job, in a sentence; empty where it was not measured.
+
+    >>> rank_paid({"kl": {"allocated": 0.0308, "rank0": 0.0335}})
+    'At these bytes rank paid: KL 0.0308 against 0.0335 without, 8.1 % less (held-out).'
+    """
+    for name, where in (("kl", "held-out"), ("calibration_kl", "calibration text")):
+        found = [part_of(report, name).get(key) for key in ("allocated", "rank0")]
+        verdict, how = rank_verdict(*found)
+        if verdict:
+            start = f"At these bytes rank {verdict}" if verdict == "paid" else f"Rank {verdict}"
+            return f"{start}: KL {number(found[0])} against {number(found[1])} without, {how} ({where})."
+    return ""
+
+
+def predicted(report: Mapping[str, Any], key: str) -> Any:
+    """The KL on the calibration text that was predicted of a model before it was solved; None where that is not known."""
+    value = part_of(report, "points", key).get("damage")
+    if value is None and key == report.get("delivered"):
+        value = part_of(report, "allocation").get("damage")
+    return value
+
+
+def refined_line(report: Mapping[str, Any]) -> str:
+    """What refining by measured swaps brought, in a line; empty where the job did none.
+
+    >>> refined_line({"refined": {"start": 0.025, "measured": 0.0246, "tried": 24, "accepted": 5}})
+    'refined: 5 of 24 proposals accepted, calibration KL 1.6 % lower'
+    """
+    found = part_of(report, "refined")
+    if not is_number(found.get("tried")):
+        return ""
+    line = f"refined: {found.get('accepted', MISSING)} of {found['tried']} proposals accepted"
+    start, share, measured = (found.get(key) for key in ("start", "gained", "measured"))
+    if is_number(start) and start > 0 and is_number(measured):
+        share = 1 - measured / start
+    return f"{line}, calibration KL {percent(max(share, 0.0))} lower" if is_number(share) else line
+
+
 def model_label(key: str, report: Mapping[str, Any]) -> str:
     """How a model of the comparison is called in tables: uniform carries its spec."""
     if key == "uniform" and report.get("uniform_spec"):
@@ -148,12 +201,18 @@ def rows_of(report: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
 
 
+def final_error(matrix: Mapping[str, Any]) -> Any:
+    """The relative error that was predicted of a matrix, as its solve left it: as the outputs feel it where they were weighed."""
+    felt = matrix.get("felt_error")
+    return matrix.get("relative_error") if felt is None else felt
+
+
 def median_ratio(matrices: Iterable[Mapping[str, Any]]) -> float | None:
     """The median over matrices of final relative error over predicted, None where neither is known."""
     ratios = sorted(
-        matrix["relative_error"] / matrix["predicted_error"]
+        final_error(matrix) / matrix["predicted_error"]
         for matrix in matrices
-        if is_number(matrix.get("relative_error")) and is_number(matrix.get("predicted_error")) and matrix["predicted_error"] > 0
+        if is_number(final_error(matrix)) and is_number(matrix.get("predicted_error")) and matrix["predicted_error"] > 0
     )
     half = len(ratios) // 2
     return (ratios[half] if len(ratios) % 2 else (ratios[half - 1] + ratios[half]) / 2) if ratios else None

@@ -1,9 +1,10 @@
-"""The relative error of every option of a matrix, predicted from its spectrum and the rate curve of the grid.
+"""The relative error of every option of a matrix, predicted from its spectra and the rate curve of the grid.
 
-Rounding with feedback leaves tr(E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n: D the grid's mean squared error on a unit
-Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.echo`), D_H the diagonal of the LDLᵀ factor of H (QuIP,
-arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly). With factors X = W − L̂ R̂, so rank pays through the
-singular values of W, and coarse factors take a part of that back.
+Rounding with feedback leaves tr(G E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n · tr(D_G) / m: D the grid's mean squared error on
+a unit Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.echo`), D_H and D_G the diagonals of the LDLᵀ
+factors of H and G (QuIP, arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly; G = I where there is none). Rank
+pays in one of two ways: with factors of W itself X = W − L̂ R̂ is smaller by the singular values of W, or with factors of what Q
+leaves the error is smaller by the eigenvalues of D_G. Coarse factors take a part of either back.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.ldlq import echo, feedback, inflation, pad_metric
+from qlr_jax.core.ldlq import echo, feedback, inflation, pad_metric, row_group
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
 from qlr_jax.core.quantizers import Nothing, Quantizer, Trellis
@@ -32,12 +33,13 @@ class Profile:
 
     Attributes:
         shape: (out, in).
-        energy: tr(W H Wᵀ).
+        energy: tr(G W H Wᵀ).
         size: ‖W‖².
         captured: the leading squared singular values of W, (k,): what each component takes from `size`.
-        explained: the leading eigenvalues of W H Wᵀ, (k,): what each component takes from `energy`.
-        noise: tr(D_H) / n of the damped, rotated H.
-        echo: φ of its feedback.
+        explained: the leading eigenvalues of Cᵀ W H Wᵀ C, G = C Cᵀ, (k,): what each component takes from `energy`.
+        absorbed: the leading eigenvalues of D_G over its trace, (k,): what each component takes from Q's error.
+        noise: tr(D_H) / n · tr(D_G) / m of the damped, rotated H and G.
+        echo: φ of their feedback.
     """
 
     shape: tuple[int, int]
@@ -45,51 +47,90 @@ class Profile:
     size: float
     captured: np.ndarray
     explained: np.ndarray
+    absorbed: np.ndarray
     noise: float
     echo: float
 
 
 def profile(
-    weight: np.ndarray, hessian: np.ndarray, max_rank: int, *, seed: int = 0, block: int = 0, damping: float = 1e-2
+    weight: np.ndarray,
+    hessian: np.ndarray,
+    max_rank: int,
+    *,
+    output: np.ndarray | None = None,
+    seed: int = 0,
+    block: int = 0,
+    damping: float = 1e-2,
 ) -> Profile:
-    """Measure a matrix: one subspace iteration, one Cholesky factor."""
+    """Measure a matrix: two subspace iterations, a Cholesky factor of H, and two of G where it is given."""
     m, n = weight.shape
     w, h = jnp.asarray(weight, jnp.float32)[None], jnp.asarray(hessian, jnp.float32)[None]
+    g = None if output is None else jnp.asarray(output, jnp.float32)[None]
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
     start = jnp.asarray(start_basis(m, columns, 0))[None]
-    _, values = top_subspace(w, h, start, 3)
+    felt = w if g is None else jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w
+    _, values = top_subspace(felt, h, start, 3)
     _, captured = top_subspace(w, jnp.eye(n)[None], start, 3)
-    turned = hadamard.rotate_hessian(h, hadamard.signs(seed, hadamard.INPUT, n), hadamard.block_size(n, block))
-    width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile[1]
-    factor, trace = feedback(pad_metric(damped(turned, damping), width), width)
-    # a block's D is spread over its columns; padding added an identity of the mean diagonal
-    padding = (-n % width) * float(jnp.trace(damped(h, damping)[0])) / n
+    height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
+    noise, added = _side(h, hadamard.INPUT, width, seed, block, damping)
+    absorbed = np.full(columns, 1 / m)
+    if g is not None:
+        group = row_group(-(-m // height) * height, height)
+        noise_out, added_out = _side(g, hadamard.OUTPUT, group, seed, block, damping)
+        noise, added = noise * noise_out, (1 + added) * (1 + added_out) - 1
+        absorbed = _absorbed(g, group, seed, block, damping)[:columns]
     return Profile(
         (m, n),
-        max(float(quadratic(w, h)[0]), 0.0),
+        max(float(quadratic(w, h, g)[0]), 0.0),
         float(np.sum(np.square(weight, dtype=np.float64))),
         np.asarray(captured[0], np.float64),
         np.asarray(values[0], np.float64),
-        max(float(trace[0]) - padding, 0.0) / n,
-        float(echo(factor)[0]),
+        absorbed,
+        noise,
+        added,
     )
 
 
+def _turned(metric: jnp.ndarray, salt: int, seed: int, block: int, damping: float) -> jnp.ndarray:
+    n = metric.shape[-1]
+    return damped(hadamard.rotate_hessian(metric, hadamard.signs(seed, salt, n), hadamard.block_size(n, block)), damping)
+
+
+def _side(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float]:
+    """tr(D) / n and φ of a side's feedback at `width` columns a block."""
+    n = metric.shape[-1]
+    regular = _turned(metric, salt, seed, block, damping)
+    factor, trace = feedback(pad_metric(regular, width), width)
+    # a block's D is spread over its columns; padding added an identity of the mean diagonal
+    padding = (-n % width) * float(jnp.trace(regular[0])) / n
+    return max(float(trace[0]) - padding, 0.0) / n, float(echo(factor)[0])
+
+
+def _absorbed(metric: jnp.ndarray, group: int, seed: int, block: int, damping: float) -> np.ndarray:
+    """Eigenvalues of D_G over their sum, largest first: those of its blocks."""
+    m = metric.shape[-1]
+    lower = np.asarray(jnp.linalg.cholesky(_turned(metric, hadamard.OUTPUT, seed, block, damping)[0]), np.float64)
+    parts = [np.linalg.svd(lower[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, m, group)]
+    values = np.sort(np.concatenate(parts))[::-1]
+    return values / values.sum()
+
+
 def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
-    """√(tr(E H Eᵀ) / tr(W H Wᵀ)) that a solve with `spec` should reach; `calibrate` corrects it by solves that were made."""
+    """√(tr(G E H Eᵀ) / tr(G W H Wᵀ)) that a solve with `spec` should reach; `Correction` refines it by solves that were made."""
     spec = Spec.parse(spec)
     if profile.energy <= 0:
         return 0.0
-    gone = lost = 0.0
+    left_over = profile.size
     if spec.rank:
-        left, right = spec.factor_quantizers(state_bits)
-        coarse = grid_error(left, state_bits) + grid_error(right, state_bits)
+        left, right = (grid_error(q, state_bits) for q in spec.factor_quantizers(state_bits))
+        coarse = left + right
         if isinstance(spec.quantizer(), Nothing):
             explained = float(profile.explained[: spec.rank].sum())
             return math.sqrt(max(profile.energy - (1 - coarse) * explained, 0.0) / profile.energy)
         gone = float(profile.captured[: spec.rank].sum())
-        lost = coarse * gone
-    left_over = max(profile.size - gone, 1e-3 * profile.size) + lost
+        of_weight = max(profile.size - gone, 1e-3 * profile.size) + coarse * gone
+        of_error = profile.size * (1 - (1 - coarse) * float(profile.absorbed[: spec.rank].sum()))
+        left_over = min(of_weight, of_error)
     error = grid_error(spec.quantizer(state_bits), state_bits)
     return math.sqrt(error * float(inflation(error, profile.echo)) * left_over * profile.noise / profile.energy)
 
@@ -113,18 +154,54 @@ def _measured(quantizer: Quantizer) -> float:
     return float(jnp.mean(jnp.square(x - values)))
 
 
+Factors = tuple[int, str]
+"""(rank, the factors' grids as a spec writes them); (0, "") without factors."""
+
+
 @dataclass(frozen=True)
 class Correction:
-    """How far solves came out from their predictions: a factor a matrix, and one a (kind of matrix, rank).
+    """How far solves came out from their predictions, as ratios of relative errors, solved over predicted.
 
-    Both are ratios of relative errors, solved over predicted.
+    Attributes:
+        measured: (matrix, factors) -> ratio, of the solves that were made; every matrix has one at rank 0.
+        kinds: matrix -> its kind: where a matrix lacks factors that another of its kind was solved with, the other's ratio over
+            what both were solved with stands in.
     """
 
-    by_matrix: Mapping[str, float]
-    by_rank: Mapping[tuple[str, int], float]
+    measured: Mapping[tuple[str, Factors], float]
+    kinds: Mapping[str, str]
 
-    def factor(self, name: str, kind: str, rank: int) -> float:
-        """What a prediction for matrix `name` at `rank` is multiplied by; the nearest measured rank stands in for others."""
-        ranks = [r for k, r in self.by_rank if k == kind]
-        near = min(ranks, key=lambda r: abs(math.log((r + 1) / (rank + 1))), default=None) if rank else None
-        return self.by_matrix.get(name, 1.0) * (self.by_rank[kind, near] if near is not None else 1.0)
+    @cached_property
+    def _by_name(self) -> dict[str, dict[Factors, float]]:
+        out: dict[str, dict[Factors, float]] = {}
+        for (name, factors), ratio in self.measured.items():
+            out.setdefault(name, {})[factors] = ratio
+        return out
+
+    @cached_property
+    def _richest(self) -> dict[str, dict[Factors, float]]:
+        """Of each kind the ratios of the matrix that has most of them."""
+        out: dict[str, dict[Factors, float]] = {}
+        for name, ratios in self._by_name.items():
+            kind = self.kinds[name]
+            if len(ratios) > len(out.get(kind, {})):
+                out[kind] = ratios
+        return out
+
+    def factor(self, name: str, rank: int, grids: str) -> float:
+        """What a prediction for matrix `name` with such factors is multiplied by; the nearest that were solved stand in."""
+        own = self._by_name.get(name, {})
+        if (rank, grids) in own:
+            return own[rank, grids]
+        near = _nearest(own, rank, grids)
+        if near is None:
+            return 1.0
+        kind = self._richest[self.kinds[name]]
+        like = _nearest(kind, rank, grids)
+        return own[near] * (kind[like] / kind[near] if like is not None and near in kind and kind[near] > 0 else 1.0)
+
+
+def _nearest(ratios: Mapping[Factors, float], rank: int, grids: str) -> Factors | None:
+    """The key nearest to these factors: without where they are, the same grids before others, the nearest rank in ratio."""
+    alike = [key for key in ratios if (key[0] > 0) == (rank > 0)] or list(ratios)
+    return min(alike, key=lambda key: (key[1] != grids, abs(math.log((key[0] + 1) / (rank + 1)))), default=None)

@@ -1,0 +1,147 @@
+"""Rank and bits chosen together, against the best uniform spec and against bits alone, at several sizes of the bundled model.
+
+    python benchmarks/allocation.py                                  2.0, 2.25, 2.5, 3.0 bits a weight, three seeds: the table
+    python benchmarks/allocation.py --budgets 2.25bpw --seeds 0 --refine 12
+    python benchmarks/allocation.py --read allocation.json --picture docs/sizes.png
+
+Everything is as in `qlr demo`, the options' table measured once a seed (seeds are of the rotations' signs and of all samples). KL in
+nats a token on held-out text; the ratio columns are means over seeds of ratios within a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import allocators
+from qlr_jax import calibration, evaluation, job
+from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.preparation import calibrate, open_source, sense, spread
+from qlr_jax.progress import plain
+from qlr_jax.recipe import DEMO
+from qlr_jax.report.words import rank_line
+
+MODELS = ("allocated", "uniform", "rank0")
+
+
+@one_blas_thread()
+def run(seed: int, budgets: list[str], refine: int, state_bits: int | None) -> list[dict]:
+    """One seed: every budget's three models, measured."""
+    recipe, progress = DEMO.updated(seed=seed, refine=refine), plain(every=60)
+    if state_bits:
+        recipe = recipe.updated(state_bits=state_bits, search_state_bits=state_bits)
+    start = time.perf_counter()
+    source = open_source("bundled", recipe)
+    statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
+    calibrated = time.perf_counter() - start
+    table = sense(source, statistics, sample, recipe, progress).table
+    measured = time.perf_counter() - start - calibrated
+    windows = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
+    held_out = evaluation.reference(source.model, spread(windows, recipe.evaluation_tokens))
+    solutions, records = {}, []
+    for budget in budgets:
+        start = time.perf_counter()
+        problem = allocators.Budget.parse(budget).on(table)
+        plans = job.allocate(problem, progress)
+        job.solve(plans.values(), solutions, statistics, recipe, progress)
+        model = lambda plan: job.with_weights(source.model, job.chosen(plan.specs, solutions))  # noqa: E731
+        judged = {name: evaluation.divergence(model(plan), sample) for name, plan in plans.items()}
+        solved = time.perf_counter() - start
+        first = dict(plans)
+        refined = None
+        if refine:
+            refined = job.refine(problem, plans, judged, solutions, source.model, sample, statistics, recipe, progress)
+            plans = plans | {"unrefined": first["allocated"]}
+        record = {"seed": seed, "budget": budget, "seconds": {"calibrate": calibrated, "measure": measured, "solve": solved}}
+        record |= {"gap": first["allocated"].gap, "status": first["allocated"].status.value, "models": {}}
+        for name, plan in plans.items():
+            found = evaluation.divergence(model(plan), held_out)
+            record["models"][name] = {
+                "bits_per_weight": plan.bits_per_weight,
+                "damage": plan.damage,
+                "calibration_kl": judged[name].kl if name in judged else None,
+                "kl": found.kl,
+                "perplexity": found.perplexity,
+                "perplexity_original": found.perplexity_original,
+                "agreement": found.agreement,
+                "specs": dict(plan.specs),
+            }
+        record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in plans["allocated"].specs.items()])
+        if refined is not None:
+            record["refined"] = {"gained": refined.gained, "tried": refined.tried, "accepted": refined.accepted, "seconds": refined.seconds}
+        records.append(record)
+        told = {name: round(m["kl"], 5) for name, m in record["models"].items()}
+        print(f"seed {seed}, {budget}: {told}; {record['ranks']}; {record.get('refined', '')}", flush=True)
+    return records
+
+
+def table_of(records: list[dict]) -> str:
+    """The table of RESULTS.md, in Markdown."""
+    lines = ["| bits a weight | allocated | uniform | rank 0 | allocated / uniform | allocated / rank 0 |", "|---|---|---|---|---|---|"]
+    for budget in dict.fromkeys(r["budget"] for r in records):
+        part = [r["models"] for r in records if r["budget"] == budget]
+
+        def told(values: list[float], digits: int) -> str:
+            return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+        cells = [told([m[name]["kl"] for m in part], 4) for name in MODELS]
+        cells += [told([m["allocated"]["kl"] / m[name]["kl"] for m in part], 3) for name in ("uniform", "rank0")]
+        lines.append(f"| {budget.removesuffix('bpw')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def picture(records: list[dict], path: Path) -> None:
+    """KL against size, every seed a mark, lines through the means."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=150)
+    styles = {"uniform": ("s", "#8a8a8a", "uniform"), "rank0": ("^", "#c25a00", "bits alone"), "allocated": ("o", "#0b57a4", "rank and bits")}
+    for name, (mark, colour, label) in styles.items():
+        points = [(r["models"][name]["bits_per_weight"], r["models"][name]["kl"], r["budget"]) for r in records]
+        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], mark, color=colour, alpha=0.45, markersize=5)
+        means = [
+            (mean(x for x, _, b in points if b == budget), mean(y for _, y, b in points if b == budget))
+            for budget in dict.fromkeys(b for _, _, b in points)
+        ]
+        axes.plot(*zip(*means, strict=True), color=colour, linewidth=1.6, label=label, marker=mark, markersize=7)
+    axes.set_yscale("log")
+    axes.set_xlabel("bits per weight, as stored")
+    axes.set_ylabel("KL from the original, nats a token (held-out)")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Run and print."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--budgets", nargs="+", default=["2.0bpw", "2.25bpw", "2.5bpw", "3.0bpw"])
+    parse.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parse.add_argument("--refine", type=int, default=0, help="allocations tried by measuring; the unrefined one is reported beside")
+    parse.add_argument("--state-bits", type=int, help="of the trellis, other than the demo's")
+    parse.add_argument("--out", type=Path, default=Path("allocation.json"))
+    parse.add_argument("--read", type=Path, nargs="+", help="records of earlier runs, in place of a run")
+    parse.add_argument("--picture", type=Path)
+    args = parse.parse_args()
+    records = [record for path in args.read or () for record in json.loads(path.read_text())["records"]]
+    for seed in () if args.read else args.seeds:
+        records += run(seed, args.budgets, args.refine, args.state_bits)
+        machine = {"machine": platform.machine(), "python": platform.python_version()}
+        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": str(args.out)}, **machine, "records": records}, default=str))
+    print(table_of(records))
+    if args.picture:
+        picture(records, args.picture)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What every job begins with: the model, what of it is compressed, and what calibration text tells about it."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import allocators
+from qlr_jax import calibration as calibrating
+from qlr_jax import sensitivity as sensing
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.objective import checked_hessian, checked_weight
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import Reference, reference
+from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
+from qlr_jax.progress import Progress
+from qlr_jax.recipe import Recipe
+
+BUNDLED, BUNDLED_NAME = Path(__file__).parent / "bundled", "bundled"
+OUTPUTS_SHARE = 0.4  # of the machine's memory that output Hessians may take
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and its matrices to compress.
+
+    Attributes:
+        folder: where it lies.
+        weights: name -> W (out, in), checked.
+        prices: the option table with its exact bytes, no damage yet.
+    """
+
+    folder: Path
+    model: Llama
+    tokenizer: Any
+    weights: Mapping[str, np.ndarray]
+    prices: allocators.OptionTable
+
+
+def open_source(source: str | Path, recipe: Recipe) -> Source:
+    """Load a model (folder, hub name, or "bundled") and price every option that the recipe offers."""
+    folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    weights = selected_weights(model, recipe)
+    prices = sensing.price(
+        model.config,
+        {name: w.shape for name, w in weights.items()},
+        lambda shape: sensing.options(recipe.backbones, recipe.ranks, recipe.factors, shape),
+    )
+    return Source(folder, model, tokenizer, weights, prices)
+
+
+def calibrate(source: Source, text: str, recipe: Recipe, progress: Progress) -> tuple[sensing.Statistics, Reference]:
+    """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text."""
+    model, names = source.model, list(source.weights)
+    tokens = calibration_tokens(text, source.tokenizer, model, recipe, source.weights)
+    hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress)
+    outputs = {}
+    if recipe.outputs == "fisher" and (needed := outputs_bytes(source.weights)) > (room := OUTPUTS_SHARE * memory()):
+        progress.say(
+            f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB (0.4 of this machine's memory): "
+            "all outputs count alike"
+        )
+    elif recipe.outputs == "fisher":
+        with progress.stage("calibrating: outputs", total=len(tokens)) as stage:
+            found = calibrating.output_hessians(model, tokens, names, seed=recipe.seed, progress=stage.advance)
+        outputs = {name: checked_hessian(g, len(g)) for name, g in found.items()}
+    sample = reference(model, spread(tokens, recipe.measure_tokens))
+    return sensing.Statistics(source.weights, hessians, outputs), sample
+
+
+def sense(source: Source, found: sensing.Statistics, sample: Reference, recipe: Recipe, progress: Progress) -> sensing.Sensitivity:
+    """The option table with its damages, and what they follow from."""
+    method = recipe.attribution
+    if method == "kronecker" and not found.outputs:
+        progress.say("without output Hessians damage is measured by each matrix alone")
+        method = "alone"
+    return sensing.measure(
+        source.model,
+        found,
+        sample,
+        source.prices,
+        config=solver_config(recipe),
+        search=solver_config(recipe, recipe.search_state_bits),
+        seed=recipe.seed,
+        method=method,
+        progress=progress,
+    )
+
+
+def outputs_bytes(weights: Mapping[str, np.ndarray]) -> int:
+    """Bytes of the output Hessians of these matrices while they are summed and after."""
+    return sum(2 * 4 * w.shape[0] ** 2 for w in weights.values())
+
+
+def memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def selected_weights(model: Llama, recipe: Recipe) -> dict[str, np.ndarray]:
+    """The linear layers that the recipe compresses, checked: name -> W (out, in)."""
+
+    def wanted(name: str) -> bool:
+        inside = not recipe.include or any(fnmatch.fnmatch(name, p) for p in recipe.include)
+        return inside and not any(fnmatch.fnmatch(name, p) for p in recipe.exclude)
+
+    linears = model.linears()
+    found = {name: checked_weight(linear.weight.get_value()) for name, linear in linears.items() if wanted(name)}
+    if not found:
+        patterns = f"include {list(recipe.include)}, exclude {list(recipe.exclude)}"
+        raise QLRError(f"no linear layer is left by {patterns}; names look like {next(iter(linears))}")
+    return found
+
+
+def sequence_length(model: Llama, recipe: Recipe) -> int:
+    """Tokens of one sequence: the recipe's, or as many as the model takes, 2048 at most."""
+    return recipe.sequence_length or min(2048, model.config.max_position_embeddings)
+
+
+def calibration_tokens(text: str, tokenizer: Any, model: Llama, recipe: Recipe, weights: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Sequences of calibration text: as many as the recipe wants or the text gives, refused where a Hessian would be singular."""
+    length = sequence_length(model, recipe)
+    if not text.strip():
+        raise QLRError("the calibration text is empty; give text that resembles what the model will read")
+    available = len(calibrating.encode(text, tokenizer)) // (length - 1 if tokenizer.bos_token_id is not None else length)
+    sequences, inputs = min(recipe.sequences, available), max(w.shape[1] for w in weights.values())
+    if sequences < 1 or (sequences * length < inputs and not recipe.force):
+        raise QLRError(
+            f"the calibration text gives {sequences} sequences of {length} tokens, fewer tokens than the {inputs} inputs of the "
+            "widest matrix; give more text" + ("" if sequences < 1 else ", or force it (--force)")
+        )
+    return calibrating.calibration_tokens(text, tokenizer, sequences, length)
+
+
+def spread(rows: np.ndarray, tokens: int) -> np.ndarray:
+    """Rows (count, length) thinned evenly to at most `tokens` tokens, at least one row."""
+    count = max(1, min(len(rows), tokens // rows.shape[1]))
+    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
+
+
+def solver_config(recipe: Recipe, state_bits: int | None = None) -> SolverConfig:
+    """The solver's part of a recipe."""
+    options = {"damping": recipe.damping, "state_bits": state_bits or recipe.state_bits, "rotation_block": recipe.rotation_block}
+    return SolverConfig.make(options | ({"iterations": recipe.iterations} if recipe.iterations else {}), recipe.preset)

@@ -1,0 +1,107 @@
+"""What each matrix's error costs in KL at the model's output: six ways of asking, of one form, so that they can be compared.
+
+Each takes errors ΔW = Ŵ − W, one a matrix, and gives nats of KL a token to each matrix. An option of squared relative error ε²
+is then charged KL(matrix) · ε² / ε²(ΔW): small errors add up in KL, and grow as their squares (HIGGS, arXiv 2411.17525, theorem 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import Reference
+from qlr_jax.models import Llama
+from qlr_jax.sensitivity.knockout import knockout
+from qlr_jax.sensitivity.path import path_shares
+from qlr_jax.sensitivity.second_order import second_order
+
+ATTRIBUTIONS = {
+    "error": "the squared relative error itself, the same for every matrix: no model is asked (not in nats)",
+    "kronecker": "half of tr(G E H Eᵀ): the second order of the KL, Kronecker-factored; no further pass",
+    "alone": "the KL of the model with this matrix alone changed: a forward pass a matrix",
+    "noise": "the same with Gaussian noise of the error's size in place of the error (HIGGS)",
+    "second-order": "half of vᵀFv, v the change of the logits to first order, F their Fisher matrix: two forward passes a matrix",
+    "path": "shares of the joint KL along the path on which all matrices change together (Aumann-Shapley): two backward passes in all",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an attribution may ask about.
+
+    Attributes:
+        model: the original.
+        errors: name -> ΔW (out, in).
+        reference: the original's log-probabilities on calibration text.
+        hessians: name -> H.
+        outputs: name -> G; empty where there is none.
+    """
+
+    model: Llama
+    errors: Mapping[str, np.ndarray]
+    reference: Reference
+    hessians: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Attributes:
+    kl: nats a token for each matrix's error.
+    gram: where the method knows it, (matrices, matrices) in the order of `kl`: joint KL ≈ Σ_ij gram[i, j], its diagonal is `kl`.
+    """
+
+    kl: Mapping[str, float]
+    gram: np.ndarray | None = None
+
+
+def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str], None] | None = None) -> Attribution:
+    """The cost of each matrix's error by one of `ATTRIBUTIONS`.
+
+    Args:
+        seed: of the noise.
+        on_done: called with each matrix's name where a method goes matrix by matrix.
+
+    Raises:
+        QLRError: an unknown method; "kronecker" without output Hessians.
+    """
+    if method not in ATTRIBUTIONS:
+        raise QLRError(f"attribution {method!r} is not known; give one of {', '.join(ATTRIBUTIONS)}")
+    model, errors = case.model, case.errors
+    if method == "error":
+        return Attribution({n: _share(model.linears()[n].weight.get_value(), e, case.hessians[n]) for n, e in errors.items()})
+    if method == "kronecker":
+        if missing := [n for n in errors if n not in case.outputs]:
+            raise QLRError(
+                f"attribution 'kronecker' needs an output Hessian of {missing[0]}; give outputs: fisher, or another method"
+            )
+        return Attribution({n: max(0.5 * _quadratic(e, case.hessians[n], case.outputs[n]), 0.0) for n, e in errors.items()})
+    if method == "path":
+        return Attribution(path_shares(model, errors, case.reference))
+    if method == "second-order":
+        gram = second_order(model, errors, case.reference.windows, on_done=on_done)
+        return Attribution(dict(zip(errors, np.diagonal(gram).tolist(), strict=True)), gram)
+    if method == "noise":
+        draw = np.random.default_rng(seed)
+        errors = {n: _noise_like(e, case.hessians[n], draw) for n, e in errors.items()}
+    return Attribution(knockout(model, errors, case.reference, on_done))
+
+
+def _quadratic(error: np.ndarray, hessian: np.ndarray, output: np.ndarray | None = None) -> float:
+    return float(np.vdot(error if output is None else output @ error, error @ hessian))
+
+
+def _share(weight: jax.Array, error: np.ndarray, hessian: np.ndarray) -> float:
+    whole = _quadratic(np.asarray(weight, np.float32), hessian)
+    return max(_quadratic(error, hessian), 0.0) / whole if whole > 0 else 0.0
+
+
+def _noise_like(error: np.ndarray, hessian: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """Gaussian noise of the same tr(E H Eᵀ)."""
+    noise = draw.standard_normal(error.shape, np.float32)
+    size, own = _quadratic(error, hessian), _quadratic(noise, hessian)
+    return noise * np.float32(np.sqrt(max(size, 0.0) / own)) if own > 0 else 0 * noise

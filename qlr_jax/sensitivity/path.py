@@ -1,0 +1,99 @@
+"""Shares of the KL that all errors cause together, collected along the path from the original to the compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core.typing import Array
+from qlr_jax.evaluation import Reference
+from qlr_jax.models import Llama, layer_of
+from qlr_jax.models.llama import Block
+
+NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
+
+
+def path_shares(
+    model: Llama,
+    errors: Mapping[str, np.ndarray],
+    reference: Reference,
+    *,
+    batch: int = 4,
+    on_done: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Aumann-Shapley shares of KL(original ‖ all changed), nats a token; they add up to it.
+
+        share_i = ∫₀¹ ⟨∂KL/∂W_i (W + t ΔW), ΔW_i⟩ dt, by two nodes
+
+    Interactions are in it, halved between those who interact, at the errors given. A forward and a backward pass of the model a
+    node, block by block as in `calibration.squared_gradients`: memory is the hidden states at all block boundaries for `batch`
+    windows, and what one block and the head keep.
+
+    Args:
+        errors: name -> ΔW (out, in), of all matrices that change together.
+        batch: windows in one backward pass.
+        on_done: called with the number of windows that are newly done.
+
+    Source: Aumann and Shapley, Values of Non-Atomic Games (1974); for bits of layers: arXiv 2607.12266.
+    """
+    layers: dict[int, dict[str, Array]] = {i: {} for i in range(model.config.num_hidden_layers)}
+    for name, error in errors.items():
+        layers[layer_of(name)][name.removeprefix(f"model.layers.{layer_of(name)}.")] = jnp.asarray(error, jnp.float32)
+    total, windows, rope = dict.fromkeys(errors, 0.0), reference.windows, model.rope(reference.windows.shape[1])
+    batch = min(batch, len(windows))
+    for start in range(0, len(windows), batch):
+        rows = windows[start : start + batch]
+        fill = [(0, batch - len(rows)), (0, 0)]
+        tokens, live = jnp.asarray(np.pad(rows, fill)), jnp.asarray(np.arange(batch) < len(rows), jnp.float32)
+        logp = jnp.asarray(np.pad(reference.logp[start : start + batch], [*fill, (0, 0)]), jnp.float32)
+        for node in NODES:
+            states = [model.embed(tokens)]
+            for i, block in enumerate(model.model.layers):
+                states.append(_forward(block, layers[i], node, states[-1], rope))
+            g = _head_gradient(model, states.pop(), logp, live)
+            for i, block in reversed(list(enumerate(model.model.layers))):
+                g, found = _pull_back(block, layers[i], node, states.pop(), rope, g)
+                for name, share in found.items():
+                    total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
+        if on_done is not None:
+            on_done(len(rows))
+    return {name: max(share, 0.0) / windows.size for name, share in total.items()}
+
+
+def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]) -> Block:
+    """The block with `steps` · ΔW added to its matrices; names are local."""
+    copy: Block = jax.tree.map(lambda leaf: leaf, block)
+    for name, error in errors.items():
+        room, kind = name.split(".")
+        weight = getattr(getattr(copy, room), kind).weight
+        kept = weight.get_value()
+        weight.set_value((kept + steps[name] * error).astype(kept.dtype))
+    return copy
+
+
+@jax.jit
+def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: tuple[Array, Array]) -> Array:
+    return _moved(block, errors, dict.fromkeys(errors, at))(x, rope)
+
+
+@jax.jit
+def _head_gradient(model: Llama, x: Array, logp: Array, live: Array) -> Array:
+    """∂ Σ KL / ∂x of the hidden state that leaves the last block."""
+
+    def divergence(x: Array) -> Array:
+        q = jax.nn.log_softmax(model.head(x), axis=-1)
+        return jnp.sum(live[:, None, None] * jnp.exp(logp) * (logp - q))
+
+    return jax.grad(divergence)(x)
+
+
+@jax.jit
+def _pull_back(
+    block: Block, errors: dict[str, Array], at: Array, x: Array, rope: tuple[Array, Array], g: Array
+) -> tuple[Array, dict[str, Array]]:
+    """∂ΣKL/∂x, and ⟨∂ΣKL/∂W_i, ΔW_i⟩: the derivative in a step length of every matrix's own."""
+    steps = {name: jnp.asarray(at, jnp.float32) for name in errors}
+    return jax.vjp(lambda x, steps: _moved(block, errors, steps)(x, rope), x, steps)[1](g)
