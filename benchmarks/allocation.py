@@ -4,8 +4,8 @@
     python benchmarks/allocation.py --budgets 2.25bpw --seeds 0 --refine 12
     python benchmarks/allocation.py --read allocation.json --picture docs/sizes.png
 
-Everything is as in `qlr demo`, the options' table measured once a seed (seeds are of the rotations' signs and of all samples). KL in
-nats a token on held-out text; the ratio columns are means over seeds of ratios within a seed.
+Everything is as in `qlr demo`, the options' table measured once a seed (seeds are of the rotations' signs and of all samples). KL
+in nats a token on held-out text; the ratio columns are means over seeds of ratios within a seed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MODELS = ("allocated", "uniform", "rank0")
 
 
 @one_blas_thread()
-def run(seed: int, budgets: list[str], refine: int, state_bits: int | None) -> list[dict]:
+def run(seed: int, budgets: list[str], refine: int, state_bits: int | None, tokens: int) -> list[dict]:
     """One seed: every budget's three models, measured."""
     recipe, progress = DEMO.updated(seed=seed, refine=refine), plain(every=60)
     if state_bits:
@@ -43,7 +43,7 @@ def run(seed: int, budgets: list[str], refine: int, state_bits: int | None) -> l
     table = sense(source, statistics, sample, recipe, progress).table
     measured = time.perf_counter() - start - calibrated
     windows = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
-    held_out = evaluation.reference(source.model, spread(windows, recipe.evaluation_tokens))
+    held_out = evaluation.reference(source.model, spread(windows, tokens))
     solutions, records = {}, []
     for budget in budgets:
         start = time.perf_counter()
@@ -74,7 +74,12 @@ def run(seed: int, budgets: list[str], refine: int, state_bits: int | None) -> l
             }
         record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in plans["allocated"].specs.items()])
         if refined is not None:
-            record["refined"] = {"gained": refined.gained, "tried": refined.tried, "accepted": refined.accepted, "seconds": refined.seconds}
+            record["refined"] = {
+                "gained": refined.gained,
+                "tried": refined.tried,
+                "accepted": refined.accepted,
+                "seconds": refined.seconds,
+            }
         records.append(record)
         told = {name: round(m["kl"], 5) for name, m in record["models"].items()}
         print(f"seed {seed}, {budget}: {told}; {record['ranks']}; {record.get('refined', '')}", flush=True)
@@ -83,7 +88,10 @@ def run(seed: int, budgets: list[str], refine: int, state_bits: int | None) -> l
 
 def table_of(records: list[dict]) -> str:
     """The table of RESULTS.md, in Markdown."""
-    lines = ["| bits a weight | allocated | uniform | rank 0 | allocated / uniform | allocated / rank 0 |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| bits a weight | allocated | uniform | rank 0 | allocated / uniform | allocated / rank 0 |",
+        "|---|---|---|---|---|---|",
+    ]
     for budget in dict.fromkeys(r["budget"] for r in records):
         part = [r["models"] for r in records if r["budget"] == budget]
 
@@ -104,7 +112,11 @@ def picture(records: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=150)
-    styles = {"uniform": ("s", "#8a8a8a", "uniform"), "rank0": ("^", "#c25a00", "bits alone"), "allocated": ("o", "#0b57a4", "rank and bits")}
+    styles = {
+        "uniform": ("s", "#8a8a8a", "uniform"),
+        "rank0": ("^", "#c25a00", "bits alone"),
+        "allocated": ("o", "#0b57a4", "rank and bits"),
+    }
     for name, (mark, colour, label) in styles.items():
         points = [(r["models"][name]["bits_per_weight"], r["models"][name]["kl"], r["budget"]) for r in records]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], mark, color=colour, alpha=0.45, markersize=5)
@@ -129,15 +141,18 @@ def main() -> None:
     parse.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parse.add_argument("--refine", type=int, default=0, help="allocations tried by measuring; the unrefined one is reported beside")
     parse.add_argument("--state-bits", type=int, help="of the trellis, other than the demo's")
+    parse.add_argument("--tokens", type=int, default=32768, help="of held-out text, on which KL is measured")
     parse.add_argument("--out", type=Path, default=Path("allocation.json"))
     parse.add_argument("--read", type=Path, nargs="+", help="records of earlier runs, in place of a run")
     parse.add_argument("--picture", type=Path)
     args = parse.parse_args()
     records = [record for path in args.read or () for record in json.loads(path.read_text())["records"]]
     for seed in () if args.read else args.seeds:
-        records += run(seed, args.budgets, args.refine, args.state_bits)
+        records += run(seed, args.budgets, args.refine, args.state_bits, args.tokens)
         machine = {"machine": platform.machine(), "python": platform.python_version()}
-        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": str(args.out)}, **machine, "records": records}, default=str))
+        args.out.write_text(
+            json.dumps({"arguments": vars(args) | {"out": str(args.out)}, **machine, "records": records}, default=str)
+        )
     print(table_of(records))
     if args.picture:
         picture(records, args.picture)

@@ -98,7 +98,11 @@ def main() -> None:
         print(f"{size} bits a weight: measured", flush=True)
 
     columns = [name for name in records[0] if name not in ("size", "seed", "kl")]
-    print(f"\n{'attribution':22}{'seconds':>8}" + "".join(f"{f'ρ at {s}':>9}" for s in SIZES) + "   measured / predicted, median (p10 to p90)")
+    print(
+        f"\n{'attribution':22}{'seconds':>8}"
+        + "".join(f"{f'ρ at {s}':>9}" for s in SIZES)
+        + "   measured / predicted, median (p10 to p90)"
+    )
     summary = {}
     for name in columns:
         line, summary[name] = f"{name:22}{seconds[name.split(' ')[0]]:8.1f}", {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import allocators
@@ -21,6 +22,10 @@ from qlr_jax.evaluation import Reference, reference
 from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
 from qlr_jax.progress import Progress
 from qlr_jax.recipe import Recipe
+
+# One compiled loop at a time: two that overlap on a CPU can wait for each other for ever in XLA's thread pool (seen with jaxlib
+# 0.10.2). It takes effect only where no backend has started yet, as in the commands.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 BUNDLED, BUNDLED_NAME = Path(__file__).parent / "bundled", "bundled"
 OUTPUTS_SHARE = 0.4  # of the machine's memory that output Hessians may take

@@ -326,7 +326,7 @@ WITH_NAN[1, 2], WITH_INF[3, 5] = np.nan, -np.inf
     (W, H, "int-4+r1@bf16", {"downdate": 1.5}, r"downdate=1.5 is outside \[0, 1\]"),
     (W, H, "trellis-2", {"state_bits": 20}, "20 state bits is not offered"),
     (W, H, "int-4", {"preset": "fast"}, "preset 'fast' is not known; pass one of 'paper', or leave it out"),
-    (W, H, "int-4", {"start": "svd"}, "start='svd' is not known; pass 'race' or 'weight' or 'low-rank' or 'outliers' or 'backbone'"),
+    (W, H, "int-4", {"start": "svd"}, "start='svd' is not known; pass 'race' or 'weight' or 'low-rank'"),
     (W, H, "int-4", {"damping": -0.1}, "damping=-0.1 is no fraction"),
 ])  # fmt: skip
 def test_refused(weight, hessian, spec, options, message):

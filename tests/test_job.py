@@ -1,9 +1,11 @@
 """The bundled model once, end to end, with little of everything; and what a job refuses."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlr_jax as qlr
-from allocators import AllocationError
-from qlr_jax import job
+from allocators import AllocationError, OptionTable
+from qlr_jax import job, preparation
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
+from qlr_jax.planning import Constraints
+from qlr_jax.progress import silent
 from qlr_jax.recipe import Recipe
 
 LIGHT = Recipe(
@@ -28,6 +32,7 @@ LIGHT = Recipe(
     sequences=8,
     measure_tokens=512,
     evaluation_tokens=1024,
+    refine=2,
 )
 
 
@@ -180,6 +185,62 @@ def test_missing_folder_occupied_folder_and_poor_text_are_refused(tiny, text, tm
     with pytest.raises(QLRError, match="no linear layer is left"):
         job.compress(tiny, tmp_path / "out", "2.25bpw", text, Recipe(include=("*.nothing",)))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, text, tmp_path_factory):
+    """A table of the tiny model, and its folder."""
+    out = tmp_path_factory.mktemp("measured") / "out"
+    return job.sensitivity(tiny, out, text, TINY), OptionTable.from_json((out / "table.json").read_text())
+
+
+TINY = LIGHT.updated(ranks=(0, 4), factors=("trellis-2", "trellis-4"), sequence_length=32, measure_tokens=256)
+
+
+def test_sensitivity_writes_a_table_with_pictures(measured, tiny):
+    told, table = measured
+    out = Path(told["out"])
+    assert told["matrices"] == len(table.rows) == 7 and told["options"] == sum(len(row.options) for row in table.rows)
+    assert {p.name for p in out.iterdir()} >= {"table.json", "sensitivity.html", "damage.svg", "spectra.svg", "error.svg"}
+    assert table.notes["attribution"] == "path" and table.notes["model"] == str(tiny)
+    for row in table.rows:
+        note = table.notes["matrices"][row.name]
+        assert all(o.damage >= 0 for o in row.options) and note["coefficient"] >= 0 and 0 < sum(note["spectrum"]) < 1.001
+        measured_options = [o for o in row.options if o.measured]
+        assert {o.spec for o in measured_options} >= {"trellis-2", "trellis-2+r4@trellis-2"}
+        by_rate = [o.damage for o in row.options if o.rank == 0]
+        assert by_rate[0] >= by_rate[16] >= by_rate[-1]  # 1, 2, 4 bits
+
+
+def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_path):
+    table = measured[1]
+    held = Constraints.parse(lock=["*v_proj=trellis-3"], at_least=["*down_proj=2.5"], tie=["*gate_proj,*up_proj"])
+    done = job.compress(tiny, tmp_path / "out", "2.25bpw", text, TINY, table=table, constraints=held).report
+    specs = {row["kind"]: row["spec"] for row in done["matrices"]}
+    if done["delivered"] != "uniform":
+        assert specs["v"] == "trellis-3"
+        assert qlr.Spec.parse(specs["gate"]).backbone == qlr.Spec.parse(specs["up"]).backbone
+        assert qlr.Spec.parse(specs["down"]).bits((32, 48)) >= 2.5
+    assert done["seconds"]["stages"]["measure"] < 1 and done["bits_per_weight"] <= 2.25
+    assert done["refined"]["tried"] <= TINY.refine and done["refined"]["measured"] <= done["refined"]["start"]
+    with pytest.raises(AllocationError, match="nothing_proj"):
+        wrong = Constraints.parse(["nothing_proj=int-2"])
+        job.compress(tiny, tmp_path / "no", "2.25bpw", text, TINY, table=table, constraints=wrong)
+    with pytest.raises(QLRError, match="is not to be compressed here; measure this model anew"):
+        job.compress(tiny, tmp_path / "no", "2.25bpw", text, TINY.updated(include=("*.mlp.*",)), table=table)
+    with pytest.raises(QLRError, match="notes say nothing"):
+        job.compress(tiny, tmp_path / "no", "2.25bpw", text, TINY, table=dataclasses.replace(table, notes={}))
+    assert not (tmp_path / "no").exists()
+
+
+def test_without_room_for_output_hessians_outputs_count_alike(tiny, text, monkeypatch):
+    monkeypatch.setattr(preparation, "memory", lambda: 1000)
+    said = []
+    progress = silent()
+    monkeypatch.setattr(type(progress), "say", lambda self, line: said.append(line))
+    source = preparation.open_source(tiny, TINY)
+    statistics, _ = preparation.calibrate(source, text.read_text(), TINY, progress)
+    assert statistics.outputs == {} and "all outputs count alike" in said[0]
 
 
 def test_a_budget_that_the_original_fits_keeps_bf16(tiny, text, tmp_path):

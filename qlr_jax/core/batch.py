@@ -9,12 +9,16 @@ from typing import TypeVar
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.solver import Solution, solve_batch
 from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
 Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str] | tuple[np.ndarray, np.ndarray, str, np.ndarray | None]]
+# Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
+# (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below.
+FACTORED_TOGETHER = 2**15
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
 
@@ -80,14 +84,19 @@ def _kind(problem: tuple) -> tuple:
     return problem[0].shape, str(problem[2]), _output(problem) is None
 
 
+def _most(size: int, shape: tuple[int, int], spec: Spec) -> int:
+    """Matrices of one batch: `size`, fewer where their factors would be too many."""
+    return max(1, min(size, FACTORED_TOGETHER // bucket(spec.rank, min(shape)) ** 2)) if spec.rank else size
+
+
 def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
     """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
     groups: dict[tuple, list[Key]] = defaultdict(list)
     for key, problem in problems.items():
         if len(problem[0]) < SMALL:
             groups[_kind(problem)].append(key)
-    for (shape, *_), keys in groups.items():
-        size = ROWS_TOGETHER // shape[0]
+    for (shape, spec, _), keys in groups.items():
+        size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
         yield from ((keys[start : start + size], size) for start in range(0, len(keys), size))
 
 
@@ -97,4 +106,9 @@ def _large(problems: Problems[Key]) -> list[list[Key]]:
     for key, problem in problems.items():
         if len(problem[0]) >= SMALL:
             by_hessian[id(problem[1])][_kind(problem)].append(key)
-    return [keys for groups in by_hessian.values() for keys in groups.values()]
+    batches = []
+    for groups in by_hessian.values():
+        for (shape, spec, _), keys in groups.items():
+            size = _most(len(keys), shape, Spec.parse(spec))
+            batches += [keys[start : start + size] for start in range(0, len(keys), size)]
+    return batches

@@ -99,7 +99,9 @@ def fit_factors(
         wanted = jnp.swapaxes(wanted, -1, -2)
         right, right_codes, right_scales = _round_right(wanted, right_feedback, right_family, data[1], one_scale)
         right = right * mask[:, None]
-        wanted, own = refit_left(target, right, hessian, mask)
+        # one factorization after the other: two batches of them side by side wait for each other for ever in XLA's thread pool on
+        # a CPU (jaxlib 0.10.2: 16 matrices of 64 components)
+        wanted, own = lax.optimization_barrier(refit_left(target, right, hessian, mask))
         ideal = wanted * mask
         left, component, left_codes, left_scales = _round_left(ideal, own, mask, left_family, data[0], own_scales, plain, one_scale)
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)

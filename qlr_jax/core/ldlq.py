@@ -42,8 +42,11 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
     trace = jnp.sum(jnp.square(corner), axis=(-3, -2, -1))
     # C · blockdiag(C_bb)⁻¹, a column block at a time: solve X C_bb = C_:b
     columns = jnp.moveaxis(lower.reshape(*lead, n, count, block), -2, -3)  # (*b, count, n, block)
-    unit = solve_triangular(jnp.swapaxes(corner, -1, -2), jnp.swapaxes(columns, -1, -2), lower=False)
-    factor = jnp.moveaxis(jnp.swapaxes(unit, -1, -2), -3, -2).reshape(*lead, n, n)
+    if block == 1:
+        unit = columns / corner
+    else:
+        unit = jnp.swapaxes(solve_triangular(jnp.swapaxes(corner, -1, -2), jnp.swapaxes(columns, -1, -2), lower=False), -1, -2)
+    factor = jnp.moveaxis(unit, -3, -2).reshape(*lead, n, n)
     index = jnp.arange(n) // block
     return jnp.where(index[:, None] > index[None, :], factor, 0.0), trace
 

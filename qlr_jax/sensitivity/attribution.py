@@ -25,7 +25,7 @@ ATTRIBUTIONS = {
     "alone": "the KL of the model with this matrix alone changed: a forward pass a matrix",
     "noise": "the same with Gaussian noise of the error's size in place of the error (HIGGS)",
     "second-order": "half of vᵀFv, v the change of the logits to first order, F their Fisher matrix: two forward passes a matrix",
-    "path": "shares of the joint KL along the path on which all matrices change together (Aumann-Shapley): two backward passes in all",
+    "path": "shares of the joint KL along the path on which all matrices change together (Aumann-Shapley): two backward passes",
 }
 
 
