@@ -120,15 +120,14 @@ def compress(
         qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
     """
     with _clear_errors(as_json):
-        from qlr_jax.recipe import Recipe, read_settings
+        from qlr_jax.recipe import Recipe, gathered
 
-        settings = read_settings(recipe) if recipe else {}
-        if budget is None and "budget" not in settings:
+        settings = gathered(
+            recipe, budget=budget, include=include, exclude=exclude, seed=seed, state_bits=state_bits, force=force or None
+        )
+        if "budget" not in settings:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
-        given = {"budget": budget, "include": include, "exclude": exclude, "seed": seed, "state_bits": state_bits}
-        settings |= {name: value for name, value in given.items() if value is not None and value != []}
         chosen = Recipe(**settings)
-        chosen = chosen.updated(force=True) if force else chosen
 
         from qlr_jax import job, planning, progress
 
@@ -187,16 +186,14 @@ def sensitivity(
         qlr allocate measured --budget 2.25bpw --budget 3bpw
     """
     with _clear_errors(as_json):
-        from qlr_jax.recipe import DEMO, Recipe, read_settings
+        from qlr_jax.recipe import DEMO, Recipe, gathered
 
-        settings = read_settings(recipe) if recipe else {}
-        given = {"include": include, "exclude": exclude, "seed": seed}
-        settings |= {name: value for name, value in given.items() if value is not None and value != []}
+        settings = gathered(recipe, include=include, exclude=exclude, seed=seed, force=force or None)
+        chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
+
         from qlr_jax import job, progress
         from qlr_jax.report.sensitivity import sensitivity_text
 
-        chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
-        chosen = chosen.updated(force=True) if force else chosen
         result = job.sensitivity(
             model,
             out,

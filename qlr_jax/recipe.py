@@ -142,6 +142,15 @@ def read_settings(source: str | Path) -> dict[str, Any]:
     return settings
 
 
+def gathered(file: Path | None, **given: Any) -> dict[str, Any]:
+    """The settings of a recipe's file, and over them those of a command line that were given (not None, not empty).
+
+    >>> gathered(None, seed=1, include=[], state_bits=None)
+    {'seed': 1}
+    """
+    return (read_settings(file) if file else {}) | {name: value for name, value in given.items() if value not in (None, [])}
+
+
 def _check_names(settings: dict[str, Any], what: str = "recipe") -> None:
     known = [item.name for item in dataclasses.fields(Recipe)]
     for name in settings:

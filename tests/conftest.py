@@ -37,3 +37,20 @@ def activations():
         return x.T @ x / len(x)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def block_ldl():
+    """block_ldl(h, block) -> F and D of H = (I + F) D (I + F)ᵀ, float64."""
+
+    def factor(h, block):
+        """F and D of H = (I + F) D (I + F)ᵀ by elimination of blocks, float64."""
+        n, rest, f, d = len(h), h.copy(), np.zeros_like(h), np.zeros_like(h)
+        for s in range(0, n, block):
+            e = s + block
+            d[s:e, s:e] = rest[s:e, s:e]
+            f[e:, s:e] = rest[e:, s:e] @ np.linalg.inv(rest[s:e, s:e])
+            rest[e:, e:] -= f[e:, s:e] @ rest[s:e, e:]
+        return f, d
+
+    return factor

@@ -26,19 +26,8 @@ def f32(a):
     return jnp.asarray(a, jnp.float32)
 
 
-def block_ldl(h, block):
-    """F and D of H = (I + F) D (I + F)ᵀ by elimination of blocks, float64."""
-    n, rest, f, d = len(h), h.copy(), np.zeros_like(h), np.zeros_like(h)
-    for s in range(0, n, block):
-        e = s + block
-        d[s:e, s:e] = rest[s:e, s:e]
-        f[e:, s:e] = rest[e:, s:e] @ np.linalg.inv(rest[s:e, s:e])
-        rest[e:, e:] -= f[e:, s:e] @ rest[s:e, e:]
-    return f, d
-
-
 @pytest.mark.parametrize("block", [1, 16, 48])
-def test_factor(hessian, block):
+def test_factor(hessian, block, block_ldl):
     found, trace = feedback(f32(hessian), block)
     f, d = block_ldl(hessian, block)
     np.testing.assert_allclose((np.eye(N) + f) @ d @ (np.eye(N) + f).T, hessian, atol=1e-10)  # the oracle itself
@@ -81,7 +70,7 @@ def test_codes_are_those_of_the_recursion(elementwise, weight):
     np.testing.assert_allclose(values, expected, atol=1e-5)
 
 
-def test_loss_is_that_of_the_rounding_errors(elementwise, weight, hessian):
+def test_loss_is_that_of_the_rounding_errors(elementwise, weight, hessian, block_ldl):
     """tr(E H Eᵀ) = tr(η D ηᵀ), η what each rounding missed its aim by."""
     *_, values, _ = elementwise
     f, d = block_ldl(hessian, 1)
@@ -103,7 +92,7 @@ def test_worse_on_the_weights_better_on_the_outputs(elementwise, weight, hessian
     assert ours > 1.02 * theirs and ours_out < 0.9 * theirs_out
 
 
-def test_trellis_loss_and_outputs(weight, hessian):
+def test_trellis_loss_and_outputs(weight, hessian, block_ldl):
     quantizer = parse_quantizer("trellis-2", state_bits=6)
     grid = quantizer.fit(f32(weight), per_row=False)
     f, d = block_ldl(hessian, 16)
@@ -117,7 +106,7 @@ def test_trellis_loss_and_outputs(weight, hessian):
     assert np.trace(error @ hessian @ error.T) < np.trace(other @ hessian @ other.T)
 
 
-def test_transposed_codes_store_the_transpose(weight):
+def test_transposed_codes_store_the_transpose(weight, block_ldl):
     """A matrix whose transpose is stored: its codes decode to the transpose of its values."""
     quantizer = parse_quantizer("trellis-2", tile_rows=8, state_bits=6)
     w = f32(weight[None, :, :16])  # (m, k): walks are 32 rows of 8 components

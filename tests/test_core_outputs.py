@@ -31,17 +31,6 @@ def felt(e, h, g):
     return np.trace(g @ e @ h @ e.T)
 
 
-def block_ldl(h, block):
-    """F and D of H = (I + F) D (I + F)ᵀ by elimination of blocks, float64."""
-    n, rest, f, d = len(h), h.copy(), np.zeros_like(h), np.zeros_like(h)
-    for s in range(0, n, block):
-        e = s + block
-        d[s:e, s:e] = rest[s:e, s:e]
-        f[e:, s:e] = rest[e:, s:e] @ np.linalg.inv(rest[s:e, s:e])
-        rest[e:, e:] -= f[e:, s:e] @ rest[s:e, e:]
-    return f, d
-
-
 def f32(a):
     return jnp.asarray(a, jnp.float32)
 
@@ -51,7 +40,7 @@ def test_quadratic_in_both_metrics(case):
     assert float(quadratic(f32(w), f32(h), f32(g))) == pytest.approx(felt(w, h, g), rel=1e-4)
 
 
-def test_rows_feel_each_other_as_an_oracle_rounds_them(case):
+def test_rows_feel_each_other_as_an_oracle_rounds_them(case, block_ldl):
     """A wide integer grid: groups of rows one after the other, columns one after the other, float64."""
     w, h, g = case
     fh, dh = block_ldl(h, 1)

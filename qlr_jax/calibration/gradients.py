@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qlr_jax.calibration.backward import backward
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import layer_of, linear_names, shape_of
@@ -82,7 +83,7 @@ def squared_gradients(
     for rows, start, live in _batches(tokens, batch):
         labels = np.full(rows.shape, NOTHING, np.int32)
         labels[:, :-1] = rows[:, 1:]
-        for i, found in _backward(model, rows, labels, dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
+        for i, found in _watched(model, rows, labels, dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
             for name, value in found.items():
                 out[f"model.layers.{i}.{name}"][start : start + live] = np.asarray(value)[:live]
         if progress is not None:
@@ -130,7 +131,7 @@ def output_hessians(
     for rows, start, live in _batches(tokens, min(batch, len(tokens))):
         labels = np.array(_drawn(model, jnp.asarray(rows), jax.random.fold_in(jax.random.key(seed), start)))
         labels[live:] = NOTHING  # repeats that fill the last batch
-        for i, found in _backward(model, rows, labels, layers, "products"):
+        for i, found in _watched(model, rows, labels, layers, "products"):
             for name, value in found.items():
                 full = f"model.layers.{i}.{name}"
                 sums[full] = sums[full] + value if full in sums else value
@@ -167,20 +168,18 @@ def _batches(tokens: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int, 
         yield np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]), start, len(rows)
 
 
-def _backward(
+def _watched(
     model: Llama, rows: np.ndarray, labels: np.ndarray, probes: dict[int, dict[str, Array]], watch: str
 ) -> Iterator[tuple[int, dict[str, Array]]]:
     """From the last block to the first of those in `probes`: (layer, what its probes received), of −Σ log p(labels)."""
-    rope = model.rope(rows.shape[1])
-    states = [model.embed(jnp.asarray(rows))]
-    for block in model.model.layers:
-        states.append(_forward(block, states[-1], rope))
-    g = _head_gradient(model, states.pop(), jnp.asarray(labels))
-    for i, block in reversed(list(enumerate(model.model.layers))):
-        if i < min(probes):
-            return
-        g, found = _pull_back(block, states.pop(), rope, probes.get(i, {}), g, watch=watch)
-        yield i, found
+    return backward(
+        model,
+        rows,
+        lambda i, block, x, rope: _forward(block, x, rope),
+        lambda x: _head_gradient(model, x, jnp.asarray(labels)),
+        lambda i, block, x, rope, g: _pull_back(block, x, rope, probes.get(i, {}), g, watch=watch),
+        first=min(probes),
+    )
 
 
 @jax.jit

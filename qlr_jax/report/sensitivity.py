@@ -193,7 +193,7 @@ def _pair(parts: Sequence[str]) -> str:
 
 
 def _maps(notes: Mapping[str, Any]) -> str:
-    damage = "KL from the original with this matrix alone in the form of its probe. Bytes belong where it is large."
+    damage = "The part that each matrix has in the KL when it is stored as its probe. Bytes belong where it is large."
     coefficient = "KL for each unit of squared relative error; an option's predicted damage is this times its error squared."
     return _pair(
         [

@@ -165,14 +165,18 @@ def predicted(report: Mapping[str, Any], key: str) -> Any:
 
 
 def refined_line(report: Mapping[str, Any]) -> str:
-    """What refining by measured swaps brought, in a line; empty where the job did none.
+    """What refining by measuring other allocations brought, in a line; empty where the job did none.
 
     >>> refined_line({"refined": {"start": 0.025, "measured": 0.0246, "tried": 24, "accepted": 5}})
     'refined: 5 of 24 proposals accepted, calibration KL 1.6 % lower'
+    >>> refined_line({"refined": {"start": 0.025, "measured": 0.025, "tried": 3, "accepted": 0}})
+    'refined: 3 other allocations were built and measured, none was better'
     """
     found = part_of(report, "refined")
     if not is_number(found.get("tried")):
         return ""
+    if not found.get("accepted"):
+        return f"refined: {found['tried']} other allocations were built and measured, none was better"
     line = f"refined: {found.get('accepted', MISSING)} of {found['tried']} proposals accepted"
     start, share, measured = (found.get(key) for key in ("start", "gained", "measured"))
     if is_number(start) and start > 0 and is_number(measured):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlr_jax.calibration.backward import backward
 from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, layer_of
@@ -29,7 +30,7 @@ def path_shares(
         share_i = ∫₀¹ ⟨∂KL/∂W_i (W + t ΔW), ΔW_i⟩ dt, by two nodes
 
     Interactions are in it, halved between those who interact, at the errors given. A forward and a backward pass of the model a
-    node, block by block as in `calibration.squared_gradients`: memory is the hidden states at all block boundaries for `batch`
+    node, block by block (`calibration.backward`): memory is the hidden states at all block boundaries for `batch`
     windows, and what one block and the head keep.
 
     Args:
@@ -42,20 +43,21 @@ def path_shares(
     layers: dict[int, dict[str, Array]] = {i: {} for i in range(model.config.num_hidden_layers)}
     for name, error in errors.items():
         layers[layer_of(name)][name.removeprefix(f"model.layers.{layer_of(name)}.")] = jnp.asarray(error, jnp.float32)
-    total, windows, rope = dict.fromkeys(errors, 0.0), reference.windows, model.rope(reference.windows.shape[1])
+    total, windows = dict.fromkeys(errors, 0.0), reference.windows
     batch = min(batch, len(windows))
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
         fill = [(0, batch - len(rows)), (0, 0)]
-        tokens, live = jnp.asarray(np.pad(rows, fill)), jnp.asarray(np.arange(batch) < len(rows), jnp.float32)
+        tokens, live = np.pad(rows, fill), jnp.asarray(np.arange(batch) < len(rows), jnp.float32)
         logp = jnp.asarray(np.pad(reference.logp[start : start + batch], [*fill, (0, 0)]), jnp.float32)
         for node in NODES:
-            states = [model.embed(tokens)]
-            for i, block in enumerate(model.model.layers):
-                states.append(_forward(block, layers[i], node, states[-1], rope))
-            g = _head_gradient(model, states.pop(), logp, live)
-            for i, block in reversed(list(enumerate(model.model.layers))):
-                g, found = _pull_back(block, layers[i], node, states.pop(), rope, g)
+            for i, found in backward(
+                model,
+                tokens,
+                lambda i, block, x, rope, at=node: _forward(block, layers[i], at, x, rope),
+                lambda x, logp=logp, live=live: _head_gradient(model, x, logp, live),
+                lambda i, block, x, rope, g, at=node: _pull_back(block, layers[i], at, x, rope, g),
+            ):
                 for name, share in found.items():
                     total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
         if on_done is not None:
