@@ -32,7 +32,8 @@ LIGHT = Recipe(
     sequences=8,
     measure_tokens=512,
     evaluation_tokens=1024,
-    refine=2,
+    factors=("trellis-2",),
+    refine=1,
 )
 
 
@@ -194,7 +195,7 @@ def measured(tiny, text, tmp_path_factory):
     return job.sensitivity(tiny, out, text, TINY), OptionTable.from_json((out / "table.json").read_text())
 
 
-TINY = LIGHT.updated(ranks=(0, 4), factors=("trellis-2",), sequence_length=32, measure_tokens=256)
+TINY = LIGHT.updated(ranks=(0, 4), sequence_length=32, measure_tokens=256)
 
 
 def test_sensitivity_writes_a_table_with_pictures(measured, tiny):
