@@ -170,13 +170,13 @@ def refined_line(report: Mapping[str, Any]) -> str:
     >>> refined_line({"refined": {"start": 0.025, "measured": 0.0246, "tried": 24, "accepted": 5}})
     'refined: 5 of 24 proposals accepted, calibration KL 1.6 % lower'
     >>> refined_line({"refined": {"start": 0.025, "measured": 0.025, "tried": 3, "accepted": 0}})
-    'refined: 3 other allocations were built and measured, none was better'
+    'refined: nothing gained, other allocations built and measured: 3'
     """
     found = part_of(report, "refined")
     if not is_number(found.get("tried")):
         return ""
     if not found.get("accepted"):
-        return f"refined: {found['tried']} other allocations were built and measured, none was better"
+        return f"refined: nothing gained, other allocations built and measured: {found['tried']}"
     line = f"refined: {found.get('accepted', MISSING)} of {found['tried']} proposals accepted"
     start, share, measured = (found.get(key) for key in ("start", "gained", "measured"))
     if is_number(start) and start > 0 and is_number(measured):
