@@ -19,6 +19,7 @@ _HOMES = {
     "QLRMatrix": "qlr_jax.core.matrix",
     "Solution": "qlr_jax.core.solver",
     "Verdict": "qlr_jax.core.solver",
+    "correct": "qlr_jax.core.correction",
     "solve": "qlr_jax.core.solver",
     "Recipe": "qlr_jax.recipe",
     "JobResult": "qlr_jax.job",

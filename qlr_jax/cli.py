@@ -15,7 +15,7 @@ import typer
 
 from qlr_jax.errors import QLRError
 
-EXPORT_TARGETS = ("dense",)
+EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
 
 app = typer.Typer(
     name="qlr",
@@ -48,6 +48,17 @@ TieBackbone = Annotated[
 TieSpec = Annotated[
     list[str] | None,
     typer.Option("--tie-spec", metavar="PATTERN,PATTERN", help="As --tie, the whole spec with its rank; may repeat."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Format to compress for: qlr (packed), compressed-tensors or gguf. Only what it holds is offered, at its bytes.",
+    ),
+]
+HessiansFrom = Annotated[
+    Path | None,
+    typer.Option("--hessians", metavar="PATH", help="Hessians made elsewhere, a folder or a file of .safetensors or .npz."),
 ]
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
 
@@ -98,6 +109,16 @@ def compress(
     state_bits: Annotated[
         int | None, typer.Option("--state-bits", help="Of the trellis, 6 to 16: more is better and slower.")
     ] = None,
+    target: Target = None,
+    backbone_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--backbone-from",
+            metavar="DIR",
+            help="Dense weights that another method made of MODEL: they are Q, only L R is fitted, and the budget is its own.",
+        ),
+    ] = None,
+    hessians: HessiansFrom = None,
     table: Annotated[
         Path | None, typer.Option("--table", metavar="TABLE", help="What qlr sensitivity wrote for this model: not measured again.")
     ] = None,
@@ -118,12 +139,23 @@ def compress(
         qlr compress path/to/llama small --budget 900MB --calibration a.txt --calibration b.txt --evaluate-on heldout.txt
         qlr compress path/to/llama small --recipe small/recipe.yaml --seed 1
         qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
+        qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
+        qlr compress path/to/llama small --budget 0.3bpw --calibration text.txt --backbone-from path/to/llama-gptq-dense
     """
     with _clear_errors(as_json):
         from qlr_jax.recipe import Recipe, gathered
 
         settings = gathered(
-            recipe, budget=budget, include=include, exclude=exclude, seed=seed, state_bits=state_bits, force=force or None
+            recipe,
+            budget=budget,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            state_bits=state_bits,
+            target=target,
+            backbone_from=_text(backbone_from),
+            hessians_from=_text(hessians),
+            force=force or None,
         )
         if "budget" not in settings:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
@@ -171,6 +203,8 @@ def sensitivity(
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of rotations and samples; the same seed gives the same table.")
     ] = None,
+    target: Target = None,
+    hessians: HessiansFrom = None,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -188,7 +222,15 @@ def sensitivity(
     with _clear_errors(as_json):
         from qlr_jax.recipe import DEMO, Recipe, gathered
 
-        settings = gathered(recipe, include=include, exclude=exclude, seed=seed, force=force or None)
+        settings = gathered(
+            recipe,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            target=target,
+            hessians_from=_text(hessians),
+            force=force or None,
+        )
         chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
 
         from qlr_jax import job, progress
@@ -331,25 +373,48 @@ def export(
     out: Compressed,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the exported model; new or empty.")],
     to: Annotated[str, typer.Option("--to", help=f"Format: {', '.join(EXPORT_TARGETS)}.")],
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the weights: bfloat16, float16 or float32.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="Of what is not packed: bfloat16, float16 or float32.")] = "bfloat16",
+    base: Annotated[str, typer.Option("--base", help="Under a peft adapter: dense or compressed-tensors.")] = "dense",
+    uniform_rank: Annotated[
+        bool, typer.Option("--uniform-rank", help="Pad the adapter to one rank that vLLM takes (peft, compressed-tensors).")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a compressed model in another format; dense is the plain Llama folder with every Q + L R multiplied out.
+    """Write a compressed model in the format of another tool, with a model card that says how to load it, and checksums.
+
+    \b
+    dense                plain Llama weights, every Q + L R multiplied out
+    peft                 Q as the model, L R as its LoRA adapter, in one folder
+    compressed-tensors   packed integers, for vLLM and transformers; L R in adapter/
+    gguf                 Q4_0, Q8_0, Q2_K, Q3_K and BF16 blocks, for llama.cpp; L R as adapter.gguf
 
     \b
     Example:
         qlr export qlr-demo dense-llama --to dense
-        qlr export qlr-demo dense-llama --to dense --dtype float32
+        qlr export qlr-demo with-adapter --to peft --uniform-rank
+        qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
+        qlr export small small-gguf --to gguf
     """
     with _clear_errors(as_json):
         if to not in EXPORT_TARGETS:
             raise QLRError(f"export target {to!r} is not available; --to takes {', '.join(EXPORT_TARGETS)}")
         if dtype not in ("bfloat16", "float16", "float32"):
             raise QLRError(f"dtype {dtype!r} is not available; --dtype takes bfloat16, float16 or float32")
-        from qlr_jax.export.dense import export_dense
+        if base != "dense" and to != "peft":
+            raise QLRError(f"--base {base} is for --to peft; leave it out for --to {to}")
+        if uniform_rank and to not in ("peft", "compressed-tensors"):
+            raise QLRError(f"--uniform-rank is for --to peft and compressed-tensors; leave it out for --to {to}")
+        from qlr_jax import export as exporting
 
-        export_dense(out, dest, dtype=dtype)
-        _tell({"out": str(out), "dest": str(dest), "to": to, "dtype": dtype}, as_json, lambda _: f"{dest}: {to} model in {dtype}")
+        settings: dict[str, Any] = {"dtype": dtype}
+        if to in ("peft", "compressed-tensors"):
+            settings["uniform_rank"] = uniform_rank
+        if to == "peft":
+            settings["base"] = base
+        write = getattr(exporting, f"export_{to.replace('-', '_')}")
+        write(out, dest, **settings)
+        told = {"out": str(out), "dest": str(dest), "to": to, **settings}
+        _tell(told, as_json, lambda _: f"{dest}: {to} model in {dtype}; {dest / 'README.md'} says how to load it")
 
 
 def main() -> None:
@@ -365,6 +430,10 @@ def main() -> None:
         error.show()
         status = getattr(error, "exit_code", 2)
     sys.exit(status)
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
 
 
 def _command() -> str:

@@ -26,6 +26,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, Reference, compare, divergence
 from qlr_jax.export.files import refuse_occupied, staged
 from qlr_jax.export.packed import save_packed
+from qlr_jax.export.targets import find_target
 from qlr_jax.models import Llama, kind_of, layer_of
 from qlr_jax.planning import TABLE, Constraints
 from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, calibrate, open_source, sense, sequence_length, solver_config, spread
@@ -151,7 +152,7 @@ def _run(
         constraints = constraints or Constraints()
         allocators.Budget.parse(recipe.budget).on(constraints.on(opened.prices if table is None else table))
         if table is not None:
-            Sensitivity(table).check(opened.prices)
+            Sensitivity(table).check(opened.prices, find_target(recipe.target).nbytes)
 
     with clock.stage("calibrate"):
         statistics, sample = calibrate(opened, texts[0], recipe, progress)
@@ -261,7 +262,7 @@ def sensitivity(
             table = sense(opened, statistics, sample, recipe, progress).table
     seconds = dict(clock.seconds) | {"total": time.perf_counter() - clock.started}
     base = BUNDLED_NAME if opened.folder == BUNDLED else str(model)
-    told = {"model": base, "command": command, "seconds": seconds, "recipe": recipe.to_yaml()}
+    told = {"model": base, "command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}
     table = dataclasses.replace(table, notes=dict(table.notes) | told)
     with staged(out) as folder:
         (folder / TABLE).write_text(table.to_json() + "\n", encoding="utf-8")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ import allocators
 from qlr_jax import calibration as calibrating
 from qlr_jax import sensitivity as sensing
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.correction import checked_backbone
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
+from qlr_jax.export.targets import Target, find_target
 from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
 from qlr_jax.progress import Progress
 from qlr_jax.recipe import Recipe
@@ -39,6 +42,7 @@ class Source:
         folder: where it lies.
         weights: name -> W (out, in), checked.
         prices: the option table with its exact bytes, no damage yet.
+        backbones: name -> Q, where the recipe takes them from another model.
     """
 
     folder: Path
@@ -46,6 +50,7 @@ class Source:
     tokenizer: Any
     weights: Mapping[str, np.ndarray]
     prices: allocators.OptionTable
+    backbones: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def open_source(source: str | Path, recipe: Recipe) -> Source:
@@ -53,19 +58,55 @@ def open_source(source: str | Path, recipe: Recipe) -> Source:
     folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
     model, tokenizer = load_model(folder), load_tokenizer(folder)
     weights = selected_weights(model, recipe)
+    target = find_target(recipe.target)
     prices = sensing.price(
         model.config,
         {name: w.shape for name, w in weights.items()},
-        lambda shape: sensing.options(recipe.backbones, recipe.ranks, recipe.factors, shape),
+        lambda shape: sensing.options(recipe.backbones, recipe.ranks, recipe.factors, shape, target.nbytes, target.holds),
+        target.nbytes,
     )
-    return Source(folder, model, tokenizer, weights, prices)
+    backbones = {}
+    if recipe.backbone_from:
+        backbones = given_backbones(recipe.backbone_from, model)
+        prices = replace(prices, model=replace(prices.model, fixed_bytes=0))  # a budget of bytes is the factors' alone
+    return Source(folder, model, tokenizer, weights, tied(prices, target), backbones)
+
+
+def given_backbones(source: str | Path, original: Llama) -> dict[str, np.ndarray]:
+    """Q of every linear layer: the weights of another model's folder, whose other tensors must be the original's."""
+    other = load_model(source)
+    theirs, ours, linears = other.tensors(), original.tensors(), original.linears()
+    if list(theirs) != list(ours):
+        raise QLRError(f"{source} is no model of the same tensors as the original; pass the dense weights of the same model")
+    for name, param in ours.items():
+        if name.removesuffix(".weight") in linears:
+            continue
+        one, two = (np.asarray(p.get_value(), np.float32) for p in (param, theirs[name]))
+        if one.shape != two.shape or np.abs(one - two).max() > 0.02 * np.abs(one).max():
+            raise QLRError(
+                f"{source}: {name} is not the original's, so its linear layers do not stand for the same matrices; "
+                "undo what was folded into it, or pass a dump of the same embeddings, norms and head"
+            )
+    return {n: checked_backbone(other.linears()[n].weight.get_value(), linears[n].weight.get_value().shape) for n in linears}
+
+
+def tied(table: allocators.OptionTable, target: Target) -> allocators.OptionTable:
+    """The table under the ties of its target, as far as their matrices are to be compressed."""
+    for patterns in target.ties:
+        held = [p for p in patterns if any(fnmatch.fnmatch(name, p) for name in table.index)]
+        with contextlib.suppress(allocators.AllocationError):  # no two of them belong together
+            table = table.tie(*held) if len(held) > 1 else table
+    return table
 
 
 def calibrate(source: Source, text: str, recipe: Recipe, progress: Progress) -> tuple[sensing.Statistics, Reference]:
     """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text."""
     model, names = source.model, list(source.weights)
     tokens = calibration_tokens(text, source.tokenizer, model, recipe, source.weights)
-    hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress)
+    if recipe.hessians_from:
+        hessians = calibrating.read_hessians(recipe.hessians_from, {name: w.shape[1] for name, w in source.weights.items()})
+    else:
+        hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress)
     outputs = {}
     if recipe.outputs == "fisher" and (needed := outputs_bytes(source.weights)) > (room := OUTPUTS_SHARE * memory()):
         progress.say(
@@ -77,7 +118,7 @@ def calibrate(source: Source, text: str, recipe: Recipe, progress: Progress) -> 
             found = calibrating.output_hessians(model, tokens, names, seed=recipe.seed, progress=stage.advance)
         outputs = {name: checked_hessian(g, len(g)) for name, g in found.items()}
     sample = reference(model, spread(tokens, recipe.measure_tokens))
-    return sensing.Statistics(source.weights, hessians, outputs), sample
+    return sensing.Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
 def sense(source: Source, found: sensing.Statistics, sample: Reference, recipe: Recipe, progress: Progress) -> sensing.Sensitivity:
@@ -86,6 +127,17 @@ def sense(source: Source, found: sensing.Statistics, sample: Reference, recipe: 
     if method == "kronecker" and not found.outputs:
         progress.say("without output Hessians damage is measured by each matrix alone")
         method = "alone"
+    if source.backbones:
+        return sensing.measure_given(
+            source.model,
+            found,
+            sample,
+            source.prices,
+            config=solver_config(recipe),
+            seed=recipe.seed,
+            method=method,
+            progress=progress,
+        )
     return sensing.measure(
         source.model,
         found,

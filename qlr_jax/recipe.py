@@ -8,11 +8,15 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlr_jax.errors import QLRError
 
+if TYPE_CHECKING:
+    from qlr_jax.export.targets import Target
+
 OUTPUTS = ("fisher", "alike")
+DIVISIBLE = (1024, 1024)  # a shape of which every group and block is a divisor
 
 
 def _field(default: Any, says: str) -> Any:
@@ -40,13 +44,20 @@ class Recipe:
     preset: str | None = _field(None, "of the solver; paper = CALDERA as published, for backbones [e8-2] and factors e8-4")
     iterations: int | None = _field(None, "alternations between Q and L R, at most; null = the preset's (4; paper 15)")
     damping: float = _field(0.01, "share of the Hessian's mean diagonal that is added to it")
-    backbones: tuple[str, ...] = _field(("trellis-1..4",), "the grids of Q to choose among; a..b is every sixteenth of a bit")
+    target: str = _field(
+        "qlr", "the format to compress for: qlr (packed), compressed-tensors or gguf; it restricts backbones, factors"
+    )
+    backbones: tuple[str, ...] = _field(
+        (), "the grids of Q to choose among; a..b is every sixteenth of a bit; empty = all that the target offers"
+    )
     ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
     factors: tuple[str, ...] = _field(
-        ("trellis-2", "trellis-3", "trellis-4"), "grids of L and R to choose among, or pairs: 'int-8,bf16'"
+        (), "grids of L and R to choose among, or pairs: 'int-8,bf16'; empty = all that the target offers"
     )
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
     exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
+    backbone_from: str | None = _field(None, "folder of another compression's dense weights: they are Q, and only L R is fitted")
+    hessians_from: str | None = _field(None, "folder or file of Hessians made elsewhere, in place of the calibration's")
     hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
     outputs: str = _field("fisher", "how errors of outputs count: fisher (by the end loss: one backward pass) or alike")
     attribution: str = _field("path", "how KL is attributed to matrices: path, alone, noise, second-order, kronecker or error")
@@ -84,7 +95,18 @@ class Recipe:
             )
         _check_preset(self.preset)
         _check_choices(self)
-        _check_options(self.backbones, self.ranks, self.factors)
+        if self.backbone_from and (self.target not in ("qlr", "adapter") or self.include or self.exclude):
+            what = "include and exclude" if self.include or self.exclude else f"target {self.target}"
+            raise QLRError(
+                f"recipe: {what} cannot be had with backbone_from; leave out either (a lock to bf16 keeps a matrix's Q as it is)"
+            )
+        if self.target == "adapter" and not self.backbone_from:
+            raise QLRError("recipe: target adapter is for the factors of a given backbone; give backbone_from")
+        object.__setattr__(self, "target", "adapter" if self.backbone_from else self.target)
+        target = _target(self.target)
+        for name, offered in (("backbones", target.backbones), ("factors", target.factors)):
+            object.__setattr__(self, name, getattr(self, name) or offered)
+        _check_options(self.backbones, self.ranks, self.factors, target)
         _check_budget(self.budget)
 
     @classmethod
@@ -108,7 +130,10 @@ class Recipe:
     def updated(self, **changes: Any) -> Recipe:
         """This recipe with some settings changed, checked again. Raises QLRError for a setting that does not exist."""
         _check_names(changes)
-        return dataclasses.replace(self, **changes)
+        # another target, another default of what is chosen among
+        old = _target(self.target)
+        defaults = {name: () for name in ("backbones", "factors") if getattr(self, name) == getattr(old, name)}
+        return dataclasses.replace(self, **(defaults | changes))
 
 
 def read_settings(source: str | Path) -> dict[str, Any]:
@@ -215,7 +240,16 @@ def _check_choices(recipe: Recipe) -> None:
         raise QLRError("recipe: attribution kronecker needs outputs: fisher; give that, or attribution: alone")
 
 
-def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: tuple[str, ...]) -> None:
+def _target(name: str) -> Target:
+    from qlr_jax.export.targets import find_target  # brings JAX along, as above
+
+    try:
+        return find_target(name)
+    except QLRError as error:
+        raise QLRError(f"recipe: {error}") from None
+
+
+def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: tuple[str, ...], target: Target) -> None:
     from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, as above
 
     for name, values in (("backbones", backbones), ("ranks", ranks), ("factors", factors)):
@@ -233,7 +267,12 @@ def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: 
                 raise QLRError(f"{backbone!r} has a rank of its own; give the backbone alone, and the ranks in 'ranks'")
             for single in expand_backbones([backbone]):
                 for grids in factors:
-                    Spec.parse(f"{single}+r8@{grids}")
+                    ranked = Spec.parse(f"{single}+r8@{grids}")
+                    if single != "none":
+                        target.check("recipe", Spec.parse(single), DIVISIBLE)
+                    if any(ranks) and not target.holds(ranked, DIVISIBLE):
+                        held = ", ".join(target.factors)
+                        raise QLRError(f"{target.name} cannot hold {ranked} exactly; give ranks: [0], or factors: [{held}]")
         except QLRError as error:
             raise QLRError(f"recipe: {error}") from None
 

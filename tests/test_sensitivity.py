@@ -10,10 +10,22 @@ import pytest
 from qlr_jax.calibration import matrix_hessians, output_hessians
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.solver import solve
+from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import divergence, reference
 from qlr_jax.models import Llama, LlamaConfig, linear_names
-from qlr_jax.sensitivity import ATTRIBUTIONS, Case, Correction, attribute, options, path_shares, predict, profile, second_order
+from qlr_jax.sensitivity import (
+    ATTRIBUTIONS,
+    Case,
+    Correction,
+    attribute,
+    options,
+    path_shares,
+    predict,
+    profile,
+    second_order,
+    side_of,
+)
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -146,13 +158,31 @@ def test_predictions_come_near_what_a_solve_reaches(activations, spec):
 def test_correction_takes_the_nearest_that_was_solved():
     kinds = {"a": "q", "b": "q", "c": "v"}
     measured = {
-        ("a", (0, "")): 1.1, ("a", (8, "x")): 0.9, ("a", (32, "x")): 0.6, ("a", (8, "y")): 1.2,
-        ("b", (0, "")): 0.8, ("b", (8, "x")): 0.5,
+        ("a", (0, "", "")): 1.1, ("a", (8, "x", "")): 0.9, ("a", (32, "x", "")): 0.6, ("a", (8, "y", "")): 1.2,
+        ("b", (0, "", "")): 0.8, ("b", (8, "x", "")): 0.5,
     }  # fmt: skip
     correction = Correction(measured, kinds)
-    assert correction.factor("a", 0, "") == 1.1 and correction.factor("a", 8, "y") == 1.2
-    assert correction.factor("a", 24, "x") == 0.6  # the nearest rank in ratio
-    assert correction.factor("b", 32, "x") == pytest.approx(0.5 * 0.6 / 0.9)  # as a's went on from there
-    assert correction.factor("b", 8, "y") == pytest.approx(0.5 * 1.2 / 0.9)
-    assert correction.factor("c", 8, "x") == 1.0  # nothing is known of v
+    assert correction.factor("a", (0, "", "")) == 1.1 and correction.factor("a", (8, "y", "")) == 1.2
+    assert correction.factor("a", (24, "x", "")) == 0.6  # the nearest rank in ratio
+    assert correction.factor("b", (32, "x", "")) == pytest.approx(0.5 * 0.6 / 0.9)  # as a's went on from there
+    assert correction.factor("b", (8, "y", "")) == pytest.approx(0.5 * 1.2 / 0.9)
+    assert correction.factor("c", (8, "x", "")) == 1.0  # nothing is known of v
+
+
+def test_correction_of_backbones_that_are_not_rotated():
+    kinds = {"a": "q", "b": "q"}
+    measured = {
+        ("a", (0, "", "int-2g32")): 2.0, ("a", (0, "", "int-2g64")): 3.0, ("a", (0, "", "int-4g64")): 1.5,
+        ("a", (8, "bf16", "int-2g64")): 2.4, ("b", (0, "", "int-2g64")): 5.0,
+    }  # fmt: skip
+    correction = Correction(measured, kinds)
+    assert correction.factor("a", (0, "", "int-3g128")) == 3.0  # as few bits away as int-4g64, whose group is as near: the first
+    assert correction.factor("a", (0, "", "int-4g32")) == 1.5
+    assert correction.factor("b", (0, "", "int-2g32")) == pytest.approx(5.0 * 2.0 / 3.0)  # by its kind
+    assert correction.factor("a", (8, "bf16", "int-4g64")) == pytest.approx(1.5 * 2.4 / 3.0)  # what rank did elsewhere
+    assert side_of(Spec.parse("int-3g64/rot+r4@bf16")) == (4, "bf16", "int-3g64/rot")
+    assert side_of(Spec.parse("trellis-3+r4@trellis-2")) == (4, "trellis-2", "") and side_of(Spec.parse("e8-2"))[2] == ""
+
+
+def test_solves_race():
     assert SolverConfig().start == "race"

@@ -2,6 +2,7 @@
 
 from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
+from qlr_jax.calibration.imported import read_hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
 from qlr_jax.calibration.tokens import calibration_tokens, encode
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
@@ -13,6 +14,7 @@ __all__ = [
     "hessians",
     "matrix_hessians",
     "output_hessians",
+    "read_hessians",
     "read_text",
     "split_of",
     "squared_gradients",

@@ -27,6 +27,9 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
 
+SMALLEST_PLAIN = 2.0**-10  # root mean square of the weights, above which float16 holds the scales of integers well as they are
+
+
 @dataclass(frozen=True)
 class Problem:
     """What does not change during the alternation, in the rotated basis and in units of `unit`."""
@@ -52,8 +55,10 @@ class Problem:
         backbone = spec.quantizer(config.state_bits, (m, n))
         size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
         size = np.where(size > 0, size, 1.0)
-        if not backbone.unit:  # a power of two leaves scales exact for formats that store no g
-            size = 2.0 ** np.round(np.log2(size)) if spec.has_scale else np.ones_like(size)
+        if not backbone.unit:
+            # A power of two leaves scales exact for formats that store no g, and 1 does in all of float16's range, where it can be.
+            power = np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
+            size = power if spec.has_scale else np.ones_like(size)
         weight = jnp.asarray(weights / size.astype(np.float32)[:, None, None])
         if metric.sides is not None:
             (u, u_block), (v, v_block) = hadamard.sides((m, n), seed, config.rotation_block)

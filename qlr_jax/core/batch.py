@@ -9,13 +9,14 @@ from typing import TypeVar
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.correction import alone, joined
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.solver import Solution, solve_batch
 from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
-Problems = Mapping[Key, tuple[np.ndarray, np.ndarray, str] | tuple[np.ndarray, np.ndarray, str, np.ndarray | None]]
+Problems = Mapping[Key, tuple]  # (W, H, spec[, G or None[, Q or None]])
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
 # (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below.
 FACTORED_TOGETHER = 2**15
@@ -29,7 +30,9 @@ def solve_many(
     config: SolverConfig | None = None,
     on_done: Callable[[Key, Solution], None] | None = None,
 ) -> dict[Key, Solution]:
-    """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None]) for every key.
+    """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
+
+    Where a backbone is given, only factors are solved for (`correction`).
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
     and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
@@ -48,6 +51,16 @@ def solve_many(
     """
     config = config or SolverConfig()
     solved: dict[Key, Solution] = {}
+    whole, problems = problems, _residuals(problems)
+
+    def finish(key: Key, solution: Solution | None) -> None:
+        weight, hessian, _, output, backbone = (*whole[key], None, None)[:5]
+        if backbone is not None:
+            solution = joined(backbone, solution, weight, hessian, output)
+        assert solution is not None
+        solved[key] = solution
+        if on_done is not None:
+            on_done(key, solution)
 
     def run(keys: list[Key], metric: Metric, size: int) -> None:
         filled = keys + [keys[-1]] * (size - len(keys))
@@ -55,10 +68,10 @@ def solve_many(
         outputs = None if _output(problems[keys[0]]) is None else np.stack([_output(problems[k]) for k in filled])
         solutions = solve_batch(weights, metric, spec, outputs=outputs, seed=seed, config=config)
         for key, solution in zip(keys, solutions, strict=False):
-            solved[key] = solution
-            if on_done is not None:
-                on_done(key, solution)
+            finish(key, solution)
 
+    for key in (key for key in whole if key not in problems):  # nothing to solve for
+        finish(key, None)
     for keys, size in _small(problems):
         filled = keys + [keys[-1]] * (size - len(keys))
         hessians = np.stack([problems[k][1] for k in filled])
@@ -73,6 +86,18 @@ def solve_many(
             metrics[rotated] = Metric.make(hessian[None], seed, config, rotated)
         run(keys, metrics[rotated], len(keys))
     return solved
+
+
+def _residuals(problems: Problems[Key]) -> Problems[Key]:
+    """The problems that are to be solved: those with a given backbone become W − Q and factors alone, at rank 0 they fall away."""
+    found = {}
+    for key, problem in problems.items():
+        if len(problem) < 5 or problem[4] is None:
+            found[key] = problem
+        elif spec := alone(problem[2]):
+            weight, hessian, _, output, backbone = problem
+            found[key] = (weight - backbone, hessian, spec, output)
+    return found
 
 
 def _output(problem: tuple) -> np.ndarray | None:

@@ -1,11 +1,14 @@
-"""Folders out: packed with its PyTorch runtime, and dense. Importing this starts neither JAX nor torch (PEP 562)."""
+"""Folders out: packed with its PyTorch runtime, and in the formats of other tools. Importing this starts neither JAX nor torch (PEP 562)."""
 
 from importlib import import_module
 from typing import Any
 
 _HOMES = {
     "check_files": "qlr_jax.export.files",
+    "export_compressed_tensors": "qlr_jax.export.compressed_tensors",
     "export_dense": "qlr_jax.export.dense",
+    "export_gguf": "qlr_jax.export.gguf",
+    "export_peft": "qlr_jax.export.peft",
     "load": "qlr_jax.export.packed",
     "read_matrices": "qlr_jax.export.packed",
     "save_packed": "qlr_jax.export.packed",

@@ -12,14 +12,24 @@ from typing import Any
 
 import allocators
 from qlr_jax.core.solver import Solution
+from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison
+from qlr_jax.export.card import CARD, card_of
+from qlr_jax.export.targets import find_target
 from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
 from qlr_jax.recipe import Recipe
 from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
 
 PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
 FRONTIER_POINTS = 60
+SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+
+import qlr_jax as qlr  # or in JAX
+logits = qlr.load("FOLDER")(tokens)"""
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Record:
             "allocation.json": json.dumps(allocation, indent=1) + "\n",
             "recipe.yaml": self.recipe.to_yaml(),
             "report.html": report_html(report),
+            CARD: card_of(report, self.model, target="qlr", snippet=SNIPPET),
         }
 
     def report(self) -> dict[str, Any]:
@@ -71,6 +82,7 @@ class Record:
             "machine": f"{platform.machine()} {platform.system()}",
             "model": self.model,
             "budget": self.recipe.budget,
+            "target": self.recipe.target,
             "command": self.command,
             "bits_per_weight": 8 * stored / count,
             "whole_model_bits_per_weight": 8 * after / whole,
@@ -107,15 +119,17 @@ class Record:
     def _matrix(self, name: str, spec: str) -> dict[str, Any]:
         solution = self.solutions[name, spec]
         m, n = solution.value.shape
-        kept = spec == "bf16"
+        kept = all(option.spec != spec for option in self.sensitivity.table[name].options)  # the original fits as it is
+        target = find_target(self.recipe.target)
+        size = solution.value.nbytes if target.name == "qlr" else target.nbytes(Spec.parse(spec), (m, n))
         return {
             "name": name,
             "layer": layer_of(name),
             "kind": kind_of(name),
             "shape": [m, n],
             "spec": spec,
-            "bytes": solution.value.nbytes,
-            "bits": 8 * solution.value.nbytes / (m * n),
+            "bytes": size,
+            "bits": 8 * size / (m * n),
             "relative_error": solution.stats["relative_error"],
             "felt_error": final_error(solution),
             "predicted_error": 0.0 if kept else self.sensitivity.error(name, spec),
@@ -125,7 +139,9 @@ class Record:
 
     def _parts(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Bytes before (bf16) and after, by kind of matrix and by what is not compressed."""
-        after = {row["name"]: row["bytes"] for row in rows}
+        # a given backbone's own bytes are not known here: what it is decoded to stands for them
+        given = 2 if self.recipe.target == "adapter" else 0
+        after = {row["name"]: row["bytes"] + given * row["shape"][0] * row["shape"][1] for row in rows}
         parts = {kind: [0, 0] for kind in (*KINDS, "embeddings", "head", "norms")}
         for tensor, shape in tensor_names(self.config).items():
             name = tensor.removesuffix(".weight")

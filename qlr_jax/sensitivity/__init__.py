@@ -3,7 +3,8 @@
 from qlr_jax.sensitivity.attribution import ATTRIBUTIONS, Attribution, Case, attribute
 from qlr_jax.sensitivity.knockout import knockout
 from qlr_jax.sensitivity.path import path_shares
-from qlr_jax.sensitivity.predict import Correction, Profile, grid_error, predict, profile
+from qlr_jax.sensitivity.given import measure_given
+from qlr_jax.sensitivity.predict import Correction, Profile, grid_error, predict, profile, side_of
 from qlr_jax.sensitivity.second_order import second_order
 from qlr_jax.sensitivity.table import (
     PROBE,
@@ -32,6 +33,7 @@ __all__ = [
     "grid_error",
     "knockout",
     "measure",
+    "measure_given",
     "options",
     "path_shares",
     "predict",
@@ -39,4 +41,5 @@ __all__ = [
     "price",
     "profile",
     "second_order",
+    "side_of",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 
@@ -154,8 +154,15 @@ def _measured(quantizer: Quantizer) -> float:
     return float(jnp.mean(jnp.square(x - values)))
 
 
-Factors = tuple[int, str]
-"""(rank, the factors' grids as a spec writes them); (0, "") without factors."""
+Side = tuple[int, str, str]
+"""(rank, the factors' grids, the backbone), as a spec writes them: rank 0 and "" without factors, and "" for every backbone of
+unit variance, which are rotated and err alike at all rates."""
+
+
+def side_of(spec: Spec) -> Side:
+    """What a correction of this spec hangs on."""
+    grid = spec.quantizer()
+    return spec.rank, spec.grids, "" if grid.unit or isinstance(grid, Nothing) else str(replace(spec, rank=0, left="", right=""))
 
 
 @dataclass(frozen=True)
@@ -163,45 +170,61 @@ class Correction:
     """How far solves came out from their predictions, as ratios of relative errors, solved over predicted.
 
     Attributes:
-        measured: (matrix, factors) -> ratio, of the solves that were made; every matrix has one at rank 0.
-        kinds: matrix -> its kind: where a matrix lacks factors that another of its kind was solved with, the other's ratio over
+        measured: (matrix, side) -> ratio, of the solves that were made; every matrix has one at rank 0.
+        kinds: matrix -> its kind: where a matrix lacks a side that another of its kind was solved with, the other's ratio over
             what both were solved with stands in.
     """
 
-    measured: Mapping[tuple[str, Factors], float]
+    measured: Mapping[tuple[str, Side], float]
     kinds: Mapping[str, str]
 
     @cached_property
-    def _by_name(self) -> dict[str, dict[Factors, float]]:
-        out: dict[str, dict[Factors, float]] = {}
-        for (name, factors), ratio in self.measured.items():
-            out.setdefault(name, {})[factors] = ratio
+    def _by_name(self) -> dict[str, dict[Side, float]]:
+        out: dict[str, dict[Side, float]] = {}
+        for (name, side), ratio in self.measured.items():
+            out.setdefault(name, {})[side] = ratio
         return out
 
     @cached_property
-    def _richest(self) -> dict[str, dict[Factors, float]]:
+    def _richest(self) -> dict[str, dict[Side, float]]:
         """Of each kind the ratios of the matrix that has most of them."""
-        out: dict[str, dict[Factors, float]] = {}
+        out: dict[str, dict[Side, float]] = {}
         for name, ratios in self._by_name.items():
             kind = self.kinds[name]
             if len(ratios) > len(out.get(kind, {})):
                 out[kind] = ratios
         return out
 
-    def factor(self, name: str, rank: int, grids: str) -> float:
-        """What a prediction for matrix `name` with such factors is multiplied by; the nearest that were solved stand in."""
+    def factor(self, name: str, side: Side) -> float:
+        """What a prediction for matrix `name` on this side is multiplied by; the nearest that were solved stand in."""
         own = self._by_name.get(name, {})
-        if (rank, grids) in own:
-            return own[rank, grids]
-        near = _nearest(own, rank, grids)
+        if side in own:
+            return own[side]
+        near = _nearest(own, side)
         if near is None:
             return 1.0
+        if side[0] and near[0] and near[2] != side[2]:  # of another backbone: what rank did there, on what this one does alone
+            return own[near] * self.factor(name, (0, "", side[2])) / self.factor(name, (0, "", near[2]))
         kind = self._richest[self.kinds[name]]
-        like = _nearest(kind, rank, grids)
+        like = _nearest(kind, side)
         return own[near] * (kind[like] / kind[near] if like is not None and near in kind and kind[near] > 0 else 1.0)
 
 
-def _nearest(ratios: Mapping[Factors, float], rank: int, grids: str) -> Factors | None:
-    """The key nearest to these factors: without where they are, the same grids before others, the nearest rank in ratio."""
+def _nearest(ratios: Mapping[Side, float], side: Side) -> Side | None:
+    """The key nearest to this side: without factors where it is, then by backbone, then by grids, then by the ranks' ratio."""
+    rank, grids, backbone = side
     alike = [key for key in ratios if (key[0] > 0) == (rank > 0)] or list(ratios)
-    return min(alike, key=lambda key: (key[1] != grids, abs(math.log((key[0] + 1) / (rank + 1)))), default=None)
+    return min(alike, key=lambda k: (_apart(k[2], backbone), k[1] != grids, abs(math.log((k[0] + 1) / (rank + 1)))), default=None)
+
+
+@lru_cache(maxsize=4096)
+def _apart(one: str, other: str) -> float:
+    """How different two backbones' rounding is: bits first, then groups."""
+    if one == other:
+        return 0.0
+    if not one or not other:
+        return 100.0
+    a, b = Spec.parse(one), Spec.parse(other)
+    groups = [getattr(spec.quantizer(), "group", 0) or 1024 for spec in (a, b)]
+    kind = 10.0 * (type(a.quantizer()) is not type(b.quantizer()) or a.rotated != b.rotated)
+    return kind + abs(a.quantizer().bits - b.quantizer().bits) + 0.01 * abs(math.log2(groups[0] / groups[1]))

@@ -1,0 +1,164 @@
+"""What other formats can hold: which specs, in how many bytes, and which matrices must agree.
+
+A target holds a backbone exactly, or not at all; factors become an adapter in bf16 beside it.
+
+    compressed-tensors   int codes of 2, 3, 4, 8 bits, unrotated; a scale a group of 32, 64, 128 or a row      vLLM, transformers
+    gguf                 int-4g32 = Q4_0, int-8g32 = Q8_0, int-3g256 = Q3_K, int-2g256 = Q2_K                  llama.cpp
+    adapter              factors of any grid on a given backbone, whose own bytes are not counted              qlr_jax, peft
+    qlr                  every spec; the packed folder                                                         qlr_jax, transformers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qlr_jax.core.quantizers import Integer
+from qlr_jax.core.spec import Spec
+from qlr_jax.errors import QLRError
+
+Shape = tuple[int, int]
+
+# By GGUF's name: the backbone that its blocks hold exactly, weights a block, bytes a block.
+GGUF_BLOCKS = {
+    "Q8_0": ("int-8g32", 32, 34),
+    "Q4_0": ("int-4g32", 32, 18),
+    "Q3_K": ("int-3g256", 256, 110),
+    "Q2_K": ("int-2g256", 256, 84),
+}
+CT_BITS, CT_GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
+ADAPTER = "bf16"  # the factors' grid that an adapter holds exactly in two bytes a number
+
+
+@dataclass(frozen=True)
+class Target:
+    """A format to compress for.
+
+    Attributes:
+        name: as `--target` and `--to` take it.
+        backbones, factors: what is offered by default, as a recipe writes them.
+        ties: groups of patterns of matrices that must share a backbone.
+        fault: (spec, (out, in)) -> why the backbone cannot be held exactly, or "".
+        nbytes: (spec, (out, in)) -> bytes in this format, its adapter's included.
+
+    Example:
+        >>> TARGETS["gguf"].fault(Spec.parse("int-3g256"), (64, 96))
+        'int-3g256 needs inputs in blocks of 256, and this matrix has 96'
+        >>> TARGETS["gguf"].nbytes(Spec.parse("int-4g32"), (64, 96))
+        3456
+    """
+
+    name: str
+    backbones: tuple[str, ...]
+    factors: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+    fault: Callable[[Spec, Shape], str]
+    nbytes: Callable[[Spec, Shape], int]
+
+    def holds(self, spec: Spec, shape: Shape) -> bool:
+        """Whether a matrix of `shape` (out, in) with this spec, factors too, is held exactly in the bytes that `nbytes` says."""
+        exact = self.name in ("qlr", "adapter") or not spec.rank or (spec.left == ADAPTER and spec.right == ADAPTER)
+        return exact and not self.fault(spec, shape)
+
+    def check(self, name: str, spec: Spec, shape: Shape) -> None:
+        """Raise QLRError, with what could be held instead, unless the backbone can be held."""
+        if fault := self.fault(spec, shape):
+            held = ", ".join(self.backbones)
+            raise QLRError(
+                f"{name}: {self.name} cannot hold {spec}: {fault}; it holds the backbones {held} (qlr compress --target)"
+            )
+
+
+def find_target(name: str) -> Target:
+    """The target of this name; QLRError for another."""
+    if name not in TARGETS:
+        raise QLRError(f"target {name!r} is not known; pass one of {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def gguf_type(spec: Spec) -> str:
+    """GGUF's name of the blocks that hold this backbone; "" where none does."""
+    if spec.rotated:
+        return ""
+    return {backbone: name for name, (backbone, _, _) in GGUF_BLOCKS.items()}.get(
+        spec.backbone, "BF16" if spec.backbone == "bf16" else ""
+    )
+
+
+def _adapter_bytes(spec: Spec, shape: Shape) -> int:
+    return 2 * spec.rank * sum(shape)
+
+
+def _plain(spec: Spec) -> bool:
+    return spec.backbone == "bf16" and not spec.rotated
+
+
+def _gguf_fault(spec: Spec, shape: Shape) -> str:
+    name = gguf_type(spec)
+    if not name:
+        return "a rotated backbone is no plain integer" if spec.rotated else f"no block is {spec.backbone}"
+    block = GGUF_BLOCKS[name][1] if name in GGUF_BLOCKS else 1
+    return f"{spec.backbone} needs inputs in blocks of {block}, and this matrix has {shape[1]}" if shape[1] % block else ""
+
+
+def _gguf_bytes(spec: Spec, shape: Shape) -> int:
+    name, weights = gguf_type(spec), shape[0] * shape[1]
+    _, block, size = GGUF_BLOCKS.get(name, ("", 1, 2))
+    return weights // block * size + _adapter_bytes(spec, shape)
+
+
+def _ct_fault(spec: Spec, shape: Shape) -> str:
+    if spec.rotated:
+        return "a rotated backbone is no plain integer"
+    if _plain(spec):
+        return ""
+    grid = spec.quantizer()
+    if not isinstance(grid, Integer) or grid.asymmetric or grid.width not in CT_BITS or grid.group not in CT_GROUPS:
+        return f"{spec.backbone} is no symmetric integer of 2, 3, 4 or 8 bits with groups of 32, 64, 128 or a row"
+    return (
+        f"{spec.backbone} needs inputs in whole groups, and this matrix has {shape[1]}"
+        if grid.group and shape[1] % grid.group
+        else ""
+    )
+
+
+def _ct_bytes(spec: Spec, shape: Shape) -> int:
+    (rows, cols), grid = shape, spec.quantizer()
+    if not isinstance(grid, Integer):
+        return 2 * rows * cols + _adapter_bytes(spec, shape)
+    codes, groups = 4 * rows * -(-cols * grid.width // 32), cols // grid.group if grid.group else 1
+    return codes + 2 * rows * groups + 16 + _adapter_bytes(spec, shape)  # int32 codes, 16-bit scales, and the shape as two int64
+
+
+_GROUPED = tuple(f"int-{bits}" + (f"g{group}" if group else "") for bits in CT_BITS for group in CT_GROUPS)
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "qlr",
+            ("trellis-1..4",),
+            ("trellis-2", "trellis-3", "trellis-4"),
+            (),
+            lambda spec, shape: "",
+            lambda spec, shape: spec.nbytes(shape),
+        ),
+        Target(
+            "compressed-tensors",
+            _GROUPED,
+            (ADAPTER,),
+            (("*q_proj", "*k_proj", "*v_proj"), ("*gate_proj", "*up_proj")),  # vLLM runs each as one matrix
+            _ct_fault,
+            _ct_bytes,
+        ),
+        Target("gguf", tuple(backbone for backbone, _, _ in GGUF_BLOCKS.values()), (ADAPTER,), (), _gguf_fault, _gguf_bytes),
+        Target(
+            "adapter",
+            ("bf16",),
+            (ADAPTER, "int-8", "int-4"),
+            (),
+            lambda spec, shape: "" if _plain(spec) else f"a given backbone is kept as it is, and {spec.backbone} is another",
+            lambda spec, shape: spec.nbytes(shape) - 2 * shape[0] * shape[1],
+        ),
+    )
+}

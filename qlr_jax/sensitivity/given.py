@@ -1,0 +1,61 @@
+"""The option table of factors on given backbones: what each rank takes from each matrix's error, and what that is worth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from allocators import Option, OptionTable
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.correction import alone
+from qlr_jax.core.objective import relative_error
+from qlr_jax.core.spec import Spec
+from qlr_jax.evaluation import Reference
+from qlr_jax.models import Llama
+from qlr_jax.progress import Progress
+from qlr_jax.sensitivity.attribution import Case, attribute
+from qlr_jax.sensitivity.predict import predict, profile
+from qlr_jax.sensitivity.table import Sensitivity, Statistics, noted
+
+
+def measure_given(
+    model: Llama,
+    found: Statistics,
+    reference: Reference,
+    table: OptionTable,
+    *,
+    config: SolverConfig,
+    seed: int,
+    method: str,
+    progress: Progress,
+) -> Sensitivity:
+    """Damage of every rank on a given backbone Q, E = W − Q:
+
+        damage(r) = KL(Q) · (tr(G E H Eᵀ) − Σ_{i ≤ r} λ_i) / tr(G E H Eᵀ)
+
+    λ the leading eigenvalues of C_Gᵀ E H Eᵀ C_G, less what coarse factors take back of them. The errors of the backbones are at
+    hand, so nothing is solved for. Arguments as for `measure`; `found.backbones` has a Q for every row of the table.
+    """
+    top = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
+    errors = {name: found.weights[name] - found.backbones[name] for name in table.index}
+    profiles, base = {}, {}
+    with progress.stage("spectra", total=len(errors)) as stage:
+        for name, error in errors.items():
+            hessian, output = found.hessians[name], found.outputs.get(name)
+            profiles[name] = profile(error, hessian, top, output=output, seed=seed, damping=config.damping)
+            pair = found.weights[name][None], found.backbones[name][None], hessian[None]
+            base[name] = float(relative_error(*pair, None if output is None else output[None])[0])
+            stage.advance(note=name)
+    with progress.stage("sensitivity", total=len(errors)) as stage:
+        case = Case(model, {n: -e for n, e in errors.items()}, reference, found.hessians, found.outputs)
+        kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
+    coefficient = {n: max(kl[n], 0.0) / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
+
+    def filled(name: str, option: Option) -> Option:
+        text = alone(option.spec)
+        left = predict(profiles[name], Spec.parse(text), config.state_bits) if text else 1.0
+        return replace(option, damage=coefficient[name] * (base[name] * left) ** 2, measured=not text)
+
+    rows = tuple(replace(row, options=tuple(filled(row.name, option) for option in row.options)) for row in table.rows)
+    matrices = {n: noted(n, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors}
+    notes = {"unit": "nats of KL a token", "attribution": method, "state_bits": config.state_bits, "matrices": matrices}
+    return Sensitivity(replace(table, rows=rows, notes=notes))
