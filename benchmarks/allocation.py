@@ -33,7 +33,7 @@ MODELS = ("allocated", "uniform", "rank0")
 @one_blas_thread()
 def run(seed: int, budgets: list[str], refine: int, state_bits: int | None, tokens: int) -> list[dict]:
     """One seed: every budget's three models, measured."""
-    recipe, progress = DEMO.updated(seed=seed, refine=refine), plain(every=60)
+    recipe, progress = DEMO.updated(seed=seed, refine=refine, refine_seconds=3600.0), plain(every=60)
     if state_bits:
         recipe = recipe.updated(state_bits=state_bits, search_state_bits=state_bits)
     start = time.perf_counter()

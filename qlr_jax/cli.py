@@ -126,12 +126,16 @@ def compress(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress a Llama model under a memory budget into a folder that PyTorch and JAX load.
 
-    OUT holds the packed weights, the recipe, report.json and report.html.
+    OUT holds the packed weights, the recipe, report.json and report.html. While the job is under way OUT/job holds what is
+    finished: after an interruption the same command with --resume goes on from there.
 
     \b
     Example:
@@ -175,6 +179,7 @@ def compress(
             evaluate_on=list(evaluate_on) if evaluate_on else None,
             table=saved,
             constraints=planning.Constraints.parse(lock, at_least, tie, tie_spec),
+            resume=resume,
         )
         _tell_job(result, as_json)
 

@@ -6,15 +6,17 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import allocators
+import qlr_jax
 from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax.core.batch import solve_many
@@ -25,16 +27,17 @@ from qlr_jax.delivered import evaluate, inspect
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, Reference, compare, divergence
 from qlr_jax.export.files import refuse_occupied, staged
-from qlr_jax.export.packed import save_packed
+from qlr_jax.export.packed import JOB, save_packed
 from qlr_jax.export.targets import find_target
 from qlr_jax.models import Llama, kind_of, layer_of
 from qlr_jax.planning import TABLE, Constraints
-from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, calibrate, open_source, sense, sequence_length, solver_config, spread
-from qlr_jax.progress import Progress, silent
+from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, Source, calibrate, open_source, sense, sequence_length, solver_config, spread
+from qlr_jax.progress import Progress, logged, silent
 from qlr_jax.recipe import DEMO, Recipe
 from qlr_jax.report.record import Record
 from qlr_jax.report.sensitivity import write_pictures
 from qlr_jax.sensitivity import Sensitivity, Statistics
+from qlr_jax.workspace import Workspace, digest_model, digest_text, enough_space
 
 PROVED_GAP = 1e-4  # of the predicted damage; the predictions are good to a few parts in a hundred
 CANDIDATES = ("allocated", "uniform", "rank0")
@@ -72,13 +75,14 @@ def compress(
     evaluate_on: Sequence[str | Path] | str | Path | None = None,
     table: allocators.OptionTable | None = None,
     constraints: Constraints | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> JobResult:
     """Compress a Llama folder (or hub name) under a memory budget and write a folder that JAX and PyTorch load.
 
     Args:
-        model: a Hugging Face LlamaForCausalLM folder or hub name.
+        model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3 or Gemma model.
         out: the folder to write; it must not exist or be empty.
         budget: e.g. `2.25bpw`, `900MB`, `device:8GiB,context=8192`; the recipe's where not given.
         calibration: text file(s).
@@ -86,6 +90,8 @@ def compress(
         evaluate_on: held-out text file(s) for the report's figures; none: calibration figures only.
         table: what `sensitivity` saved for this model and recipe; nothing is measured again then.
         constraints: locks and ties.
+        resume: go on with a job that was interrupted, where `out` holds one of the same recipe, model and texts: what it has
+            finished is not done again, and the result is that of a job that nothing interrupted.
 
     Raises:
         QLRError, allocators.AllocationError: one sentence on what cannot be used; nothing is written then.
@@ -104,6 +110,7 @@ def compress(
         ", ".join(map(str, files)),
         table=table,
         constraints=constraints,
+        resume=resume,
     )
 
 
@@ -141,9 +148,10 @@ def _run(
     *,
     table: allocators.OptionTable | None = None,
     constraints: Constraints | None = None,
+    resume: bool = False,
 ) -> JobResult:
     clock, progress, out = Clock(), progress or silent(), Path(out).expanduser()
-    refuse_occupied(out)
+    refuse_occupied(out, keep=(JOB,))
 
     with clock.stage("load"), progress.stage("loading"):
         opened = open_source(source, recipe)
@@ -153,12 +161,19 @@ def _run(
         allocators.Budget.parse(recipe.budget).on(constraints.on(opened.prices if table is None else table))
         if table is not None:
             Sensitivity(table).check(opened.prices, find_target(recipe.target).nbytes)
+        space = Workspace.open(out, _facts(opened, recipe, texts, table, constraints), resume)
+        if resume and not space.begun:
+            progress.say(f"{out} holds no job to go on with; it begins now")
+        progress = logged(progress, space.log)
 
     with clock.stage("calibrate"):
         statistics, sample = calibrate(opened, texts[0], recipe, progress)
 
     with clock.stage("measure"):
-        found = sense(opened, statistics, sample, recipe, progress) if table is None else Sensitivity(table)
+        if table is None:
+            probes = partial(space.solve, "probe")
+            table = space.table(lambda: sense(opened, statistics, sample, recipe, progress, probes).table)
+        found = Sensitivity(table)
 
     with clock.stage("allocate"):
         problem = allocators.Budget.parse(recipe.budget).on(constraints.on(found.table))
@@ -166,7 +181,8 @@ def _run(
 
     with clock.stage("solve"):
         solutions: Solutions = {}
-        solve(plans.values(), solutions, statistics, recipe, progress)
+        solver = partial(space.solve, "final")
+        solve(plans.values(), solutions, statistics, recipe, progress, solver)
 
     with clock.stage("judge"), progress.stage("judging on calibration text", total=len(plans)) as stage:
         judged: dict[str, Comparison] = {}
@@ -177,7 +193,7 @@ def _run(
     refined = None
     if recipe.refine and not problem.keeps_original:
         with clock.stage("refine"):
-            refined = refine(problem, plans, judged, solutions, original, sample, statistics, recipe, progress)
+            refined = refine(problem, plans, judged, solutions, original, sample, statistics, recipe, progress, solver)
 
     with clock.stage("judge"):
         delivered = min(judged, key=lambda name: (judged[name].kl, CANDIDATES.index(name)))
@@ -211,15 +227,36 @@ def _run(
         started=clock.started,
         peak_rss=peak_rss(),
     )
-    with progress.stage("saving"):
+    with progress.stage("saving"), enough_space(out):
         report, matrices = record.report(), chosen(plans[delivered].specs, solutions)
         save_packed(out, original, matrices, source=opened.folder, settings={"base_model": base}, files=record.files(report))
+    space.finish()
     return JobResult(out, report)
 
 
 def _recipe(recipe: Recipe | str | Path | None, budget: str | None) -> Recipe:
     found = recipe if isinstance(recipe, Recipe) else Recipe.from_yaml(Path(recipe)) if recipe else Recipe()
     return found.updated(budget=budget) if budget else found
+
+
+def _facts(
+    source: Source,
+    recipe: Recipe,
+    texts: tuple[str, str],
+    table: allocators.OptionTable | None,
+    constraints: Constraints,
+) -> dict[str, Any]:
+    """What a job is of: with all of it the same, an interrupted one may go on."""
+    settings = dataclasses.asdict(recipe)
+    return {
+        "recipe": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        "model": digest_model(source.folder),
+        "calibration text": digest_text(texts[0]),
+        "held-out text": digest_text(texts[1]),
+        "table": digest_text(table.to_json()) if table else None,
+        "constraints": dataclasses.asdict(constraints),
+        "versions": {"qlr-jax": qlr_jax.__version__, "jax": jax.__version__},
+    }
 
 
 def sensitivity(
@@ -291,10 +328,17 @@ def allocate(problem: allocators.Problem, progress: Progress) -> dict[str, alloc
 
 
 Solutions = dict[tuple[str, str], Solution]
+Solver = Callable[..., Solutions]
+"""`solve_many`, or what calls it."""
 
 
 def solve(
-    plans: Iterable[allocators.Allocation], solutions: Solutions, statistics: Statistics, recipe: Recipe, progress: Progress
+    plans: Iterable[allocators.Allocation],
+    solutions: Solutions,
+    statistics: Statistics,
+    recipe: Recipe,
+    progress: Progress,
+    solver: Solver = solve_many,
 ) -> None:
     """Every (matrix, spec) that any plan wants and that `solutions` lacks, solved and put there."""
     wanted = dict.fromkeys((name, spec) for plan in plans for name, spec in plan.specs.items())
@@ -304,7 +348,7 @@ def solve(
         def on_done(key: tuple[str, str], solution: Solution) -> None:
             stage.advance(note=f"{key[0]} {key[1]} error {solution.stats['relative_error']:.4f}")
 
-        solutions |= solve_many(problems, seed=recipe.seed, config=solver_config(recipe), on_done=on_done)
+        solutions |= solver(problems, seed=recipe.seed, config=solver_config(recipe), on_done=on_done)
 
 
 def refine(
@@ -317,6 +361,7 @@ def refine(
     statistics: Statistics,
     recipe: Recipe,
     progress: Progress,
+    solver: Solver = solve_many,
 ) -> allocators.Refined:
     """Better the allocated plan by measuring others near it; `plans`, `judged` and `solutions` are brought up to date."""
     known = {tuple(plan.specs.items()): judged[name] for name, plan in plans.items()}
@@ -326,7 +371,7 @@ def refine(
         key = tuple(specs.items())
         if key not in known:
             missing = {(n, s): statistics.problem(n, s) for n, s in specs.items() if (n, s) not in solutions}
-            solutions.update(solve_many(missing, seed=recipe.seed, config=config))
+            solutions.update(solver(missing, seed=recipe.seed, config=config))
             known[key] = divergence(with_weights(original, chosen(specs, solutions)), sample)
         return known[key].kl
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ import numpy as np
 import allocators
 from qlr_jax import calibration as calibrating
 from qlr_jax import sensitivity as sensing
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.correction import checked_backbone
 from qlr_jax.core.objective import checked_hessian, checked_weight
+from qlr_jax.core.solver import Solution
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
 from qlr_jax.export.targets import Target, find_target
@@ -121,7 +123,14 @@ def calibrate(source: Source, text: str, recipe: Recipe, progress: Progress) -> 
     return sensing.Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
-def sense(source: Source, found: sensing.Statistics, sample: Reference, recipe: Recipe, progress: Progress) -> sensing.Sensitivity:
+def sense(
+    source: Source,
+    found: sensing.Statistics,
+    sample: Reference,
+    recipe: Recipe,
+    progress: Progress,
+    solver: Callable[..., dict[tuple[str, str], Solution]] = solve_many,
+) -> sensing.Sensitivity:
     """The option table with its damages, and what they follow from."""
     method = recipe.attribution
     if method == "kronecker" and not found.outputs:
@@ -148,6 +157,7 @@ def sense(source: Source, found: sensing.Statistics, sample: Reference, recipe: 
         seed=recipe.seed,
         method=method,
         progress=progress,
+        solver=solver,
     )
 
 

@@ -67,6 +67,11 @@ def choose(json: bool = False) -> Progress:
     return bars() if console.is_terminal and not console.is_dumb_terminal and not json else plain()
 
 
+def logged(progress: Progress, write: Callable[[str], None]) -> Progress:
+    """What `progress` shows, and every stage and every note as a line with its time given to `write`."""
+    return _Logged(progress, write)
+
+
 def duration(seconds: float) -> str:
     """A span of time as people say it.
 
@@ -192,3 +197,39 @@ class _BarStage:
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._update(count, note)
+
+
+class _Logged:
+    def __init__(self, shown: Progress, write: Callable[[str], None]):
+        self._shown, self._write = shown, write
+
+    def _log(self, line: str) -> None:
+        self._write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}")
+
+    def say(self, line: str) -> None:
+        self._shown.say(line)
+        self._log(line)
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:
+        started = time.monotonic()
+        self._log(title if total is None else f"{title} ({total})")
+        ending = "done in"
+        try:
+            with self._shown.stage(title, total) as stage:
+                yield _LoggedStage(stage, title, self._log)
+        except BaseException:
+            ending = "stopped after"
+            raise
+        finally:
+            self._log(f"{title}: {ending} {duration(time.monotonic() - started)}")
+
+
+class _LoggedStage:
+    def __init__(self, shown: Stage, title: str, log: Callable[[str], None]):
+        self._shown, self._title, self._log = shown, title, log
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._shown.advance(count, note)
+        if note:
+            self._log(f"{self._title}: {note}")

@@ -62,11 +62,12 @@ def calls(monkeypatch):
     job.evaluate = noted({"perplexity": 5.633, "kl": 0.15, "agreement": 0.86, "tokens": 512, "protocol": "one BOS"})
     job.sensitivity = noted(FOUND)
     job.inspect = noted({"matrices": [{"name": "a.q_proj", "spec": "trellis-2", "shape": [4, 4], "bytes": 8, "bits": 4.0}]})
-    dense = types.ModuleType("qlr_jax.export.dense")
-    dense.export_dense = noted(Path("dense"))
+    for target in ("dense", "peft", "compressed_tensors", "gguf"):
+        exporter = types.ModuleType(f"qlr_jax.export.{target}")
+        setattr(exporter, f"export_{target}", noted(Path(target)))
+        monkeypatch.setitem(sys.modules, f"qlr_jax.export.{target}", exporter)
     monkeypatch.setitem(sys.modules, "qlr_jax.job", job)
     monkeypatch.setattr(qlr_jax, "job", job, raising=False)
-    monkeypatch.setitem(sys.modules, "qlr_jax.export.dense", dense)
     return seen
 
 
@@ -159,9 +160,24 @@ def test_evaluate_and_inspect(calls):
 def test_export(calls):
     assert qlr("export", "o", "d", "--to", "dense", "--dtype", "float32").exit_code == 0
     assert calls.args == (Path("o"), Path("d")) and calls.kwargs == {"dtype": "float32"}
-    result = qlr("export", "o", "d", "--to", "gguf")
-    assert result.exit_code == 1 and result.stdout == ""
-    assert result.stderr == "qlr: export target 'gguf' is not available; --to takes dense\n"
+    for options, settings in (
+        (["gguf"], {"dtype": "bfloat16"}),
+        (["compressed-tensors", "--uniform-rank"], {"dtype": "bfloat16", "uniform_rank": True}),
+        (["peft", "--base", "compressed-tensors"], {"dtype": "bfloat16", "uniform_rank": False, "base": "compressed-tensors"}),
+    ):
+        result = qlr("export", "o", "d", "--to", *options)
+        assert (
+            result.exit_code == 0
+            and calls.kwargs == settings
+            and "README.md says how to load it" in result.stdout.replace("\n", " ")
+        )
+    for options, says in (
+        (["onnx"], "--to takes dense, peft, compressed-tensors, gguf"),
+        (["gguf", "--base", "compressed-tensors"], "--base compressed-tensors is for --to peft"),
+        (["dense", "--uniform-rank"], "--uniform-rank is for"),
+    ):
+        result = qlr("export", "o", "d", "--to", *options)
+        assert result.exit_code == 1 and result.stdout == "" and says in result.stderr and len(result.stderr.splitlines()) == 1
     assert "--dtype takes" in qlr("export", "o", "d", "--to", "dense", "--dtype", "int3").stderr
 
 
@@ -223,3 +239,18 @@ def test_console_script():
     assert done.returncode == 2 and "--jsn" in json.loads(done.stdout)["error"]
     done = run("compress", "m", "o")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+def test_compress_for_other_formats(calls):
+    assert qlr("compress", "m", "o", "--budget", "4bpw", "--calibration", "t", "--target", "gguf", "--resume").exit_code == 0
+    recipe = calls.kwargs["recipe"]
+    assert (
+        recipe.target == "gguf"
+        and recipe.backbones == ("int-8g32", "int-4g32", "int-3g256", "int-2g256")
+        and calls.kwargs["resume"]
+    )
+    given = ["--backbone-from", "dense", "--hessians", "h"]
+    assert qlr("compress", "m", "o", "--budget", "0.3bpw", "--calibration", "t", *given).exit_code == 0
+    recipe = calls.kwargs["recipe"]
+    assert (recipe.target, recipe.backbone_from, recipe.hessians_from) == ("adapter", "dense", "h") and not calls.kwargs["resume"]
+    assert "pass one of qlr" in qlr("compress", "m", "o", "--budget", "4bpw", "--target", "onnx").stderr

@@ -25,7 +25,7 @@ from qlr_jax.core.quantizers.trellis import code_values
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.export import check_files, export_dense, load, read_matrices, save_packed
-from qlr_jax.export.packed import CODES, FORMAT_VERSION, array_shapes
+from qlr_jax.export.packed import CODES, FORMAT_VERSION, RUNTIME_VERSION, array_shapes
 from qlr_jax.models import KINDS, Llama, LlamaConfig, linear_names, load_model, parts_of, save_model, shape_of
 
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
@@ -187,11 +187,11 @@ def test_constants_are_one_and_the_same():
 
     from qlr_jax.export import modeling_qlr as runtime
 
-    assert runtime.FORMAT_VERSION == FORMAT_VERSION and runtime.CODES == CODES
+    assert runtime.FORMAT_VERSION == FORMAT_VERSION and runtime.CODES == CODES and runtime.RUNTIME_VERSION == RUNTIME_VERSION
     assert json.loads(json.dumps(CODES)) == CODES  # as config.json keeps them
     for seed, salt, size in ((0, 0, 5), (123456789, 1, 1000), (2**32 - 1, 1, 4096)):
         assert np.array_equal(runtime.signs(seed, salt, size).numpy(), hadamard.signs(seed, salt, size))
-    values = runtime.TrellisPart(16, 16, Spec.parse("trellis-2.5").quantizer().rate, 16, 16).values("cpu").numpy()
+    values = runtime.state_values(80, 16).numpy()  # a walk of 256 weights at 2.5 bits
     np.testing.assert_array_equal(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain))
     for bits in (2, 3, 4):
         np.testing.assert_array_equal(np.float32(runtime.normal_levels(bits)), normal_float.levels(bits))
@@ -210,9 +210,12 @@ def test_working_memory_is_as_stated(monkeypatch):
 
     from qlr_jax.export import modeling_qlr as runtime
 
+    a_weight = runtime.TILE_BYTES / runtime.TILE_WEIGHTS
     monkeypatch.setattr(runtime, "TILE_WEIGHTS", 2**16)
-    for spec in ("trellis-2.25", "int-3g32a", "nf-3g32", "e8-2", "e8-3", "e8-4"):
-        linear = runtime.QLRLinear(spec, (1024, 512), state_bits=12)
+    for spec in ("trellis-2.25", "trellis-4", "int-3g32a", "nf-3g20", "e8-2", "e8-3", "e8-4"):
+        linear = runtime.QLRLinear(spec, (1024, 512), state_bits=16)
+        for _ in linear.backbone.tiles():
+            pass  # tables are made once for all layers
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found, torch.no_grad():
             for _ in linear.backbone.tiles():
                 pass
@@ -221,7 +224,7 @@ def test_working_memory_is_as_stated(monkeypatch):
             if event.name() == "[memory]":
                 held += event.nbytes()
                 peak = max(peak, held)
-        assert 0 < peak <= 32 * 2**16 + 2**18, (spec, peak / 2**16)
+        assert 0 < peak <= a_weight * 2**16 + 2**14, (spec, peak / 2**16)
 
 
 # -------------------------------------------------------------------------------------------------------- in JAX
@@ -463,12 +466,14 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda f: f.__name__)
-def test_damaged_folders_are_refused(copy, damage):
+def test_damaged_folders_are_refused(copy, damage, monkeypatch):
+    """Without the help of checksums.json, which a folder need not have."""
     import torch
     from transformers import AutoModelForCausalLM
 
     import qlr_jax.export.torch_runtime  # noqa: F401
 
+    monkeypatch.setenv("QLR_SKIP_CHECKSUMS", "1")
     damage(copy)
     with pytest.raises(QLRError, match=DAMAGE[damage]) as in_jax:
         load(copy)
@@ -485,8 +490,9 @@ def test_a_flipped_byte_is_found(copy):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(QLRError, match="has changed"):
-        check_files(copy)
+    for check in (check_files, load, read_matrices):
+        with pytest.raises(QLRError, match="has changed"):
+            check(copy)
 
 
 def test_what_is_no_qlr_folder(tmp_path, folders):

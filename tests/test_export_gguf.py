@@ -18,7 +18,7 @@ from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.errors import QLRError
 from qlr_jax.export import check_files, load, read_matrices, save_packed
 from qlr_jax.export import gguf as exporter
-from qlr_jax.export.gguf import export_gguf
+from qlr_jax.export.gguf import export_gguf, model_tensors
 from qlr_jax.export.gguf_blocks import fold_scale, pack_blocks
 from qlr_jax.export.gguf_tokenizer import LLAMA3
 from qlr_jax.export.targets import GGUF_BLOCKS
@@ -472,3 +472,10 @@ def test_other_refusals(exported, tmp_path, monkeypatch):
     with pytest.raises(QLRError, match=r"pip install 'qlr-jax\[gguf\]'"):
         export_gguf(out, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("settings", [{"attention_bias": True}, {"family": "gemma"}, {"family": "mistral", "sliding_window": 8}])
+def test_what_is_more_than_a_llama_is_refused(settings):
+    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **settings)
+    with pytest.raises(QLRError, match="not written as GGUF; export it as dense"):
+        model_tensors(Llama(config, jax.random.key(0)), "BF16")

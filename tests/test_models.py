@@ -1,4 +1,4 @@
-"""The Llama import: logits against transformers' torch Llama, refusals, and the way back to a folder."""
+"""The Llama import: logits against transformers' torch Llama, refusals, and the way back to a folder (other families apart)."""
 
 import dataclasses
 from pathlib import Path
@@ -202,10 +202,10 @@ def test_config_spellings_agree():
 
 
 REFUSED = {
-    "architecture": ({"architectures": ["MistralForCausalLM"], "model_type": "mistral"}, "MistralForCausalLM"),
-    "model_type": ({"model_type": "qwen2", "architectures": None}, "qwen2"),
+    "architecture": ({"architectures": ["MixtralForCausalLM"], "model_type": "mixtral"}, "MixtralForCausalLM"),
+    "model_type": ({"model_type": "qwen2"}, "LlamaForCausalLM with model_type 'qwen2'"),
     "unknown": ({"qk_norm": True}, "'qk_norm'"),
-    "bias": ({"attention_bias": True}, "'attention_bias' is True"),
+    "bias": ({"attention_bias": None}, "attention_bias is None"),
     "activation": ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu'"),
     "window": ({"sliding_window": 4096}, "'sliding_window' is 4096"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "'quantization_config'"),

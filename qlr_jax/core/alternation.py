@@ -26,7 +26,6 @@ from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
-
 SMALLEST_PLAIN = 2.0**-10  # root mean square of the weights, above which float16 holds the scales of integers well as they are
 
 

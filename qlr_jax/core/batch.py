@@ -29,6 +29,7 @@ def solve_many(
     seed: int = 0,
     config: SolverConfig | None = None,
     on_done: Callable[[Key, Solution], None] | None = None,
+    known: Mapping[Key, Solution] | None = None,
 ) -> dict[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
 
@@ -42,6 +43,8 @@ def solve_many(
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
         on_done: called as soon as a matrix is finished.
+        known: solutions of an earlier run. A batch of which all are known is not solved again; any other is solved whole, because
+            matrices of one batch stop iterating together, so that results are those of a run that nothing interrupted.
 
     Example:
         >>> w = np.eye(32, dtype=np.float32)
@@ -62,6 +65,15 @@ def solve_many(
         if on_done is not None:
             on_done(key, solution)
 
+    def read(keys: list[Key]) -> bool:
+        if known is None or any(key not in known for key in keys):
+            return False
+        for key in keys:
+            solved[key] = known[key]
+            if on_done is not None:
+                on_done(key, solved[key])
+        return True
+
     def run(keys: list[Key], metric: Metric, size: int) -> None:
         filled = keys + [keys[-1]] * (size - len(keys))
         weights, spec = np.stack([problems[k][0] for k in filled]), problems[keys[0]][2]
@@ -73,12 +85,16 @@ def solve_many(
     for key in (key for key in whole if key not in problems):  # nothing to solve for
         finish(key, None)
     for keys, size in _small(problems):
+        if read(keys):
+            continue
         filled = keys + [keys[-1]] * (size - len(keys))
         hessians = np.stack([problems[k][1] for k in filled])
         run(keys, Metric.make(hessians, seed, config, Spec.parse(problems[keys[0]][2]).rotated), size)
     metrics: dict[bool, Metric] = {}  # of one Hessian: rotated, and as it is
     current = None
     for keys in _large(problems):
+        if read(keys):
+            continue
         hessian, rotated = problems[keys[0]][1], Spec.parse(problems[keys[0]][2]).rotated
         if hessian is not current:  # one Hessian's factors are held at a time
             metrics, current = {}, hessian

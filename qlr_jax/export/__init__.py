@@ -1,4 +1,4 @@
-"""Folders out: packed with its PyTorch runtime, and in the formats of other tools. Importing this starts neither JAX nor torch (PEP 562)."""
+"""Folders out: packed with its PyTorch runtime, and in other formats. Importing this starts neither JAX nor torch (PEP 562)."""
 
 from importlib import import_module
 from typing import Any

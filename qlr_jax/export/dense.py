@@ -22,7 +22,7 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 
 
 def export_dense(out: str | Path, dest: str | Path, dtype: str = "bfloat16", *, shard_bytes: int = SHARD_BYTES) -> Path:
-    """Write a packed folder as a plain LlamaForCausalLM folder: the original's key names, config, tokenizer, and a card.
+    """Write a packed folder as a plain folder of its family: the original's key names, config, tokenizer, and a card.
 
     Args:
         out: a packed folder.

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models.folder import TOKENIZER_FILES
 
 CHECKSUMS = "checksums.json"
+SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"  # set to 1, a load compares nothing
 SHARD_BYTES = 4_000_000_000
 
 Entry = tuple[int, Callable[[], np.ndarray]]
@@ -107,9 +109,38 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json: the sha256 of every file in `folder`."""
+    """Write checksums.json: the sha256 of every file in `folder`, and of what a packed folder's config.json says."""
     files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
-    write_json(folder / CHECKSUMS, {"algorithm": "sha256", "files": {p.name: _digest(p) for p in files}})
+    listed: dict[str, Any] = {"algorithm": "sha256", "files": {p.name: _digest(p) for p in files}}
+    config = folder / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
+        listed["config"] = _config_digest(config)
+    write_json(folder / CHECKSUMS, listed)
+
+
+def check_weights(folder: str | Path) -> None:
+    """Compare what a load reads (weights, their index, config.json but for `dequantize`) with checksums.json.
+
+    A folder without a list passes, and so does everything where the environment has QLR_SKIP_CHECKSUMS=1.
+
+    Raises:
+        QLRError: naming the file that has changed; or if the list is unreadable.
+    """
+    folder = Path(folder)
+    if os.environ.get(SKIP_CHECKSUMS) == "1" or not (folder / CHECKSUMS).is_file():
+        return
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sums = {name: digest for name, digest in listed["files"].items() if ".safetensors" in name and (folder / name).is_file()}
+        config = listed.get("config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise QLRError(f"{folder / CHECKSUMS} is damaged; get the folder again") from None
+    changed = [name for name, digest in sums.items() if _digest(folder / name) != digest]
+    if config and _config_digest(folder / "config.json") != config:
+        changed.append("config.json")
+    if changed:
+        again = f"get it again, or delete {CHECKSUMS} if the change is meant"
+        raise QLRError(f"{folder / changed[0]} has changed since it was written (its sha256 differs); {again}")
 
 
 def check_files(folder: str | Path) -> int:
@@ -134,3 +165,11 @@ def check_files(folder: str | Path) -> int:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config_digest(path: Path) -> str:
+    """sha256 of what config.json says; `dequantize`, a wish of the PyTorch runtime's user, is no part of it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("quantization_config"), dict):
+        config["quantization_config"].pop("dequantize", None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -105,6 +105,12 @@ def model_tensors(model: Llama, plain: str) -> dict[str, Tensor]:
         QLRError: a spec that GGUF has no blocks for, naming the matrix; bytes are made, and may be refused, only on writing.
     """
     config, linears, found = model.config, model.linears(), {}
+    window = config.sliding_window
+    if config.family not in ("llama", "mistral") or config.biases or (window and window < config.max_position_embeddings):
+        raise QLRError(
+            f"a {config.traits.architecture} with what it has beyond a Llama (biases, norms of heads, a sliding window) is not "
+            "written as GGUF; export it as dense, and convert that"
+        )
     for name, param in model.tensors().items():
         value, linear = param.get_value(), name.removesuffix(".weight")
         if linear in linears:

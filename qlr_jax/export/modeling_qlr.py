@@ -1,7 +1,16 @@
 """PyTorch runtime of qlr-jax folders: a Llama whose linear layers stay packed and are decoded as they are used.
 
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+
+Decoded once instead, while it loads: as large as any dense model and as fast, a plain LlamaForCausalLM from then on.
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["dequantize"] = True
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, trust_remote_code=True)
+
+The same follows from `quantization_config=QLRConfig(dequantize=True)` where qlr-jax is installed, from `"dequantize": true`
+under quantization_config in config.json, and for a model that is loaded already from `model.dequantize()`.
 
 This one file needs torch, transformers and safetensors, nothing else, and travels with every folder. A weight W (out, in)
 is stored as
@@ -10,30 +19,39 @@ is stored as
 
 with Q, L and R on quantized grids, and U, V orthogonal: random signs, which come from a seed, times a Hadamard-like matrix,
 or the identity. A forward pass rotates x by V, multiplies by Q in tiles of rows and by R, then L, and rotates back by Uᵀ.
-The arithmetic is float32 whatever the type of x, which is also the type of the result. At most `TILE_WEIGHTS` weights are
-decoded at a time, so beside its input and output a layer needs about `TILE_BYTES` (16 MB), whatever its size.
+Rotations and scales are float32. So are the products with Q, L and R, unless x is bfloat16: then they are of bfloat16 values,
+as in a dense bfloat16 model. The result has the type of x. At most `TILE_WEIGHTS` weights are decoded at a time, so beside its
+input and output a layer needs about `TILE_BYTES` (5 MB), whatever its size.
+
+Every load compares weights and config.json with checksums.json, where the folder has one; QLR_SKIP_CHECKSUMS=1 in the
+environment leaves that out. `torch.compile` takes the model, or a layer, without graph breaks.
 """
 
+import hashlib
 import itertools
+import json
 import math
+import os
 import re
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, wraps
+from pathlib import Path
 from statistics import NormalDist
 
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import GemmaForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import auto as known_methods
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 2  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 4  # of this file: where several are imported, the newest serves all
 
-TILE_WEIGHTS = 2**19
-TILE_BYTES = 32 * TILE_WEIGHTS  # peak of a tile while it is decoded, its float32 values included
+TILE_WEIGHTS = 2**18  # so that a tile's steps pass through a processor's second cache
+TILE_BYTES = 20 * TILE_WEIGHTS  # peak of a tile while it is decoded, its values and those of the tile before included
 
 # A folder records the codes that it was made with, and others are refused.
 # The trellis: weights a walk, rows it may cover in Q and (at most) in a factor, constants of its hash.
@@ -47,14 +65,52 @@ LATTICE = {
 }
 CODES = {"trellis": TRELLIS, "lattice": LATTICE}
 
+CHECKSUMS, INDEX = "checksums.json", "model.safetensors.index.json"
+SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"
+
+
+def constant(make):
+    """Keep what `make` returns for its (hashable) arguments."""
+    kept = lru_cache(maxsize=None)(make)
+
+    @wraps(make)
+    def get(*arguments):
+        if torch.compiler.is_compiling():
+            return make(*arguments)
+        with torch.inference_mode(False):  # what is kept may serve a backward pass later
+            return kept(*arguments)
+
+    return get
+
+
+def opaque(decode):
+    """Let torch.compile take `decode(codes, numbers, dtype)` as one operator: traced, its tables would be made at every call.
+
+    It returns (its first number, its second number) of `dtype`.
+    """
+    name = f"qlr::{decode.__name__}_v{RUNTIME_VERSION}"  # another version of this file may be in the same process
+
+    @torch.library.custom_op(name, mutates_args=())
+    def operator(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+        return decode(codes, numbers, dtype).contiguous()  # as compiled code is told below
+
+    operator.register_fake(lambda codes, numbers, dtype: codes.new_empty((numbers[0], numbers[1]), dtype=dtype))
+
+    @wraps(decode)
+    def call(codes, numbers, dtype):
+        return (operator if torch.compiler.is_compiling() else decode)(codes, numbers, dtype)
+
+    return call
+
 
 # ---------------------------------------------------------------------------------------------------- rotations
 
 INPUT, OUTPUT = 0, 1
 
 
+@constant
 def signs(seed: int, salt: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """±1 (size,) in float32: the top bit of an integer hash of (seed, salt, index), so that no signs are stored."""
+    """±1 (size,) in int8: the top bit of an integer hash of (seed, salt, index), so that no signs are stored."""
     mask = 0xFFFFFFFF
     word = (seed * 2 + salt) & mask
     offset = (word * 0x85EBCA6B + 0x27D4EB2F) & mask
@@ -62,7 +118,7 @@ def signs(seed: int, salt: int, size: int, device: torch.device | str = "cpu") -
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         x = _times(x ^ (x >> shift), factor)
     x = x ^ (x >> 16)
-    return 1.0 - 2.0 * (x >> 31).float()
+    return (1 - 2 * (x >> 31)).to(torch.int8)
 
 
 def _times(x: torch.Tensor, factor: int) -> torch.Tensor:
@@ -83,29 +139,46 @@ def transform(x: torch.Tensor, block: int) -> torch.Tensor:
     K is symmetric and orthogonal, so it is its own inverse. H is split in two, H_a ⊗ (H_b ⊗ O), so that two small matrix
     products do all of it.
     """
+    inner, outer = rotation(block, x.device)
+    y = x.reshape(-1, len(inner)) @ inner
+    if len(outer) > 1:
+        y = outer @ y.view(-1, len(outer), len(inner))
+    return y.reshape(x.shape)
+
+
+def transform_columns(x: torch.Tensor, block: int) -> torch.Tensor:
+    """`transform` of the first of two axes."""
+    inner, outer = rotation(block, x.device)
+    y = inner @ x.reshape(-1, len(inner), x.shape[1])
+    if len(outer) > 1:
+        y = outer @ y.view(-1, len(outer), len(inner) * x.shape[1])
+    return y.view(x.shape)
+
+
+@constant
+def rotation(block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float32 factors of K = H_a ⊗ (H_b ⊗ O): H_b ⊗ O, about 128 wide (or O) and scaled for both, and H_a of ±1."""
     power = block & -block
     odd = block // power
     inner = min(power, 1 << max((128 // odd).bit_length() - 1, 0))
     outer = power // inner
-    y = x.reshape(-1, inner * odd) @ torch.kron(_walsh(inner, x), _hartley(odd, x))
-    if outer > 1:
-        y = _walsh(outer, x) @ y.view(-1, outer, inner * odd)
-    return y.reshape(x.shape) * power**-0.5
+    first = torch.kron(_walsh(inner, device), _hartley(odd, device)) * power**-0.5
+    return first, _walsh(outer, device)
 
 
-def _walsh(size: int, like: torch.Tensor) -> torch.Tensor:
+def _walsh(size: int, device: torch.device) -> torch.Tensor:
     """±1 (size, size): the sign of entry (i, j) is the parity of the bits that i and j share."""
-    h = torch.ones(1, 1, dtype=like.dtype, device=like.device)
+    h = torch.ones(1, 1, device=device)
     while len(h) < size:
         h = torch.cat((torch.cat((h, h), 1), torch.cat((h, -h), 1)))
     return h
 
 
-def _hartley(size: int, like: torch.Tensor) -> torch.Tensor:
+def _hartley(size: int, device: torch.device) -> torch.Tensor:
     """cas(2π jk / size) / √size: symmetric and orthogonal for any size."""
-    index = torch.arange(size, device=like.device)
+    index = torch.arange(size, device=device)
     angle = (index[:, None] * index % size).double() * (2 * math.pi / size)
-    return ((angle.cos() + angle.sin()) / math.sqrt(size)).to(like.dtype)
+    return ((angle.cos() + angle.sin()) / math.sqrt(size)).float()
 
 
 # ------------------------------------------------------------------------------------------------ packed arrays
@@ -128,7 +201,7 @@ class Stored(nn.Module):
 
 
 class Part(Stored):
-    """Q (out, in), Lᵀ (rank, out) or R (rank, in) as it is stored; `decode` gives any of its rows in float32."""
+    """Q (out, in), Lᵀ (rank, out) or R (rank, in) as it is stored; `decode` gives any of its rows."""
 
     codes: torch.Tensor
     height = 1  # rows that are stored together: tiles start at a multiple of it
@@ -138,17 +211,22 @@ class Part(Stored):
         super().__init__()
         self.rows, self.cols = rows, cols
 
-    def decode(self, start: int, stop: int) -> torch.Tensor:
-        """Rows start … stop − 1: float32 (stop − start, cols)."""
+    def decode(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows start … stop − 1 as float32, or rounded from it: (stop − start, cols)."""
         raise NotImplementedError
 
-    def tiles(self):
+    def tiles(self, dtype: torch.dtype = torch.float32):
         """(start, stop, rows start … stop − 1), at most TILE_WEIGHTS weights at a time."""
         step = max(TILE_WEIGHTS // self.cols // self.height, 1) * self.height
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             with torch.no_grad():
-                yield start, stop, self.decode(start, stop)
+                rows = self.decode(start, stop, dtype)
+            yield start, stop, rows  # outside, because no_grad would hold for the caller too
+
+    def whole(self) -> torch.Tensor:
+        """All of it in float32: (rows, cols)."""
+        return torch.cat([rows for _, _, rows in self.tiles()])
 
 
 class BFloat16Part(Part):
@@ -158,8 +236,8 @@ class BFloat16Part(Part):
         super().__init__(rows, cols)
         self.store("codes", (rows, cols), torch.bfloat16)
 
-    def decode(self, start, stop):
-        return self.codes[start:stop].float()
+    def decode(self, start, stop, dtype):
+        return self.codes[start:stop].to(dtype)
 
 
 class GroupedPart(Part):
@@ -174,26 +252,46 @@ class GroupedPart(Part):
         self.store("codes", (rows, -(-cols * bits // 8)), torch.uint8)
         self.store("scales", (rows, self.groups), torch.float16)
 
-    def read(self, start: int, stop: int, levels: torch.Tensor | None = None) -> torch.Tensor:
-        """The codes of rows start … stop − 1 in float32, or what `levels` has for each."""
-        # eight codes fill `bits` bytes, so each of the eight is read from the same place in all of these
-        count = -(-self.cols // 8)
-        codes = self.codes[start:stop]
-        codes = nn.functional.pad(codes, (0, count * self.bits - codes.shape[1])).view(-1, count, self.bits)
-        values = torch.empty((stop - start, count, 8), device=codes.device)
-        for i in range(8):
-            first, offset = divmod(i * self.bits, 8)
-            wide = codes[..., first].int()
-            if offset + self.bits > 8:  # it goes on in the next byte
-                wide |= codes[..., first + 1].int() << 8
-            code = (wide >> offset) & (2**self.bits - 1)
-            values[..., i] = code if levels is None else levels.index_select(0, code.view(-1)).view(code.shape)
-        return values.view(stop - start, -1)[:, : self.cols]
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """The codes of rows start … stop − 1: uint8 (stop − start, cols)."""
+        return unpack(self.codes[start:stop], self.bits)[:, : self.cols]
 
-    def spread(self, per_group: torch.Tensor) -> torch.Tensor:
-        """(rows, groups) -> float32 that broadcasts against (rows, cols)."""
-        wide = per_group.float()
-        return wide.repeat_interleave(self.group, dim=1)[:, : self.cols] if self.group else wide
+    def scaled(self, values: torch.Tensor, start: int, stop: int, zeros: torch.Tensor | float | None = None) -> torch.Tensor:
+        """(values − zeros) · scales in float32, one zero and one scale a group; `values` is overwritten."""
+        missing = self.groups * self.group - self.cols if self.group else 0
+        grouped = nn.functional.pad(values, (0, missing)) if missing else values
+        grouped = grouped.reshape(stop - start, self.groups, -1)
+        if zeros is not None:
+            grouped = grouped.sub_(zeros)
+        return grouped.mul_(self.scales[start:stop, :, None].float()).view(stop - start, -1)[:, : self.cols]
+
+
+def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 (rows, bytes) of little-endian `bits`-bit codes -> a code a byte, uint8 (rows, at least as many as there are)."""
+    if bits == 8:
+        return codes
+    # eight codes are `bits` bytes of one int64, and three halvings send each to a byte of its own
+    codes = nn.functional.pad(codes, (0, -codes.shape[1] % bits))
+    if bits in _WHOLE:
+        word = codes.view(_WHOLE[bits]).long()
+    else:
+        word = nn.functional.pad(codes.view(-1, bits), (0, 8 - bits)).view(torch.int64)
+    word = word.view(-1)
+    for lane in (32, 16, 8):
+        half = bits * lane // 8
+        low = sum((2**half - 1) << at for at in range(0, 64, 2 * lane))
+        high = (word << (lane - half)).bitwise_and_(_signed(low << lane))
+        word = word.bitwise_and(_signed(low)).bitwise_or_(high)
+    return word.view(torch.uint8).view(len(codes), -1)
+
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+def _signed(word: int) -> int:
+    """The int64 of the same 64 bits."""
+    word &= 2**64 - 1
+    return word - 2**64 if word >> 63 else word
 
 
 class IntegerPart(GroupedPart):
@@ -207,18 +305,23 @@ class IntegerPart(GroupedPart):
         if asymmetric:
             self.store("zeros", (rows, self.groups), torch.uint8)
 
-    def decode(self, start, stop):
+    def decode(self, start, stop, dtype):
         middle = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
-        zero = self.spread(self.zeros[start:stop]) if self.asymmetric else middle
-        return (self.read(start, stop) - zero) * self.spread(self.scales[start:stop])
+        zeros = self.zeros[start:stop, :, None].float() if self.asymmetric else middle
+        return self.scaled(self.read(start, stop).float(), start, stop, zeros).to(dtype)
 
 
 class NormalFloatPart(GroupedPart):
     """`nf-b[g<group>]`: level · scale, the levels at equally likely quantiles of a Gaussian."""
 
-    def decode(self, start, stop):
-        levels = torch.tensor(normal_levels(self.bits), device=self.codes.device)
-        return self.read(start, stop, levels) * self.spread(self.scales[start:stop])
+    def __init__(self, rows: int, cols: int, bits: int, group: int):
+        super().__init__(rows, cols, bits, group)
+        self.levels = normal_levels(bits)
+
+    def decode(self, start, stop, dtype):
+        codes = self.read(start, stop).int()
+        levels = torch.tensor(self.levels, device=codes.device)
+        return self.scaled(levels.index_select(0, codes.view(-1)).view(codes.shape), start, stop).to(dtype)
 
 
 @lru_cache
@@ -248,15 +351,35 @@ class LatticePart(Part):
         self.bits = bits
         self.store("codes", (rows, -(-cols // 8), bits), torch.uint8)
 
-    def decode(self, start, stop):
-        gain, inner = LATTICE["scales"][str(self.bits)]
-        stage = self.codes[start:stop].reshape(-1, self.bits).unbind(1)
-        values = shifted_points(stage[0], stage[1], gain)
-        if self.bits == 3:
-            values += (gain * inner * lattice_tables(values.device)[3]).index_select(0, stage[2].int())
-        elif self.bits == 4:
-            values += shifted_points(stage[2], stage[3], gain * inner)
-        return values.view(stop - start, -1)[:, : self.cols]
+    def decode(self, start, stop, dtype):
+        return decode_lattice(self.codes[start:stop], [stop - start, self.cols], dtype)
+
+
+@opaque
+def decode_lattice(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """codes uint8 (rows, points, bits), numbers [rows, cols] -> (rows, cols)."""
+    rows, cols = numbers
+    bits = codes.shape[2]
+    gain, inner = LATTICE["scales"][str(bits)]
+    stages = codes.reshape(-1, bits).int().unbind(1)
+    values = _quarters(stages[0] | (stages[1] << 8), False).mul_(gain / 4)
+    if bits > 2:
+        second = _quarters(stages[2] if bits == 3 else stages[2] | (stages[3] << 8), bits == 3)
+        values += second.mul_(gain * inner / 4)
+    return values.view(rows, -1)[:, :cols].to(dtype)
+
+
+def _quarters(index: torch.Tensor, roots: bool) -> torch.Tensor:
+    """Points by their number, in quarters: float32 (n, 8)."""
+    return lattice_words(roots, index.device).index_select(0, index).view(torch.int8).view(-1, 8).float()
+
+
+@constant
+def lattice_words(roots: bool, device: torch.device) -> torch.Tensor:
+    """All points of the first stage, or the 256 roots, in quarters: eight int8 an int64, so that a point is one look-up."""
+    code = torch.arange(2**16, device="cpu")
+    points = lattice_tables(code.device)[3] if roots else shifted_points(code.byte(), (code >> 8).byte(), 1.0)
+    return (4 * points).to(torch.int8).view(torch.int64).view(-1).to(device)
 
 
 def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torch.Tensor:
@@ -270,7 +393,7 @@ def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torc
     return points
 
 
-@lru_cache
+@constant
 def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of the E8 code: 256 vectors a; 1 where a adds up to an odd number; signs, by pattern and that; the second stage at 3 bits."""
     inner = [v for v in itertools.product((1, 3, 5), repeat=8) if sum(x * x for x in v) <= 40]
@@ -300,32 +423,82 @@ class TrellisPart(Part):
 
     def __init__(self, rows: int, cols: int, rate: Fraction, height: int, state_bits: int):
         super().__init__(rows, cols)
-        self.rate, self.height, self.width, self.state_bits = rate, height, LENGTH // height, state_bits
+        self.height, self.width, self.state_bits = height, LENGTH // height, state_bits
         self.across = -(-cols // self.width)
         self.store("codes", (-(-rows // height), self.across, int(LENGTH * rate) // 8), torch.uint8)
 
-    def values(self, device: torch.device) -> torch.Tensor:
-        """float32 (2^state_bits,): the value of every state, near Gaussian of unit variance."""
-        word = _times(torch.arange(2**self.state_bits, dtype=torch.int64, device=device), TRELLIS["multiplier"])
-        word = (word + TRELLIS["addend"]) & 0xFFFFFFFF
-        total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
-        gain = 1.0 + 0.1 * min(max(float(self.rate) - 2.0, 0.0), 1.0)
-        scale = torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")  # in float32, as the code is defined
-        return (total - 510).float() * scale.item()
-
-    def decode(self, start, stop):
+    def decode(self, start, stop, dtype):
         codes = self.codes[start // self.height : -(-stop // self.height)]
-        count = codes.shape[-1]
-        end = torch.arange(1, LENGTH + 1, device=codes.device) * self.rate.numerator // self.rate.denominator
-        begin = (end - self.state_bits) % (8 * count)
-        first, offset = begin // 8, (begin % 8).int()
-        word = codes[..., first].int()  # a state is read from three bytes
-        for k in (1, 2):
-            word = word.bitwise_left_shift_(8).bitwise_or_(codes[..., (first + k) % count])
-        states = word.bitwise_right_shift_(24 - self.state_bits - offset).bitwise_and_(2**self.state_bits - 1)
-        values = self.values(codes.device).index_select(0, states.reshape(-1))
-        rows = values.view(-1, self.across, self.height, self.width).transpose(1, 2).reshape(-1, self.across * self.width)
-        return rows[: stop - start, : self.cols]
+        return decode_trellis(codes, [stop - start, self.cols, self.height, self.state_bits], dtype)
+
+
+@opaque
+def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """codes uint8 (bands, across, bytes of a walk), numbers [rows, cols, height of a walk, state bits] -> (rows, cols)."""
+    rows, cols, height, state_bits = numbers
+    bands, across, count = codes.shape
+    table, first, shift, mask, base = trellis_windows(count, state_bits, dtype, codes.device)
+    # bytes by their place in the walk, so that what is done at a place is done for all walks in a row
+    codes = codes.reshape(-1, count).T.contiguous()
+    codes = torch.cat((codes, codes[:2])).int()
+    codes = (codes[:-2] << 16).bitwise_or_(codes[1:-1] << 8).bitwise_or_(codes[2:])
+    index = codes.index_select(0, first).bitwise_right_shift_(shift).bitwise_and_(mask)
+    if base is not None:
+        index += base
+    del codes
+    values = table.index_select(0, index.view(-1)).view(height, -1, bands, across).permute(2, 0, 3, 1)
+    return values.reshape(bands * height, -1).view(dtype)[:rows, :cols]
+
+
+def state_values(count: int, state_bits: int) -> torch.Tensor:
+    """float32 (2^state_bits,): the value of every state, near Gaussian of unit variance, where a walk has `count` bytes."""
+    word = _times(torch.arange(2**state_bits, dtype=torch.int64, device="cpu"), TRELLIS["multiplier"])
+    word = (word + TRELLIS["addend"]) & 0xFFFFFFFF
+    total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
+    gain = 1.0 + 0.1 * min(max(8 * count / LENGTH - 2.0, 0.0), 1.0)
+    scale = torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")  # in float32, as the code is defined
+    return (total - 510).float() * scale.item()
+
+
+WINDOW_BITS = 16  # with it a window lies in three bytes, and a table has at most 512 KB a pattern of shifts
+
+
+@constant
+def trellis_windows(count: int, state_bits: int, dtype: torch.dtype, device: torch.device) -> tuple:
+    """How to decode a walk of `count` bytes, several neighbouring weights at a time.
+
+    One, two or four weights that follow each other depend on one window of bits: all of the first's state, and the bits that
+    each further one shifts in. A table has the values of all together, in one integer of their size.
+
+    Returns:
+        table: int16, int32 or int64, the values of every window; first, shift, mask, base: int (groups, 1), the byte at which
+        a group's window begins, how far three bytes from there are shifted to the right, the mask of what is left, and where
+        in the table its pattern of shifts begins (None if there is but one).
+    """
+    ends = [(t + 1) * 8 * count // LENGTH for t in range(LENGTH)]
+
+    def patterns(size: int) -> list[tuple[int, ...]]:
+        """Bits shifted in after a group's first weight, up to each of its weights."""
+        return [tuple(ends[t + i] - ends[t] for i in range(size)) for t in range(0, LENGTH, size)]
+
+    sizes = [size for size in (4, 2) if size * dtype.itemsize <= 8]
+    fits = (size for size in sizes if state_bits + max(p[-1] for p in patterns(size)) <= WINDOW_BITS)
+    size = next(fits, 1)
+    values, tables, base = state_values(count, state_bits), [], {}
+    for pattern in sorted(set(patterns(size))):
+        base[pattern] = sum(map(len, tables))
+        window = torch.arange(2 ** (state_bits + pattern[-1]), device="cpu")
+        states = torch.stack([(window >> (pattern[-1] - bits)) % 2**state_bits for bits in pattern], 1)
+        tables.append(values[states])
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[size * dtype.itemsize]
+    table = torch.cat(tables).to(dtype).view(whole).view(-1)
+    rows = []
+    for end, pattern in zip(ends[size - 1 :: size], patterns(size), strict=True):
+        bits = state_bits + pattern[-1]
+        first, offset = divmod((end - bits) % (8 * count), 8)
+        rows.append((first, 24 - bits - offset, 2**bits - 1, base[pattern]))
+    first, shift, mask, start = (column[:, None].int().to(device) for column in torch.tensor(rows, device="cpu").unbind(1))
+    return table.to(device), first.view(-1), shift, mask, start if len(tables) > 1 else None
 
 
 def walk_height(rows: int, cols: int) -> int:
@@ -377,6 +550,7 @@ class QLRLinear(Stored):
         if not match:
             raise ValueError(f"{spec!r} is not a spec that this qlr runtime knows; get a newer qlr-jax")
         self.out_features, self.in_features = rows, cols = int(shape[0]), int(shape[1])
+        self.register_parameter("bias", None)  # `replace_linears` keeps the one that was there
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
         self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, walk_height(rows, cols), state_bits)
@@ -396,31 +570,64 @@ class QLRLinear(Stored):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) -> (…, out), in x's type."""
-        v = x.float()
+        kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        v = x
         if self.rotated:
-            v = transform(v * self._signs(INPUT, v.device), block_size(self.in_features, self.rotation_block))
-        if self.backbone is None:
-            y = v.new_zeros(*v.shape[:-1], self.out_features)
-        else:
-            y = torch.cat([v @ rows.T for _, _, rows in self.backbone.tiles()], dim=-1)
+            v = transform(x.float() * self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block))
+        v = v.to(kind)
+        y = v.new_zeros(*v.shape[:-1], self.out_features) if self.backbone is None else multiply(v, self.backbone)
+        y = y.float()
         if self.rank:
-            z = torch.cat([v @ rows.T for _, _, rows in self.right.tiles()], dim=-1)
+            z = multiply(v, self.right)
             if "component_scale" in self._buffers:
-                z = z * self.component_scale.float()
-            for start, stop, rows in self.left.tiles():
-                y = y + z[..., start:stop] @ rows
+                z = (z * self.component_scale.float()).to(kind)
+            for start, stop, rows in self.left.tiles(kind):
+                y += z[..., start:stop] @ rows
+        # in place: fresh memory costs a processor more than the arithmetic
         if "scale" in self._buffers:
-            y = y * self.scale
+            y *= self.scale
         if self.rotated:
-            y = transform(y, block_size(self.out_features, self.rotation_block)) * self._signs(OUTPUT, y.device)
+            y = transform(y, block_size(self.out_features, self.rotation_block)).mul_(self._signs(OUTPUT, y.device))
+        if self.bias is not None:
+            y = y + self.bias.float()  # not in place: it may need a gradient
         return y.to(x.dtype)
 
-    def dense(self) -> torch.Tensor:
-        """W (out, in) in float32, decoded."""
-        return self(torch.eye(self.in_features, device=next(self.buffers()).device)).T
+    @torch.no_grad()
+    def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """W (out, in), decoded. Beside it and the factors no more than one float32 copy of it is held."""
+        device = next(self.buffers()).device
+        weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32 if self.rotated else dtype, device=device)
+        for start, stop, rows in self._unrotated_rows():
+            if self.rotated:
+                rows = transform(rows, block_size(self.in_features, self.rotation_block)).mul_(self._signs(INPUT, device))
+            weight[start:stop] = rows
+        if self.rotated:
+            step = max(TILE_WEIGHTS // self.out_features, 1)
+            for columns in weight.split(step, dim=1):
+                rotated = transform_columns(columns, block_size(self.out_features, self.rotation_block))
+                columns.copy_(rotated.mul_(self._signs(OUTPUT, device)[:, None]))
+        return weight.to(dtype)
+
+    def _unrotated_rows(self):
+        """(start, stop, rows start … stop − 1 of g (Q + L diag(s) R)) in float32."""
+        if self.rank:
+            left, right = self.left.whole(), self.right.whole()
+            if "component_scale" in self._buffers:
+                right = right * self.component_scale.float()[:, None]
+        tiles = [(0, self.out_features, 0.0)] if self.backbone is None else self.backbone.tiles()
+        for start, stop, rows in tiles:
+            if self.rank:
+                rows = rows + left[:, start:stop].T @ right
+            yield start, stop, rows * self.scale if "scale" in self._buffers else rows
 
     def _signs(self, salt: int, device: torch.device) -> torch.Tensor:
-        return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device)
+        # kept in int8, but multiplying two types takes a processor several times as long
+        return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device).float()
+
+
+def multiply(x: torch.Tensor, part: Part) -> torch.Tensor:
+    """x (…, cols) times a part's transpose, in x's type: (…, rows)."""
+    return torch.cat([nn.functional.linear(x, rows) for _, _, rows in part.tiles(x.dtype)], dim=-1)
 
 
 # -------------------------------------------------------------------------------------------------- transformers
@@ -429,27 +636,47 @@ class QLRLinear(Stored):
 class QLRConfig(QuantizationConfigMixin):
     """`quantization_config` of a qlr folder: how each matrix is stored, by the name of its linear layer.
 
+    Args:
+        dequantize: decode every matrix once, while the folder loads, into the model's type. This alone may be given to
+            `from_pretrained(folder, quantization_config=QLRConfig(dequantize=True))`; the folder has the rest.
+        format_version, runtime_version, matrices, others: as config.json has them.
+
     Raises:
-        ValueError: for a format newer than this runtime, or made with another trellis or lattice code.
+        ValueError: for a format newer than this runtime reads, a folder that needs a newer runtime, or one made with another
+            trellis or lattice code.
     """
 
-    def __init__(self, format_version: int = FORMAT_VERSION, matrices: dict | None = None, **others):
+    def __init__(
+        self,
+        dequantize: bool = False,
+        format_version: int = FORMAT_VERSION,
+        runtime_version: int = RUNTIME_VERSION,
+        matrices: dict | None = None,
+        **others,
+    ):
+        help = "install a newer qlr-jax, or load it with the folder's own runtime (trust_remote_code=True)"
         if not isinstance(format_version, int) or format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"this folder has qlr format version {format_version}, but this runtime reads up to {FORMAT_VERSION}; "
-                f"install a newer qlr-jax, or load it with the folder's own runtime (trust_remote_code=True)"
-            )
+            has = f"this folder has qlr format version {format_version}"
+            raise ValueError(f"{has}, but this runtime reads up to {FORMAT_VERSION}; {help}")
+        if not isinstance(runtime_version, int) or runtime_version > RUNTIME_VERSION:
+            needs = f"this folder needs qlr runtime version {runtime_version}"
+            raise ValueError(f"{needs}, but this runtime is version {RUNTIME_VERSION}; {help}")
         for name, code in CODES.items():
             found = others.pop(name, None) or code
             if found != code:
                 raise ValueError(f"this folder uses the {name} code {found}, but this runtime decodes {code}; get a matching one")
             setattr(self, name, dict(code))
         self.quant_method = "qlr"
-        self.format_version = format_version
+        self.dequantize = bool(dequantize)
+        self.format_version, self.runtime_version = format_version, runtime_version
         self.matrices = matrices or {}
         for name, value in others.items():  # kept as they are, so that saving loses nothing
             if name != "quant_method":
                 setattr(self, name, value)
+
+    def get_loading_attributes(self) -> dict:
+        """What counts of a config that is given to `from_pretrained`."""
+        return {"dequantize": self.dequantize}
 
 
 class QLRQuantizer(HfQuantizer):
@@ -460,23 +687,42 @@ class QLRQuantizer(HfQuantizer):
     quantization_config: QLRConfig
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
-        if not isinstance(model, LlamaForCausalLM):
-            raise ValueError(f"a qlr folder holds a LlamaForCausalLM, not a {type(model).__name__}; use AutoModelForCausalLM")
-        if type(model) is LlamaForCausalLM:
-            model.__class__ = QLRForCausalLM  # same model, and save_pretrained then takes this file along
+        plain = next((base for base in PACKED if isinstance(model, base)), None)
+        if plain is None:
+            known = ", ".join(base.__name__ for base in PACKED)
+            raise ValueError(f"a qlr folder holds one of {known}, not a {type(model).__name__}; use AutoModelForCausalLM")
+        if plain.config_class.model_type != model.config.model_type:
+            raise ValueError(
+                f"config.json has model_type {model.config.model_type!r}, but auto_map names a class for "
+                f"{plain.config_class.model_type!r}; install qlr-jax, or export the folder again"
+            )
+        if type(model).__name__ in (plain.__name__, PACKED[plain].__name__):
+            model.__class__ = PACKED[plain]  # same model, and save_pretrained then takes this file along
         replace_linears(model, self.quantization_config.matrices)
         check_tensors(model, checkpoint_files)
+        check_sums(checkpoint_files)
         return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        return self._dequantize(model, model.dtype) if self.quantization_config.dequantize else model
 
     def _dequantize(self, model, dtype=None):
         # after save_pretrained, config.dtype is a name
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or torch.float32
-        for name, module in list(model.named_modules()):
-            if isinstance(module, QLRLinear):
-                weight = module.dense().to(dtype)
-                linear = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(weight, requires_grad=False)
-                model.set_submodule(name, linear)
+        for name in [name for name, module in model.named_modules() if isinstance(module, QLRLinear)]:
+            linear = model.get_submodule(name)
+            if any(buffer.is_meta for buffer in linear.buffers()):
+                raise ValueError(f"{name} is offloaded, so it cannot be decoded; load the model with all of it on devices")
+            dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+            dense.weight = nn.Parameter(linear.dense(dtype), requires_grad=False)
+            dense.bias = linear.bias
+            model.set_submodule(name, dense)
+            del linear  # its packed tensors are free before the next one is decoded
+        plain = {packed: base for base, packed in PACKED.items()}.get(type(model))
+        if plain is not None:  # nothing is packed any more, so what is saved needs no runtime
+            model.__class__ = plain
+            if hasattr(model.config, "auto_map"):
+                del model.config.auto_map
         return model
 
     def is_serializable(self):
@@ -487,10 +733,48 @@ class QLRQuantizer(HfQuantizer):
         return False
 
 
-class QLRForCausalLM(LlamaForCausalLM):
-    """LlamaForCausalLM with packed linear layers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`."""
+class Packed:
+    """What packed models share; the class before it in each base list is transformers' own, with packed linear layers."""
 
     _auto_class = "AutoModelForCausalLM"
+
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
+        """As any model's, and checksums.json is written anew: an earlier save's would refuse the new weights."""
+        if is_main_process:
+            for name in (CHECKSUMS, INDEX):
+                Path(save_directory, name).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            write_sums(Path(save_directory))
+
+
+class QLRForCausalLM(Packed, LlamaForCausalLM):
+    """LlamaForCausalLM with packed linear layers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`."""
+
+
+class QLRMistralForCausalLM(Packed, MistralForCausalLM):
+    """As QLRForCausalLM."""
+
+
+class QLRQwen2ForCausalLM(Packed, Qwen2ForCausalLM):
+    """As QLRForCausalLM."""
+
+
+class QLRQwen3ForCausalLM(Packed, Qwen3ForCausalLM):
+    """As QLRForCausalLM."""
+
+
+class QLRGemmaForCausalLM(Packed, GemmaForCausalLM):
+    """As QLRForCausalLM."""
+
+
+PACKED = {
+    LlamaForCausalLM: QLRForCausalLM,
+    MistralForCausalLM: QLRMistralForCausalLM,
+    Qwen2ForCausalLM: QLRQwen2ForCausalLM,
+    Qwen3ForCausalLM: QLRQwen3ForCausalLM,
+    GemmaForCausalLM: QLRGemmaForCausalLM,
+}
 
 
 def replace_linears(model: nn.Module, matrices: dict) -> None:
@@ -506,7 +790,9 @@ def replace_linears(model: nn.Module, matrices: dict) -> None:
         if not isinstance(old, nn.Linear) or [old.out_features, old.in_features] != shape:
             raise ValueError(f"config.json gives {name} the shape {shape}, but the model has {old}; the folder is damaged")
         with torch.device(old.weight.device):
-            model.set_submodule(name, QLRLinear(**entry))
+            new = QLRLinear(**entry)
+        new.bias = old.bias
+        model.set_submodule(name, new)
 
 
 _TYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
@@ -535,14 +821,59 @@ def check_tensors(model: nn.Module, files: list[str] | None) -> None:
         raise ValueError(f"the folder {what}{f' (and {more} more)' if more else ''}; get its files again")
     for name, (shape, dtype) in found.items():
         wanted = expected[name]
-        packed = not name.endswith(".weight")  # a plain weight may be cast, what is packed may not
+        packed = not name.endswith((".weight", ".bias"))  # a plain weight may be cast, what is packed may not
         if shape != list(wanted.shape) or (packed and dtype != wanted.dtype):
             asked = f"{wanted.dtype} {list(wanted.shape)}"
             raise ValueError(f"{name} is {dtype} {shape}, but config.json asks for {asked}; get the folder's files again")
 
 
+def check_sums(files: list[str]) -> None:
+    """Raise ValueError if weights or config.json are not what checksums.json beside them says; without a list nothing is done."""
+    folder = Path(files[0]).parent
+    if os.environ.get(SKIP_CHECKSUMS) == "1" or not (folder / CHECKSUMS).is_file():
+        return
+    try:
+        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        sums, config = dict(listed["files"]), listed.get("config")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{folder / CHECKSUMS} is damaged; get the folder again") from None
+    pairs = [(Path(file), sums.get(Path(file).name), file_sum) for file in files]
+    pairs += [(folder / INDEX, sums.get(INDEX), file_sum), (folder / "config.json", config, config_sum)]
+    for path, wanted, digest in pairs:
+        if wanted and path.is_file() and digest(path) != wanted:
+            again = f"get it again, or delete {CHECKSUMS} if the change is meant"
+            raise ValueError(f"{path} has changed since it was written (its sha256 differs); {again}")
+
+
+def write_sums(folder: Path) -> None:
+    """Write checksums.json for what a load reads: the weights, their index and config.json."""
+    files = [*folder.glob("*.safetensors"), *folder.glob(INDEX), *folder.glob("config.json")]
+    sums = {path.name: file_sum(path) for path in sorted(files)}
+    listed = {"algorithm": "sha256", "files": sums, "config": config_sum(folder / "config.json")}
+    (folder / CHECKSUMS).write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+
+
+def file_sum(path: Path) -> str:
+    """sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def config_sum(path: Path) -> str:
+    """sha256 of what config.json says, `dequantize` left out: that is for users to set."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(config.get("quantization_config"), dict):
+        config["quantization_config"].pop("dequantize", None)
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
 def register() -> None:
     """Make transformers know `quant_method: "qlr"` in this process; of several runtimes the newest serves."""
+    if QLRConfig not in known_methods.LOADING_ATTRIBUTES_CONFIG_TYPES:  # else what a user's QLRConfig says is dropped
+        known_methods.LOADING_ATTRIBUTES_CONFIG_TYPES += (QLRConfig,)
     known = AUTO_QUANTIZER_MAPPING.get("qlr")
     if known is not None:
         if getattr(known, "runtime_version", 0) > RUNTIME_VERSION:

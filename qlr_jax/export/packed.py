@@ -18,13 +18,24 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.quantizers import lattice, trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.export.files import SHARD_BYTES, Entry, copy_companions, staged, write_checksums, write_json, write_tensors
+from qlr_jax.export.files import (
+    SHARD_BYTES,
+    Entry,
+    check_weights,
+    copy_companions,
+    staged,
+    write_checksums,
+    write_json,
+    write_tensors,
+)
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
+from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
 
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
+RUNTIME_VERSION = 4  # of the runtime that is written along: an older one refuses the folder
 _SAMPLE = Spec.parse("trellis-2+r256@trellis-2")
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
@@ -96,12 +107,14 @@ def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
         The model; `.densified()` decodes it once, for many calls.
 
     Raises:
-        QLRError: not a qlr folder, a newer format, a missing shard or tensor, a truncated file.
+        QLRError: not a qlr folder, a newer format, a missing shard or tensor, a truncated file, or one that differs from
+            checksums.json. That reads all weights once more; QLR_SKIP_CHECKSUMS=1 in the environment leaves it out.
     """
     folder, config, layouts = _open(out)
     readers = open_tensors(folder)
     model = jax.eval_shape(lambda: Llama(config, dtype=dtype))  # shapes first, and no memory for weights
     _check(folder, config, layouts, set(readers))
+    check_weights(folder)
     shapes = tensor_names(config)
     for name, param in model.tensors().items():
         linear = name.removesuffix(".weight")
@@ -124,6 +137,7 @@ def read_matrices(out: str | Path) -> dict[str, QLRMatrix]:
     folder, config, layouts = _open(out, plain=True)
     readers = open_tensors(folder)
     _check(folder, config, {k: v for k, v in layouts.items() if v.spec != "bf16"}, set(readers))
+    check_weights(folder)
     return {name: _matrix(folder, name, layout, readers) for name, layout in layouts.items()}
 
 
@@ -153,9 +167,15 @@ def read_config(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise QLRError(f"{folder} uses another {name} code than this qlr-jax decodes; install the version that wrote it")
     for name in ("quantization_config", "auto_map", *quantization.get("extra_config", ())):
         raw.pop(name, None)
-    if raw.get("architectures") == [RUNTIME_CLASS]:  # as transformers' save_pretrained writes it
-        raw["architectures"] = ["LlamaForCausalLM"]
+    family = FAMILIES.get(raw.get("model_type"))
+    if family and raw.get("architectures") == [runtime_class(family.architecture)]:  # as transformers' save_pretrained writes it
+        raw["architectures"] = [family.architecture]
     return raw, quantization
+
+
+def runtime_class(architecture: str) -> str:
+    """The class of the PyTorch runtime that stands for transformers' own of this name."""
+    return RUNTIME_CLASS if architecture == "LlamaForCausalLM" else f"QLR{architecture}"
 
 
 def array_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -215,7 +235,8 @@ def _config(
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     fields = ("spec", "shape", "seed", "rotation_block", "state_bits")
-    quantization: dict[str, Any] = {"quant_method": "qlr", "format_version": FORMAT_VERSION, "qlr_version": qlr_jax.__version__}
+    quantization: dict[str, Any] = {"quant_method": "qlr", "format_version": FORMAT_VERSION}
+    quantization |= {"runtime_version": RUNTIME_VERSION, "qlr_version": qlr_jax.__version__}
     if settings:
         quantization["settings"] = dict(settings)
     if extra:
@@ -223,7 +244,8 @@ def _config(
     quantization |= CODES
     quantization["matrices"] = {name: {f: getattr(m.layout, f) for f in fields} for name, m in matrices.items()}
     types = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in raw} or {"dtype": "bfloat16"}
-    runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{RUNTIME_CLASS}"}}
+    name = runtime_class(FAMILIES[raw["model_type"]].architecture if raw.get("model_type") in FAMILIES else "LlamaForCausalLM")
+    runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{name}"}}
     return raw | types | dict(extra or {}) | runtime | {"quantization_config": quantization}
 
 

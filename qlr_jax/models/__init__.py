@@ -1,7 +1,9 @@
-"""The Llama forward in flax.nnx, the names of its tensors, and Hugging Face folders in and out."""
+"""The forward of Llama and its relatives in flax.nnx, the names of its tensors, and Hugging Face folders in and out."""
 
 from qlr_jax.models.config import LlamaConfig, RopeScaling
+from qlr_jax.models.families import FAMILIES, Family
 from qlr_jax.models.folder import find_folder, load_model, load_tokenizer, save_model
+from qlr_jax.models.known import known_config
 from qlr_jax.models.llama import Linear, Llama
 from qlr_jax.models.names import (
     KINDS,
@@ -10,13 +12,16 @@ from qlr_jax.models.names import (
     kind_of,
     layer_of,
     linear_names,
+    parameter_count,
     parts_of,
     shape_of,
     tensor_names,
 )
 
 __all__ = [
+    "FAMILIES",
     "KINDS",
+    "Family",
     "Linear",
     "Llama",
     "LlamaConfig",
@@ -25,10 +30,12 @@ __all__ = [
     "input_names",
     "input_of",
     "kind_of",
+    "known_config",
     "layer_of",
     "linear_names",
     "load_model",
     "load_tokenizer",
+    "parameter_count",
     "parts_of",
     "save_model",
     "shape_of",

@@ -1,4 +1,4 @@
-"""The configuration of a Llama model, read from Hugging Face's config.json; refuses what it does not know."""
+"""The configuration of a Llama-like model, read from Hugging Face's config.json; refuses what it does not know."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.errors import QLRError
+from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
 
 # Attributes that change no logit here: they are read past, each by name, so that a new one is noticed.
 IRRELEVANT = frozenset({
@@ -19,15 +20,16 @@ IRRELEVANT = frozenset({
     "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
     "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
     "begin_suppress_tokens", "exponential_decay_length_penalty", "decoder_start_token_id", "sep_token_id", "tf_legacy_loss",
+    "tie_last_hidden_states",
 })  # fmt: skip
 
-# Attributes that would change the logits: only these values are computed here.
+# Attributes that would change the logits: only these values are computed here, unless the family says otherwise.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "hidden_act": ("silu",),
     "sliding_window": (None,),
     "use_sliding_window": (False,),
+    "use_mrope": (False,),
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1.0, None),
     "is_encoder_decoder": (False,),
@@ -36,7 +38,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "cross_attention_hidden_size": (None,),
     "tie_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
-    "quantization_config": (None,),
+    "per_layer_config": ({}, None),
     "auto_map": (None,),
 }
 
@@ -60,7 +62,9 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes and constants of a Llama model; names as in Hugging Face's config.json.
+    """Shapes and constants of a Llama, or of a model of a related family; names as in Hugging Face's config.json.
+
+    `family` is a key of `families.FAMILIES`. Of the fields after it, those that the family's config.json has may be set.
 
     >>> LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4).head_dim
     4
@@ -80,8 +84,22 @@ class LlamaConfig:
     max_position_embeddings: int = 2048
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
+    family: str = "llama"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    sliding_window: int | None = None  # positions that a token sees, its own included; None: all before it
 
     def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise QLRError(f"config: family {self.family!r} is unknown; pass one of {', '.join(FAMILIES)}")
+        for name in SWITCHES:
+            if getattr(self, name) and name not in self.traits.switches:
+                raise QLRError(f"config: {name} is {getattr(self, name)!r}, which a model of family {self.family!r} does not have")
+        for name in ("attention_bias", "mlp_bias"):
+            if not isinstance(getattr(self, name), bool):
+                raise QLRError(f"config: {name} is {getattr(self, name)!r}; true or false is needed")
+        if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
+            raise QLRError(f"config: sliding_window is {self.sliding_window!r}; null or a whole number of at least 1 is needed")
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise QLRError(f"config: {name} is {getattr(self, name)!r}; a whole number of at least 1 is needed")
@@ -102,6 +120,22 @@ class LlamaConfig:
         if self.head_dim % 2:
             raise QLRError(f"config: head_dim {self.head_dim} is odd; rotary embeddings need an even one")
 
+    @property
+    def traits(self) -> Family:
+        """What this model's family does differently from Llama."""
+        return FAMILIES[self.family]
+
+    @property
+    def biases(self) -> frozenset[str]:
+        """The kinds of linear layers that have a bias.
+
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+        >>> sorted(LlamaConfig(**sizes, family="qwen2").biases), sorted(LlamaConfig(**sizes, mlp_bias=True).biases)
+        (['k', 'q', 'v'], ['down', 'gate', 'up'])
+        """
+        switched = (kind for name, kinds in SWITCHES.items() if getattr(self, name) for kind in kinds)
+        return frozenset((*self.traits.biases, *switched))
+
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> "LlamaConfig":
         """Read a config.json (a file, its folder, or the dictionary in it), in the spelling of transformers 4 or 5.
@@ -109,33 +143,39 @@ class LlamaConfig:
         Raises QLRError naming an unknown architecture, an unknown attribute, or a value that is not supported.
         """
         raw = dict(source) if isinstance(source, dict) else _read(Path(source))
-        _refuse(raw)
+        family = find_family(raw)
+        _refuse(raw, family)
+        raw = {**family.defaults, **raw}
         theta, scaling = _rope(raw)
-        values: dict[str, Any] = {"rope_theta": theta, "rope_scaling": scaling}
-        for field in dataclasses.fields(cls):
-            if field.name in values or field.name not in raw:
+        values: dict[str, Any] = {"family": family.model_type, "rope_theta": theta, "rope_scaling": scaling}
+        for name in _used(family):
+            if name in values or name not in raw:
                 continue
-            value = raw[field.name]
-            if value is None and field.name in ("num_key_value_heads", "head_dim"):
+            value = raw[name]
+            if value is None and name in ("num_key_value_heads", "head_dim"):
                 continue
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+            values[name] = tuple(value) if isinstance(value, list) else value
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
-            raise QLRError(f"config.json has no {missing[0]}; a Llama config.json must state it")
-        return cls(**values)
+            raise QLRError(f"config.json has no {missing[0]}; that of a {family.architecture} must state it")
+        config = cls(**values)
+        _check_layers(raw.get("layer_types"), config)
+        return config
 
     def to_hf(self, dtype: str = "bfloat16") -> dict[str, Any]:
         """The config.json of this model, in a spelling that transformers 4 and 5 both read."""
+        traits = self.traits
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_scaling is not None:
             rope["rope_type"] = self.rope_scaling.kind
             rope |= {key: getattr(self.rope_scaling, key) for key in ROPE_KEYS[self.rope_scaling.kind]}
-        out = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rope_scaling"}
         scaled = None if self.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
-        bias = {"attention_bias": False, "mlp_bias": False, "dtype": dtype, "torch_dtype": dtype}
-        return head | out | {"eos_token_id": eos, "rope_scaling": scaled, "rope_parameters": rope} | bias
+        head = {"architectures": [traits.architecture], "model_type": traits.model_type, "hidden_act": traits.activation}
+        out = {name: getattr(self, name) for name in _used(traits)}
+        fixed = {name: values[0] for name, values in traits.only.items()}
+        types = {"dtype": dtype, "torch_dtype": dtype}
+        return head | out | {"eos_token_id": eos, "rope_scaling": scaled, "rope_parameters": rope} | fixed | types
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -151,20 +191,40 @@ def _read(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _refuse(raw: dict[str, Any]) -> None:
+def _used(family: Family) -> list[str]:
+    """The attributes of config.json that become fields of a LlamaConfig under the same name."""
+    apart = {"family", "rope_scaling", *SWITCHES} - set(family.switches)
+    return [field.name for field in dataclasses.fields(LlamaConfig) if field.name not in apart]
+
+
+def _refuse(raw: dict[str, Any], family: Family) -> None:
     """Fail closed: everything in the file is either used, known to change nothing, or has the one value we compute."""
-    kind, architectures = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or architectures != ["LlamaForCausalLM"]:
-        found = architectures[0] if kind == "llama" or raw.get("architectures") else f"model_type {kind!r}"
-        raise QLRError(f"architecture {found} is not supported; give a LlamaForCausalLM (model_type 'llama')")
-    used = {field.name for field in dataclasses.fields(LlamaConfig)} | {"rope_scaling", "rope_parameters"}
+    for name in ("quantization_config", "compression_config"):
+        if raw.get(name) is not None:
+            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else raw[name]
+            raise QLRError(
+                f"config attribute {name!r} says that the weights are quantized already ({method}); give the original model, "
+                "with weights in float32, float16 or bfloat16"
+            )
+    passed = IRRELEVANT | {"quantization_config", "compression_config", "layer_types", "rope_scaling", "rope_parameters"}
+    supported = SUPPORTED | {"hidden_act": (family.activation,)} | family.only
     for name, value in raw.items():
-        if name in used or name in IRRELEVANT:
+        if name in passed or name in family.unread or name in _used(family):
             continue
-        if name not in SUPPORTED:
-            raise QLRError(f"config attribute {name!r} (value {value!r}) is unknown, so the model cannot be imported faithfully")
-        if value not in SUPPORTED[name]:
-            raise QLRError(f"config attribute {name!r} is {value!r}; only {SUPPORTED[name][0]!r} is supported")
+        if name not in supported:
+            raise QLRError(
+                f"config attribute {name!r} (value {value!r}) is unknown in a {family.architecture}, "
+                "so the model cannot be imported faithfully"
+            )
+        if value not in supported[name]:
+            raise QLRError(f"config attribute {name!r} is {value!r}; only {supported[name][0]!r} is supported")
+
+
+def _check_layers(kinds: Any, config: LlamaConfig) -> None:
+    """Version 5 also lists how each layer attends; all of them must do as `sliding_window` says."""
+    wanted = "full_attention" if config.sliding_window is None else "sliding_attention"
+    if kinds is not None and kinds != [wanted] * config.num_hidden_layers:
+        raise QLRError(f"config attribute 'layer_types' is {kinds!r}; only {wanted!r} for each of the layers is supported")
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:

@@ -45,7 +45,7 @@ def find_folder(source: str | Path) -> Path:
 
 
 def load_model(source: str | Path, dtype: Any = jnp.float32) -> Llama:
-    """Import a LlamaForCausalLM folder (or hub name); weights are cast to `dtype`.
+    """Import a folder (or hub name) of a Llama or of a related family; weights are cast to `dtype`.
 
     Raises QLRError, in one sentence, for a missing folder or config, an architecture or attribute that is not known, a
     truncated file, tensors that are missing, unexpected or of another shape, and NaN or infinite weights.
@@ -124,7 +124,7 @@ def _reader(handle: Any, name: str, path: Path) -> Callable[[], np.ndarray]:
 
 
 def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokenizer_from: str | Path | None = None) -> Path:
-    """Write a LlamaForCausalLM folder (config.json, generation_config.json, model.safetensors) that transformers loads.
+    """Write a folder of the model's architecture (config.json, generation_config.json, model.safetensors) for transformers.
 
     Packed weights are written dense. `tokenizer_from` is a folder whose tokenizer files are copied beside the weights.
     """

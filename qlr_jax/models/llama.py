@@ -1,7 +1,8 @@
-"""The Llama forward pass in flax.nnx: weights named as in Hugging Face, blocks that can be called one at a time."""
+"""The forward pass of Llama and its relatives in flax.nnx: weights named as in Hugging Face, blocks callable one at a time."""
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,10 @@ Tap = Callable[[str, Array], None]
 
 Adjust = Callable[[str, Array], Array]
 """Called with (linear name, y) for every linear output; what it returns takes y's place."""
+
+Cache = Callable[[Array, Array], tuple[Array, Array, Array]]
+"""Called with one attention's new keys and values (batch, kv heads, time, d), keys rotated; returns all keys and all values
+(batch, kv heads, keys, d), key s at position s, and the positions of the queries (batch, time)."""
 
 Product = Callable[[Array, Array], Array]
 """(x (..., n), w (m, n)) -> x wᵀ (..., m) in float32."""
@@ -33,68 +38,103 @@ def dense(weight: Any, dtype: Any) -> Array:
     return (weight.dense() if hasattr(weight, "dense") else weight).astype(dtype)
 
 
-class Linear(nnx.Module):
-    """y = x Wᵀ with W = `weight`, (out, in); `weight` is a Param of an array or of a packed matrix with `.dense()`."""
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+"""By the name that `hidden_act` has in config.json."""
 
-    def __init__(self, weight: Any, product: Product = exact_product):
+
+class Linear(nnx.Module):
+    """y = x Wᵀ + b with W = `weight`, (out, in), and b = `bias`, (out,), or None.
+
+    `weight` is a Param of an array or of a packed matrix with `.dense()`.
+    """
+
+    def __init__(self, weight: Any, product: Product = exact_product, bias: Any = None):
         self.weight, self.product = nnx.Param(weight), product
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
-        return self.product(x, dense(self.weight.get_value(), x.dtype)).astype(x.dtype)
+        y = self.product(x, dense(self.weight.get_value(), x.dtype))
+        if self.bias is not None:
+            y = y + self.bias.get_value().astype(y.dtype)
+        return y.astype(x.dtype)
 
 
 class Embedding(nnx.Module):
-    """Row lookup in `weight`, (vocab, hidden)."""
+    """Row lookup in `weight`, (vocab, hidden), times `scale` rounded to the weights' type."""
 
-    def __init__(self, weight: Any):
-        self.weight = nnx.Param(weight)
+    def __init__(self, weight: Any, scale: float = 1.0):
+        self.weight, self.scale = nnx.Param(weight), scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
         weight = self.weight.get_value()
-        return (weight.dense() if hasattr(weight, "dense") else weight)[tokens]
+        rows = (weight.dense() if hasattr(weight, "dense") else weight)[tokens]
+        return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
 
 
 class RMSNorm(nnx.Module):
-    """x · weight / sqrt(mean(x²) + eps), the mean in float32."""
+    """x · (offset + weight) / sqrt(mean(x²) + eps), the mean in float32; without an offset the product is in x's type."""
 
-    def __init__(self, weight: Any, eps: float):
-        self.weight, self.eps = nnx.Param(weight), eps
+    def __init__(self, weight: Any, eps: float, offset: float = 0.0):
+        self.weight, self.eps, self.offset = nnx.Param(weight), eps, offset
 
     def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
-        h = x.astype(jnp.float32)
+        h, weight = x.astype(jnp.float32), self.weight.get_value()
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        return self.weight.get_value().astype(x.dtype) * h.astype(x.dtype)
+        if self.offset:
+            # In float32, as where it was trained: bfloat16 would round 1 + weight to steps of 2⁻⁷.
+            return (h * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
+        return weight.astype(x.dtype) * h.astype(x.dtype)
 
 
-Make = Callable[[int, int], Linear]
-"""(out, in) -> a new linear layer."""
+Make = Callable[[int, int, bool], Linear]
+"""(out, in, whether it has a bias) -> a new linear layer."""
+
+Norm = Callable[[int], RMSNorm]
+"""size -> a new norm that changes nothing but the length."""
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions; several query heads may share a key-value head."""
+    """Causal self-attention with rotary positions; several query heads may share a key-value head.
 
-    def __init__(self, config: LlamaConfig, make: Make):
-        self.kv_heads, self.head_dim = config.num_key_value_heads, config.head_dim
+    Position t sees positions s with 0 <= t − s, and t − s < window where there is a window. Where the family has it, each head's
+    q and k are normalised (`q_norm`, `k_norm`) before they are rotated.
+    """
+
+    def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
+        self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, config.head_dim, config.sliding_window
         q, kv = config.num_attention_heads * config.head_dim, self.kv_heads * config.head_dim
-        self.q_proj = make(q, config.hidden_size)
-        self.k_proj = make(kv, config.hidden_size)
-        self.v_proj = make(kv, config.hidden_size)
-        self.o_proj = make(config.hidden_size, q)
+        self.q_proj = make(q, config.hidden_size, "q" in config.biases)
+        self.k_proj = make(kv, config.hidden_size, "k" in config.biases)
+        self.v_proj = make(kv, config.hidden_size, "v" in config.biases)
+        self.o_proj = make(config.hidden_size, q, "o" in config.biases)
+        self.q_norm = norm(config.head_dim) if config.traits.qk_norm else None
+        self.k_norm = norm(config.head_dim) if config.traits.qk_norm else None
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], tap: Tap | None, adjust: Adjust) -> Array:
+    def __call__(self, x: Array, rope: tuple[Array, Array], tap: Tap | None, adjust: Adjust, cache: Cache | None = None) -> Array:
         batch, time, _ = x.shape
         if tap is not None:
             tap("self_attn.qkv", x)
         heads = lambda y: y.reshape(batch, time, -1, self.head_dim).swapaxes(1, 2)  # noqa: E731
-        q = rotate(heads(adjust("self_attn.q_proj", self.q_proj(x))), rope)
-        k = rotate(heads(adjust("self_attn.k_proj", self.k_proj(x))), rope)
+        q = heads(adjust("self_attn.q_proj", self.q_proj(x)))
+        k = heads(adjust("self_attn.k_proj", self.k_proj(x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
         v = heads(adjust("self_attn.v_proj", self.v_proj(x)))
+        at = jnp.arange(time)
+        if cache is not None:
+            k, v, at = cache(k, v)
         # The query heads of one key-value head are stacked along time: one plain batched product serves the group.
         group = q.shape[1] // self.kv_heads
         q = q.reshape(batch, self.kv_heads, group * time, self.head_dim)
         scores = jnp.einsum("bktd,bksd->bkts", q, k, precision=HIGHEST, preferred_element_type=jnp.float32)
-        causal = jnp.tile(jnp.arange(time)[:, None] >= jnp.arange(time)[None, :], (group, 1))
-        weights = jax.nn.softmax(jnp.where(causal, scores / math.sqrt(self.head_dim), -jnp.inf), axis=-1).astype(x.dtype)
+        back = at[..., :, None] - jnp.arange(k.shape[2])
+        seen = jnp.tile(back >= 0 if self.window is None else (back >= 0) & (back < self.window), (group, 1))
+        seen = seen if cache is None else seen[:, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(self.head_dim), -jnp.inf), axis=-1).astype(x.dtype)
         out = jnp.einsum("bkts,bksd->bktd", weights, v, precision=HIGHEST, preferred_element_type=jnp.float32)
         out = out.astype(x.dtype).reshape(batch, -1, time, self.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
         if tap is not None:
@@ -103,18 +143,19 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """down( silu(gate(x)) · up(x) )."""
+    """down( act(gate(x)) · up(x) ), act the family's activation."""
 
     def __init__(self, config: LlamaConfig, make: Make):
-        self.gate_proj = make(config.intermediate_size, config.hidden_size)
-        self.up_proj = make(config.intermediate_size, config.hidden_size)
-        self.down_proj = make(config.hidden_size, config.intermediate_size)
+        self.activation = config.traits.activation
+        self.gate_proj = make(config.intermediate_size, config.hidden_size, "gate" in config.biases)
+        self.up_proj = make(config.intermediate_size, config.hidden_size, "up" in config.biases)
+        self.down_proj = make(config.hidden_size, config.intermediate_size, "down" in config.biases)
 
     def __call__(self, x: Array, tap: Tap | None, adjust: Adjust) -> Array:
         if tap is not None:
             tap("mlp.gate_up", x)
         gate, up = adjust("mlp.gate_proj", self.gate_proj(x)), adjust("mlp.up_proj", self.up_proj(x))
-        h = jax.nn.silu(gate) * up
+        h = ACTIVATIONS[self.activation](gate) * up
         if tap is not None:
             tap("mlp.down_proj", h)
         return adjust("mlp.down_proj", self.down_proj(h))
@@ -123,10 +164,10 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """One layer. Holds no index, so every block has one structure and one compiled function serves them all."""
 
-    def __init__(self, config: LlamaConfig, make: Make, ones: Callable[[int], Array]):
-        self.input_layernorm = RMSNorm(ones(config.hidden_size), config.rms_norm_eps)
-        self.self_attn = Attention(config, make)
-        self.post_attention_layernorm = RMSNorm(ones(config.hidden_size), config.rms_norm_eps)
+    def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
+        self.input_layernorm = norm(config.hidden_size)
+        self.self_attn = Attention(config, make, norm)
+        self.post_attention_layernorm = norm(config.hidden_size)
         self.mlp = MLP(config, make)
 
     def __call__(
@@ -135,27 +176,29 @@ class Block(nnx.Module):
         rope: tuple[Array, Array],
         tap: Tap | None = None,
         adjust: Adjust | None = None,
+        cache: Cache | None = None,
     ) -> Float[Array, "batch time n"]:
         """Names given to `tap` and `adjust` are local here ("mlp.down_proj"); `Llama` adds "model.layers.<i>."."""
         adjust = adjust or (lambda name, y: y)
-        x = x + self.self_attn(self.input_layernorm(x), rope, tap, adjust)
+        x = x + self.self_attn(self.input_layernorm(x), rope, tap, adjust, cache)
         return x + self.mlp(self.post_attention_layernorm(x), tap, adjust)
 
 
 class Backbone(nnx.Module):
     """What Hugging Face calls `model`: embedding, layers, final norm."""
 
-    def __init__(self, config: LlamaConfig, make: Make, ones: Callable[[int], Array]):
-        self.embed_tokens = Embedding(make(config.vocab_size, config.hidden_size).weight.get_value())
-        self.layers = nnx.List([Block(config, make, ones) for _ in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(ones(config.hidden_size), config.rms_norm_eps)
+    def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
+        scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
+        self.embed_tokens = Embedding(make(config.vocab_size, config.hidden_size, False).weight.get_value(), scale)
+        self.layers = nnx.List([Block(config, make, norm) for _ in range(config.num_hidden_layers)])
+        self.norm = norm(config.hidden_size)
 
 
 class Llama(nnx.Module):
-    """A Llama causal language model.
+    """A causal language model of the Llama family, or of a related one that `config` names.
 
-    Arguments: `config`; `key`, a PRNG key or nnx.Rngs for normal(0, 0.02) weights, or None for zeros (weights set later);
-    `dtype`, the type of weights and activations; `product`, another x wᵀ (training trades precision for speed with it).
+    Arguments: `config`; `key`, a PRNG key or nnx.Rngs for normal(0, 0.02) weights and zero biases, or None for zeros (weights
+    set later); `dtype`, the type of weights and activations; `product`, another x wᵀ (training trades precision for speed with it).
 
     >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
     >>> Llama(config, jax.random.key(0))(jnp.zeros((2, 5), jnp.int32)).shape
@@ -165,15 +208,21 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, key: Any = None, dtype: Any = jnp.float32, product: Product = exact_product):
         keys = [key.params() if isinstance(key, nnx.Rngs) else key]
 
-        def make(m: int, n: int) -> Linear:
+        offset = config.traits.norm_offset
+
+        def make(m: int, n: int, biased: bool) -> Linear:
+            bias = jnp.zeros(m, dtype) if biased else None
             if keys[0] is None:
-                return Linear(jnp.zeros((m, n), dtype), product)
+                return Linear(jnp.zeros((m, n), dtype), product, bias)
             keys[0], now = jax.random.split(keys[0])
-            return Linear((0.02 * jax.random.normal(now, (m, n))).astype(dtype), product)
+            return Linear((0.02 * jax.random.normal(now, (m, n))).astype(dtype), product, bias)
+
+        def norm(n: int) -> RMSNorm:
+            return RMSNorm(jnp.full(n, 1.0 - offset, dtype), config.rms_norm_eps, offset)
 
         self.config, self.product = config, product
-        self.model = Backbone(config, make, lambda n: jnp.ones(n, dtype))
-        self.lm_head = None if config.tie_word_embeddings else make(config.vocab_size, config.hidden_size)
+        self.model = Backbone(config, make, norm)
+        self.lm_head = None if config.tie_word_embeddings else make(config.vocab_size, config.hidden_size, False)
 
     def __call__(
         self, tokens: Int[Array, "batch time"], tap: Tap | None = None, adjust: Adjust | None = None
@@ -222,10 +271,16 @@ class Llama(nnx.Module):
     def tensors(self) -> dict[str, nnx.Param]:
         """Every parameter by its Hugging Face tensor name; set one with `.set_value(...)`."""
         out = {"model.embed_tokens.weight": self.model.embed_tokens.weight}
-        out |= {f"{name}.weight": linear.weight for name, linear in self.linears().items()}
+        for name, linear in self.linears().items():
+            out[f"{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                out[f"{name}.bias"] = linear.bias
         for i, block in enumerate(self.model.layers):
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 out[f"model.layers.{i}.{norm}.weight"] = getattr(block, norm).weight
+            for norm in ("q_norm", "k_norm"):
+                if getattr(block.self_attn, norm) is not None:
+                    out[f"model.layers.{i}.self_attn.{norm}.weight"] = getattr(block.self_attn, norm).weight
         out["model.norm.weight"] = self.model.norm.weight
         return out if self.lm_head is None else out | {"lm_head.weight": self.lm_head.weight}
 

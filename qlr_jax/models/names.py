@@ -1,5 +1,6 @@
-"""Names and shapes of a Llama's tensors, as Hugging Face spells them; which linear layers share an input."""
+"""Names and shapes of a model's tensors, as Hugging Face spells them; which linear layers share an input."""
 
+import math
 import re
 
 from qlr_jax.errors import QLRError
@@ -73,11 +74,25 @@ def shape_of(config: LlamaConfig, name: str) -> tuple[int, int]:
 def tensor_names(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor that a model of this config has, with its shape; no lm_head where the embedding is tied."""
     out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
-    out |= {f"{name}.weight": shape_of(config, name) for name in linear_names(config)}
+    for name in linear_names(config):
+        out[f"{name}.weight"] = shape_of(config, name)
+        if kind_of(name) in config.biases:
+            out[f"{name}.bias"] = shape_of(config, name)[:1]
     for i in range(config.num_hidden_layers):
         out[f"model.layers.{i}.input_layernorm.weight"] = (config.hidden_size,)
         out[f"model.layers.{i}.post_attention_layernorm.weight"] = (config.hidden_size,)
+        if config.traits.qk_norm:
+            out |= {f"model.layers.{i}.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
     out["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         out["lm_head.weight"] = (config.vocab_size, config.hidden_size)
     return out
+
+
+def parameter_count(config: LlamaConfig) -> int:
+    """How many numbers a model of this config holds, a tied head counted once.
+
+    >>> parameter_count(LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    236
+    """
+    return sum(math.prod(shape) for shape in tensor_names(config).values())

@@ -23,6 +23,7 @@ from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
 
 PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
 FRONTIER_POINTS = 60
+OTHERS = "norms, biases"
 SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
@@ -142,12 +143,12 @@ class Record:
         # a given backbone's own bytes are not known here: what it is decoded to stands for them
         given = 2 if self.recipe.target == "adapter" else 0
         after = {row["name"]: row["bytes"] + given * row["shape"][0] * row["shape"][1] for row in rows}
-        parts = {kind: [0, 0] for kind in (*KINDS, "embeddings", "head", "norms")}
+        parts = {kind: [0, 0] for kind in (*KINDS, "embeddings", "head", OTHERS)}
         for tensor, shape in tensor_names(self.config).items():
             name = tensor.removesuffix(".weight")
             size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
             linear = name.endswith("_proj")
-            part = kind_of(name) if linear else "embeddings" if "embed" in name else "head" if name == "lm_head" else "norms"
+            part = kind_of(name) if linear else "embeddings" if "embed" in name else "head" if name == "lm_head" else OTHERS
             parts[part][0] += size
             parts[part][1] += after.get(name, size)
         return [{"part": part, "before": b, "after": a} for part, (b, a) in parts.items() if b]

@@ -1,9 +1,9 @@
 """Model and statistics -> what every option of every matrix costs and damages."""
 
 from qlr_jax.sensitivity.attribution import ATTRIBUTIONS, Attribution, Case, attribute
+from qlr_jax.sensitivity.given import measure_given
 from qlr_jax.sensitivity.knockout import knockout
 from qlr_jax.sensitivity.path import path_shares
-from qlr_jax.sensitivity.given import measure_given
 from qlr_jax.sensitivity.predict import Correction, Profile, grid_error, predict, profile, side_of
 from qlr_jax.sensitivity.second_order import second_order
 from qlr_jax.sensitivity.table import (

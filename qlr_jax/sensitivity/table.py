@@ -156,6 +156,7 @@ def measure(
     seed: int,
     method: str,
     progress: Progress,
+    solver: Callable[..., dict[tuple[str, str], Solution]] = solve_many,
 ) -> Sensitivity:
     """Measure every matrix a little, predict all of its options.
 
@@ -169,6 +170,7 @@ def measure(
         table: the options, from `price`.
         config: of the final solves; search: of these (fewer state bits).
         method: one of `ATTRIBUTIONS`.
+        solver: `solve_many`, or what calls it.
     """
     offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows}
     top = max((s.rank for listed in offered.values() for s in listed), default=0)
@@ -188,7 +190,7 @@ def measure(
     probes = {name: probe(listed) for name, listed in offered.items()}
     problems = {key: found.problem(*key) for key in _anchors(offered, probes)}
     with progress.stage("probing", total=len(problems)) as stage:
-        solved = solve_many(problems, seed=seed, config=search, on_done=lambda key, _: stage.advance(note=f"{key[0]} {key[1]}"))
+        solved = solver(problems, seed=seed, config=search, on_done=lambda key, _: stage.advance(note=f"{key[0]} {key[1]}"))
     errors = {key: final_error(solution) for key, solution in solved.items()}
     ratios = {}
     for (name, spec), error in errors.items():
