@@ -60,6 +60,11 @@ HessiansFrom = Annotated[
     Path | None,
     typer.Option("--hessians", metavar="PATH", help="Hessians made elsewhere, a folder or a file of .safetensors or .npz."),
 ]
+HeldOut = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out UTF-8 text; may repeat.")]
+Original = Annotated[
+    Path | None, typer.Option("--original", metavar="MODEL", help="Folder of the original, for the divergence from it.")
+]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")]
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
 
 
@@ -335,27 +340,134 @@ def frontier(
 @app.command(short_help="Perplexity and divergence from the original.")
 def evaluate(
     out: Compressed,
-    text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out UTF-8 text; may repeat.")] = None,
-    original: Annotated[
-        Path | None, typer.Option("--original", metavar="MODEL", help="Folder of the original, for the divergence from it.")
+    text: HeldOut = None,
+    original: Original = None,
+    windows: Windows = None,
+    window: Annotated[
+        int | None, typer.Option("--window", min=2, help="Tokens of a window; 2048, or as many as the model takes.")
     ] = None,
-    windows: Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")] = None,
+    no_drift: Annotated[bool, typer.Option("--no-drift", help="Do not compare hidden states after every block.")] = False,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME",
+            help="Zero-shot task of lm_eval, 'paper' for the five of CALDERA, or a YAML file; may repeat.",
+        ),
+    ] = None,
+    task_path: Annotated[
+        Path | None, typer.Option("--task-path", metavar="DIR", help="Folder of further tasks as YAML; they need no network.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of a task, at most.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Windows or requests at a time, at most.")] = 8,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a compressed model: perplexity, divergence from the original, agreement of the top token.
+    """Measure a compressed model: perplexity, divergence from the original, agreement of the top token, zero-shot tasks.
+
+    Figures come with 95 % intervals over windows of the text, and with every choice of the protocol.
 
     \b
     Example:
         qlr evaluate small --text heldout.txt --original path/to/llama
         qlr evaluate qlr-demo --json
+        qlr evaluate small --tasks paper
     """
     with _clear_errors(as_json):
         from qlr_jax import job, progress, report
 
         result = job.evaluate(
-            out, text=list(text) if text else None, original=original, progress=progress.choose(as_json), windows=windows
+            out,
+            text=list(text) if text else None,
+            original=original,
+            progress=progress.choose(as_json),
+            windows=windows,
+            window=window,
+            drift=not no_drift,
+            tasks=tasks or (),
+            task_path=task_path,
+            limit=limit,
+            batch=batch,
         )
         _tell(result, as_json, report.evaluation)
+
+
+@app.command(short_help="The acceptance gate: status 0 or 1, and why.")
+def verify(
+    out: Compressed,
+    text: HeldOut = None,
+    original: Original = None,
+    windows: Windows = None,
+    thresholds: Annotated[
+        Path | None,
+        typer.Option("--thresholds", "--recipe", metavar="FILE", help="YAML of thresholds, or a recipe with a part 'thresholds:'."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whether a compressed model may be used: thresholds on its quality, its files unchanged, JAX and PyTorch agreeing.
+
+    The exit status is 0 where everything passed, else 1. A file of thresholds may name kl, perplexity_ratio, agreement, drift,
+    relative_error, checksums and parity; null leaves a check out.
+
+    \b
+    Example:
+        qlr verify qlr-demo
+        qlr verify small --text heldout.txt --original path/to/llama --thresholds thresholds.yaml
+        qlr verify small --text heldout.txt --json
+    """
+    with _clear_errors(as_json):
+        from qlr_jax import gate, progress, report
+
+        verdict = gate.verify(
+            out,
+            text=list(text) if text else None,
+            original=original,
+            thresholds=thresholds,
+            windows=windows,
+            progress=progress.choose(as_json),
+        )
+        _tell(verdict, as_json, report.verdict_text)
+        raise typer.Exit(0 if verdict["passed"] else 1)
+
+
+@app.command(short_help="Text after a prompt.")
+def generate(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder of a compressed model, or any model's folder or name.")],
+    prompt: Annotated[str, typer.Option("--prompt", help="What the text begins with.")],
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Tokens to write, at most.")] = 128,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option("--top-k", min=0, help="Draw among so many likeliest tokens; 0 = all.")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Let a compressed model write on from a prompt, so that a person can look.
+
+    \b
+    Example:
+        qlr generate qlr-demo --prompt 'import os'
+        qlr generate small --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 1 --stop '\n\n'
+    """
+    with _clear_errors(as_json):
+        from qlr_jax import delivered, progress
+
+        pieces = delivered.generate(
+            out,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            stop=stop or (),
+            progress=progress.choose(as_json),
+        )
+        if as_json:
+            return _tell({"prompt": prompt, "text": "".join(pieces)}, True, None)
+        typer.echo(prompt, nl=False)
+        for piece in pieces:
+            typer.echo(piece, nl=False)
+        typer.echo()
 
 
 @app.command(short_help="What is inside a compressed folder.")

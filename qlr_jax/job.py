@@ -21,6 +21,7 @@ from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.solver import Solution
 from qlr_jax.delivered import evaluate, inspect
@@ -167,7 +168,7 @@ def _run(
         progress = logged(progress, space.log)
 
     with clock.stage("calibrate"):
-        statistics, sample = calibrate(opened, texts[0], recipe, progress)
+        statistics, sample = calibrate(opened, texts[0], recipe, progress, space.spill)
 
     with clock.stage("measure"):
         if table is None:
@@ -409,7 +410,11 @@ def with_weights(model: Llama, matrices: Mapping[str, QLRMatrix]) -> Llama:
     linears = copy.linears()
     for name, matrix in matrices.items():
         weight = linears[name].weight
-        weight.set_value(matrix.dense().astype(weight.get_value().dtype))
+        held = weight.get_value()
+        if isinstance(held, Lazy):
+            weight.set_value(Lazy(held.shape, matrix.dense, held.dtype))
+        else:
+            weight.set_value(matrix.dense().astype(held.dtype))
     return copy
 
 

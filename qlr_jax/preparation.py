@@ -19,12 +19,13 @@ from qlr_jax import sensitivity as sensing
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.correction import checked_backbone
+from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.core.solver import Solution
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
 from qlr_jax.export.targets import Target, find_target
-from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
+from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer, parameter_count
 from qlr_jax.progress import Progress
 from qlr_jax.recipe import Recipe
 
@@ -34,6 +35,8 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 BUNDLED, BUNDLED_NAME = Path(__file__).parent / "bundled", "bundled"
 OUTPUTS_SHARE = 0.4  # of the machine's memory that output Hessians may take
+REFERENCE_BYTES = 4_000_000_000  # that the original's log-probabilities may take
+WEIGHTS_SHARE = 0.5  # of it that weights in float32 may take, before they stay on disk
 
 
 @dataclass(frozen=True)
@@ -45,20 +48,23 @@ class Source:
         weights: name -> W (out, in), checked.
         prices: the option table with its exact bytes, no damage yet.
         backbones: name -> Q, where the recipe takes them from another model.
+        streaming: whether the model's weights stay on disk.
     """
 
     folder: Path
     model: Llama
     tokenizer: Any
-    weights: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray | Lazy]
     prices: allocators.OptionTable
-    backbones: Mapping[str, np.ndarray] = field(default_factory=dict)
+    backbones: Mapping[str, np.ndarray | Lazy] = field(default_factory=dict)
+    streaming: bool = False
 
 
 def open_source(source: str | Path, recipe: Recipe) -> Source:
     """Load a model (folder, hub name, or "bundled") and price every option that the recipe offers."""
     folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    streaming = streams(folder, recipe)
+    model, tokenizer = load_model(folder, on_disk=streaming), load_tokenizer(folder)
     weights = selected_weights(model, recipe)
     target = find_target(recipe.target)
     prices = sensing.price(
@@ -69,14 +75,21 @@ def open_source(source: str | Path, recipe: Recipe) -> Source:
     )
     backbones = {}
     if recipe.backbone_from:
-        backbones = given_backbones(recipe.backbone_from, model)
+        backbones = given_backbones(recipe.backbone_from, model, streaming)
         prices = replace(prices, model=replace(prices.model, fixed_bytes=0))  # a budget of bytes is the factors' alone
-    return Source(folder, model, tokenizer, weights, tied(prices, target), backbones)
+    return Source(folder, model, tokenizer, weights, tied(prices, target), backbones, streaming)
 
 
-def given_backbones(source: str | Path, original: Llama) -> dict[str, np.ndarray]:
+def streams(folder: Path, recipe: Recipe) -> bool:
+    """Whether the model's weights stay on disk."""
+    if recipe.streaming is not None:
+        return recipe.streaming
+    return 4 * parameter_count(LlamaConfig.from_hf(folder)) > WEIGHTS_SHARE * memory()
+
+
+def given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, np.ndarray | Lazy]:
     """Q of every linear layer: the weights of another model's folder, whose other tensors must be the original's."""
-    other = load_model(source)
+    other = load_model(source, on_disk=on_disk)
     theirs, ours, linears = other.tensors(), original.tensors(), original.linears()
     if list(theirs) != list(ours):
         raise QLRError(f"{source} is no model of the same tensors as the original; pass the dense weights of the same model")
@@ -89,7 +102,13 @@ def given_backbones(source: str | Path, original: Llama) -> dict[str, np.ndarray
                 f"{source}: {name} is not the original's, so its linear layers do not stand for the same matrices; "
                 "undo what was folded into it, or pass a dump of the same embeddings, norms and head"
             )
-    return {n: checked_backbone(other.linears()[n].weight.get_value(), linears[n].weight.get_value().shape) for n in linears}
+    shapes = {name: linear.weight.get_value().shape for name, linear in linears.items()}
+    return {n: _held(lin.weight.get_value(), lambda w, n=n: checked_backbone(w, shapes[n])) for n, lin in other.linears().items()}
+
+
+def _held(value: Any, check: Callable[[Any], np.ndarray]) -> np.ndarray | Lazy:
+    """The checked array, or where the model's is read when it is used, one that is read and checked then."""
+    return Lazy(value.shape, lambda: check(value.dense())) if isinstance(value, Lazy) else check(value)
 
 
 def tied(table: allocators.OptionTable, target: Target) -> allocators.OptionTable:
@@ -101,25 +120,44 @@ def tied(table: allocators.OptionTable, target: Target) -> allocators.OptionTabl
     return table
 
 
-def calibrate(source: Source, text: str, recipe: Recipe, progress: Progress) -> tuple[sensing.Statistics, Reference]:
-    """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text."""
+Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
+"""kind -> (name, array) -> the same array, on disk."""
+
+
+def calibrate(
+    source: Source, text: str, recipe: Recipe, progress: Progress, spill: Spill | None = None
+) -> tuple[sensing.Statistics, Reference]:
+    """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text.
+
+    Args:
+        spill: puts Hessians on disk; used where the model streams.
+    """
+    keep = spill if spill is not None and source.streaming else lambda kind: lambda name, array: array
     model, names = source.model, list(source.weights)
     tokens = calibration_tokens(text, source.tokenizer, model, recipe, source.weights)
     if recipe.hessians_from:
         hessians = calibrating.read_hessians(recipe.hessians_from, {name: w.shape[1] for name, w in source.weights.items()})
     else:
-        hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress)
+        hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
     outputs = {}
-    if recipe.outputs == "fisher" and (needed := outputs_bytes(source.weights)) > (room := OUTPUTS_SHARE * memory()):
+    needed, room = outputs_bytes(source.weights), OUTPUTS_SHARE * memory()
+    if recipe.outputs == "fisher" and needed > room and not (source.streaming and spill):
         progress.say(
             f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB (0.4 of this machine's memory): "
             "all outputs count alike"
         )
     elif recipe.outputs == "fisher":
-        with progress.stage("calibrating: outputs", total=len(tokens)) as stage:
-            found = calibrating.output_hessians(model, tokens, names, seed=recipe.seed, progress=stage.advance)
-        outputs = {name: checked_hessian(g, len(g)) for name, g in found.items()}
-    sample = reference(model, spread(tokens, recipe.measure_tokens))
+        with progress.stage("calibrating: outputs", total=model.config.num_hidden_layers) as stage:
+            kept = keep("outputs")
+            outputs = calibrating.output_hessians(
+                model,
+                tokens,
+                names,
+                seed=recipe.seed,
+                progress=stage.advance,
+                keep=lambda name, g: kept(name, checked_hessian(g, len(g), "outputs")),
+            )
+    sample = reference(model, spread(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
     return sensing.Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
@@ -161,7 +199,7 @@ def sense(
     )
 
 
-def outputs_bytes(weights: Mapping[str, np.ndarray]) -> int:
+def outputs_bytes(weights: Mapping[str, np.ndarray | Lazy]) -> int:
     """Bytes of the output Hessians of these matrices while they are summed and after."""
     return sum(2 * 4 * w.shape[0] ** 2 for w in weights.values())
 
@@ -171,7 +209,7 @@ def memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def selected_weights(model: Llama, recipe: Recipe) -> dict[str, np.ndarray]:
+def selected_weights(model: Llama, recipe: Recipe) -> dict[str, np.ndarray | Lazy]:
     """The linear layers that the recipe compresses, checked: name -> W (out, in)."""
 
     def wanted(name: str) -> bool:
@@ -179,7 +217,7 @@ def selected_weights(model: Llama, recipe: Recipe) -> dict[str, np.ndarray]:
         return inside and not any(fnmatch.fnmatch(name, p) for p in recipe.exclude)
 
     linears = model.linears()
-    found = {name: checked_weight(linear.weight.get_value()) for name, linear in linears.items() if wanted(name)}
+    found = {name: _held(linear.weight.get_value(), checked_weight) for name, linear in linears.items() if wanted(name)}
     if not found:
         patterns = f"include {list(recipe.include)}, exclude {list(recipe.exclude)}"
         raise QLRError(f"no linear layer is left by {patterns}; names look like {next(iter(linears))}")

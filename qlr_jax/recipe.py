@@ -67,6 +67,9 @@ class Recipe:
     refine: int = _field(12, "other allocations, at most, that are built and measured after the first; 0 = none")
     refine_seconds: float = _field(600.0, "that these may take")
     evaluation_tokens: int = _field(32768, "of held-out text at most, for the figures of the report")
+    streaming: bool | None = _field(
+        None, "weights and statistics stay on disk and are read block by block; null = where the weights would take half the memory"
+    )
     force: bool = _field(False, "go on with less calibration text than a matrix has inputs")
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ def _converted(name: str, kind: str, value: Any) -> Any:
         if not isinstance(value, bool) and hasattr(value, "__index__"):
             return int(value)
         wanted = "a whole number"
-    elif kind == "bool":
+    elif kind.startswith("bool"):
         if isinstance(value, bool):
             return value
         wanted = "true or false"

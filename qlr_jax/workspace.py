@@ -3,6 +3,7 @@
     job/begun.json            what the job is of: recipe, model, texts, versions; a job with any other is refused
     job/table.json            the option table, once it is measured
     job/<kind>/<matrix>.<spec>.safetensors       every solve that is done; kinds are `probe` and `final`
+    job/hessians, job/outputs                    H and G, where they are not kept in memory
     job/log.txt               one line a matrix and a stage
 
 Every file is written under another name and renamed, so that one that is there is whole.
@@ -97,6 +98,21 @@ class Workspace:
                 on_done(key, solution)
 
         return solve_many(problems, seed=seed, config=config, on_done=done, known=kept)
+
+    def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
+        """A function that puts a named array into a file, and gives it back as one that is read where it is used."""
+
+        def put(name: str, array: np.ndarray) -> np.ndarray:
+            path = self.root / kind / f"{name}.npy"
+
+            def write(temporary: Path) -> None:
+                with temporary.open("wb") as file:
+                    np.save(file, np.asarray(array))
+
+            self._write(path, write)
+            return np.load(path, mmap_mode="r")
+
+        return put
 
     def table(self, measure: Callable[[], OptionTable]) -> OptionTable:
         """The option table that is kept, or the one measured now."""

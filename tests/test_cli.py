@@ -26,7 +26,7 @@ REPORT = {
         {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
     ],
 }
-COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity")
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate")
 PLANNERS = ("allocate", "frontier")  # tests/test_planning.py says more of them
 FOUND = {
     "out": Path("measured"),
@@ -40,6 +40,12 @@ FOUND = {
         "matrices": {"a.q_proj": {"kind": "q", "layer": 0, "coefficient": float("inf"), "probe": {"error": 0.25, "kl": 0.0125}}},
     },
 }
+
+EVALUATED = {
+    "perplexity_original": 5.5, "perplexity": 5.633, "perplexity_ratio": 1.02, "kl": 0.15, "kl_p99": 1.5, "agreement": 0.86,
+    "tokens": 512, "protocol": "one BOS", "intervals": {"kl": [0.14, 0.16]},
+    "worst": {"kl": 3.0, "position": 1, "window": 2, "before": "a", "next": "b", "original": "c", "compressed": "d"},
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def calls(monkeypatch):
     done = types.SimpleNamespace(out=Path("small"), report=REPORT)
     job = types.ModuleType("qlr_jax.job")
     job.demo = job.compress = noted(done)
-    job.evaluate = noted({"perplexity": 5.633, "kl": 0.15, "agreement": 0.86, "tokens": 512, "protocol": "one BOS"})
+    job.evaluate = noted(EVALUATED)
     job.sensitivity = noted(FOUND)
     job.inspect = noted({"matrices": [{"name": "a.q_proj", "spec": "trellis-2", "shape": [4, 4], "bytes": 8, "bits": 4.0}]})
     for target in ("dense", "peft", "compressed_tensors", "gguf"):
@@ -128,7 +134,7 @@ def test_budget_from_the_recipe_or_refused(calls, tmp_path):
         ("export", "o", "d", "--to", "dense"),
         ("sensitivity", "m", "o"),
     ],
-    ids=COMMANDS,
+    ids=COMMANDS[:6],
 )
 @pytest.mark.parametrize(
     "fails", [None, QLRError("the folder is not there; give one"), AllocationError("budget 9bpw is above 4bpw")]
@@ -152,9 +158,31 @@ def test_json_is_one_object(calls, args, fails):
 def test_evaluate_and_inspect(calls):
     result = qlr("evaluate", "o", "--text", "t.txt", "--original", "m", "--windows", "4")
     assert calls.args == (Path("o"),) and calls.kwargs["text"] == [Path("t.txt")]
-    assert calls.kwargs["original"] == Path("m") and calls.kwargs["windows"] == 4
+    assert calls.kwargs["original"] == Path("m") and calls.kwargs["windows"] == 4 and calls.kwargs["drift"]
+    assert qlr("evaluate", "o", "--tasks", "paper", "--tasks", "t.yaml", "--no-drift", "--limit", "5").exit_code == 0
+    assert calls.kwargs["tasks"] == ["paper", "t.yaml"] and not calls.kwargs["drift"] and calls.kwargs["limit"] == 5
     assert "5.633" in result.stdout and "86.0 %" in result.stdout
     assert "trellis-2" in qlr("inspect", "o").stdout
+
+
+def test_verify_and_generate(monkeypatch):
+    from qlr_jax import delivered, gate
+
+    seen = {}
+    check = {"name": "kl", "value": 0.2, "threshold": 0.1, "passed": False, "margin": -0.1, "says": "too far"}
+    verdict = {"passed": False, "checks": [check]}
+    monkeypatch.setattr(gate, "verify", lambda *args, **kwargs: seen.update(args=args, **kwargs) or verdict)
+    result = qlr("verify", "o", "--text", "t", "--thresholds", "f.yaml", "--windows", "3")
+    assert result.exit_code == 1 and "NO" in result.stdout
+    assert seen["args"] == (Path("o"),) and seen["thresholds"] == Path("f.yaml") and seen["windows"] == 3
+    verdict = {"passed": True, "checks": [check | {"passed": True, "value": 0.05, "margin": 0.05}]}
+    result = qlr("verify", "o", "--json")
+    assert result.exit_code == 0 and json.loads(result.stdout)["passed"]
+    monkeypatch.setattr(delivered, "generate", lambda *args, **kwargs: seen.update(args=args, **kwargs) or iter(["b", "c"]))
+    result = qlr("generate", "o", "--prompt", "a", "--temperature", "0.5", "--stop", "x", "--stop", "y")
+    assert result.exit_code == 0 and result.stdout == "abc\n"
+    assert seen["args"] == ("o", "a") and seen["temperature"] == 0.5 and seen["stop"] == ["x", "y"]
+    assert json.loads(qlr("generate", "o", "--prompt", "a", "--json").stdout) == {"prompt": "a", "text": "bc"}
 
 
 def test_export(calls):

@@ -476,6 +476,7 @@ def test_other_refusals(exported, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("settings", [{"attention_bias": True}, {"family": "gemma"}, {"family": "mistral", "sliding_window": 8}])
 def test_what_is_more_than_a_llama_is_refused(settings):
-    config = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, **settings)
+    sizes = dict(vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(**sizes, **settings)
     with pytest.raises(QLRError, match="not written as GGUF; export it as dense"):
         model_tensors(Llama(config, jax.random.key(0)), "BF16")

@@ -233,8 +233,12 @@ def test_predictions_are_held_against_what_was_minimised(report):
 
 def test_other_tables(report):
     shown = evaluation(
-        {"perplexity": 5.6331, "kl": 0.15, "kl_p99": 1.5, "agreement": 0.861, "tokens": 65536, "protocol": "one BOS"}
-    )
+        {
+            "perplexity_original": 5.5, "perplexity": 5.6331, "perplexity_ratio": 1.02, "kl": 0.15, "kl_p99": 1.5,
+            "agreement": 0.861, "tokens": 65536, "protocol": "one BOS", "intervals": {"kl": [0.14, 0.16]},
+            "worst": {"kl": 3.0, "position": 1, "window": 2, "before": "a", "next": "b", "original": "c", "compressed": "d"},
+        }
+    )  # fmt: skip
     assert "5.633" in shown and "86.1 %" in shown and "65,536" in shown and "protocol: one BOS" in shown
     shown = inspection({"matrices": report["matrices"], "compressed_bytes": 4608, "bits_per_weight": 2.25, "settings": {}})
     assert "trellis-1.5+r8@trellis-4" in shown and "compressed bytes: 4.61 kB" in shown and "64 × 64" in shown

@@ -10,7 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from qlr_jax.calibration.backward import backward
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import HIGHEST, Block, Llama
+from qlr_jax.models.forward import logits as logits_of
+from qlr_jax.models.forward import through
+from qlr_jax.models.llama import HIGHEST, Block, Llama, Top
 from qlr_jax.models.names import layer_of, linear_names, shape_of
 
 # ---- watchers: y itself, and what the probe's "gradient" becomes, so that no gradient of a token need be kept
@@ -62,7 +64,7 @@ def squared_gradients(
 
     Args:
         tokens: token ids; at least one sequence of two.
-        progress: called with the number of sequences that are newly done.
+        progress: called with the number of blocks that are newly done.
 
     Raises:
         QLRError: for tokens of another shape; for a gradient that is not finite, naming its layer.
@@ -80,14 +82,18 @@ def squared_gradients(
     out = {name: np.empty(tokens.shape, np.float32) for name in linear_names(model.config)}
     names, batch = _local_names(model), min(batch, len(tokens))
     probes = dict.fromkeys(names, jnp.zeros((batch, tokens.shape[1])))
-    for rows, start, live in _batches(tokens, batch):
-        labels = np.full(rows.shape, NOTHING, np.int32)
-        labels[:, :-1] = rows[:, 1:]
-        for i, found in _watched(model, rows, labels, dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
-            for name, value in found.items():
-                out[f"model.layers.{i}.{name}"][start : start + live] = np.asarray(value)[:live]
-        if progress is not None:
-            progress(live)
+    batches = list(_batches(tokens, batch))
+    labels = []
+    for rows, _, _ in batches:
+        labels.append(np.full(rows.shape, NOTHING, np.int32))
+        labels[-1][:, :-1] = rows[:, 1:]
+    layers = dict.fromkeys(range(model.config.num_hidden_layers), probes)
+    for i, j, found in _watched(model, [rows for rows, _, _ in batches], labels, layers, "squares"):
+        _, start, live = batches[j]
+        for name, value in found.items():
+            out[f"model.layers.{i}.{name}"][start : start + live] = np.asarray(value)[:live]
+        if progress is not None and j == len(batches) - 1:
+            progress(1)
     return _finite(out)
 
 
@@ -99,6 +105,7 @@ def output_hessians(
     seed: int = 0,
     batch: int = 4,
     progress: Callable[[int], None] | None = None,
+    keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
 ) -> dict[str, Float[np.ndarray, "m m"]]:
     """For every linear layer y = W x what an error in y does to the model's output distribution, token by token on the mean.
 
@@ -106,10 +113,12 @@ def output_hessians(
 
     Then an error E in W alone costs KL(original ‖ changed) ≈ ½ tr(G E H Eᵀ) nats a token, H = E[x xᵀ]: the second-order expansion
     of the KL with its Fisher matrix, errors of different tokens taken to be independent and x of g (a Kronecker factorisation).
-    One backward pass as in `squared_gradients`; the sums, an (m, m) a layer of `names` (all where None), stay in memory.
+    One backward pass as in `squared_gradients`, of an (m, m) a layer of `names` (all where None).
 
     Args:
         seed: of the labels.
+        progress: called with the number of blocks that are newly done.
+        keep: (name, G) -> what is returned in its place, e.g. the same on disk, called as soon as G is done.
 
     Raises:
         QLRError: as `squared_gradients`.
@@ -123,21 +132,30 @@ def output_hessians(
         (8, 8)
     """
     tokens, wanted = _checked(tokens), list(names if names is not None else linear_names(model.config))
+    sizes = {shape_of(model.config, name)[0] for name in wanted}
+    zeros = {m: jnp.zeros((m, m)) for m in sizes}  # one of each size serves all blocks
     layers: dict[int, dict[str, Array]] = {}
     for name in wanted:
-        m = shape_of(model.config, name)[0]
-        layers.setdefault(layer_of(name), {})[name.removeprefix(f"model.layers.{layer_of(name)}.")] = jnp.zeros((m, m))
+        i = layer_of(name)
+        layers.setdefault(i, {})[name.removeprefix(f"model.layers.{i}.")] = zeros[shape_of(model.config, name)[0]]
+    batches = list(_batches(tokens, min(batch, len(tokens))))
+    key = jax.random.key(seed)
+    labels = []
+    for (_, start, live), logits in zip(batches, logits_of(model, [rows for rows, _, _ in batches]), strict=True):
+        labels.append(np.array(_drawn(logits, jax.random.fold_in(key, start))))
+        labels[-1][live:] = NOTHING  # repeats that fill the last batch
+    out: dict[str, np.ndarray] = {}
     sums: dict[str, Array] = {}
-    for rows, start, live in _batches(tokens, min(batch, len(tokens))):
-        labels = np.array(_drawn(model, jnp.asarray(rows), jax.random.fold_in(jax.random.key(seed), start)))
-        labels[live:] = NOTHING  # repeats that fill the last batch
-        for i, found in _watched(model, rows, labels, layers, "products"):
-            for name, value in found.items():
-                full = f"model.layers.{i}.{name}"
-                sums[full] = sums[full] + value if full in sums else value
-        if progress is not None:
-            progress(live)
-    return _finite({name: np.asarray(sums[name], np.float32) / np.float32(tokens.size) for name in wanted})
+    for i, j, found in _watched(model, [rows for rows, _, _ in batches], labels, layers, "products"):
+        sums = {name: sums[name] + value if j else value for name, value in found.items()}
+        if j == len(batches) - 1:  # the block is done
+            mean = {
+                f"model.layers.{i}.{name}": np.asarray(total, np.float32) / np.float32(tokens.size) for name, total in sums.items()
+            }
+            out |= {name: keep(name, value) for name, value in _finite(mean).items()}
+            if progress is not None:
+                progress(1)
+    return {name: out[name] for name in wanted}
 
 
 NOTHING = -1  # the label of a position whose prediction does not count
@@ -169,36 +187,32 @@ def _batches(tokens: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int, 
 
 
 def _watched(
-    model: Llama, rows: np.ndarray, labels: np.ndarray, probes: dict[int, dict[str, Array]], watch: str
-) -> Iterator[tuple[int, dict[str, Array]]]:
-    """From the last block to the first of those in `probes`: (layer, what its probes received), of −Σ log p(labels)."""
+    model: Llama, batches: Sequence[np.ndarray], labels: Sequence[np.ndarray], probes: dict[int, dict[str, Array]], watch: str
+) -> Iterator[tuple[int, int, dict[str, Array]]]:
+    """From the last block to the first of those in `probes`: (layer, batch, what its probes received), of −Σ log p(labels)."""
+    top = model.top()
     return backward(
         model,
-        rows,
-        lambda i, block, x, rope: _forward(block, x, rope),
-        lambda x: _head_gradient(model, x, jnp.asarray(labels)),
-        lambda i, block, x, rope, g: _pull_back(block, x, rope, probes.get(i, {}), g, watch=watch),
+        batches,
+        lambda i, block, x, rope: through(block, x, rope),
+        lambda j, x: _head_gradient(top, x, jnp.asarray(labels[j])),
+        lambda i, j, block, x, rope, g: _pull_back(block, x, rope, probes.get(i, {}), g, watch=watch),
         first=min(probes),
     )
 
 
 @jax.jit
-def _forward(block: Block, x: Array, rope: tuple[Array, Array]) -> Array:
-    return block(x, rope)
-
-
-@jax.jit
-def _drawn(model: Llama, tokens: Int[Array, "batch time"], key: Array) -> Int[Array, "batch time"]:
+def _drawn(logits: Float[Array, "batch time vocab"], key: Array) -> Int[Array, "batch time"]:
     """A label for every position, from the model's own distribution."""
-    return jax.random.categorical(key, model(tokens)).astype(jnp.int32)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
 @jax.jit
-def _head_gradient(model: Llama, x: Float[Array, "batch time n"], labels: Int[Array, "batch time"]) -> Array:
+def _head_gradient(top: Top, x: Float[Array, "batch time n"], labels: Int[Array, "batch time"]) -> Array:
     """∂ −Σ log p(label) / ∂x of the hidden state that leaves the last block."""
 
     def loss(x: Array) -> Array:
-        logp = jax.nn.log_softmax(model.head(x), axis=-1)
+        logp = jax.nn.log_softmax(top(x), axis=-1)
         of = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
         return -jnp.sum(jnp.where(labels >= 0, of, 0.0))
 

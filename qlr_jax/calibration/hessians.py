@@ -26,6 +26,7 @@ def hessians(
     batch: int = 8,
     weights: TokenWeights | Mapping[str, TokenWeights] | None = None,
     progress: Progress | None = None,
+    keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
 ) -> dict[str, Float[np.ndarray, "n n"]]:
     """Second moments of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
@@ -37,6 +38,7 @@ def hessians(
     Args:
         weights: w of all inputs, (sequences, time); or a mapping from names of inputs or linear layers to the w of each: then
             one H is returned for every key, that of a linear layer over its own input.
+        keep: (key, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
 
     Raises:
         QLRError: an activation that is not finite, naming its input; weights of another shape, negative or all zero, or for a
@@ -56,16 +58,22 @@ def hessians(
     if not isinstance(weights, Mapping):
         weights = dict.fromkeys(input_names(model.config), np.ones(tokens.shape, np.float32) if weights is None else weights)
     inputs = _inputs(model, weights)
-    w = {name: _shares(name, np.asarray(given, np.float32), tokens.shape) for name, given in weights.items()}
+    alike: dict[int, np.ndarray] = {}  # one array serves all inputs that were given the same
+    w = {
+        name: _once(alike, given, lambda a, n=name: _shares(n, np.asarray(a, np.float32), tokens.shape))
+        for name, given in weights.items()
+    }
     # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
     batch = min(batch, len(tokens))
     fill = -len(tokens) % batch
     tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
-    w = {name: np.pad(share, ((0, fill), (0, 0))) for name, share in w.items()}
+    alike = {}
+    w = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in w.items()}
     rope, starts = model.rope(tokens.shape[1]), range(0, len(tokens), batch)
     states = [np.asarray(_embed(model.model.embed_tokens, jnp.asarray(tokens[s : s + batch]))) for s in starts]
     out: dict[str, np.ndarray] = {}
-    for i, block in enumerate(model.model.layers):
+    for i in range(model.config.num_hidden_layers):
+        block = model.block(i)
         prefix = f"model.layers.{i}."
         # Names are local to the block from here on, so that every block has one structure.
         here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
@@ -78,14 +86,15 @@ def hessians(
             states[j] = np.asarray(y)
             sums = {name: sums[name] + h if sums else h for name, h in found.items()}
         for name, h in sums.items():
-            out[prefix + name] = np.asarray(h, np.float32)
-            if not np.isfinite(out[prefix + name]).all():
+            summed = np.asarray(h, np.float32)
+            if not np.isfinite(summed).all():
                 raise QLRError(
                     f"activations that enter {prefix}{here[name]} are not finite; "
                     "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
                 )
+            out[prefix + name] = keep(prefix + name, summed)
         if progress is not None:
-            progress(i + 1, len(model.model.layers))
+            progress(i + 1, model.config.num_hidden_layers)
     return {name: out[name] for name in weights}  # jit hands dictionaries back sorted by key
 
 
@@ -98,6 +107,12 @@ def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:
                 f"weights are given for {name!r}, which this model does not have; its names look like {next(iter(known))}"
             )
     return {name: known[name] for name in names}
+
+
+def _once(made: dict[int, np.ndarray], given: Any, make: Callable[[Any], np.ndarray]) -> np.ndarray:
+    if id(given) not in made:
+        made[id(given)] = make(given)
+    return made[id(given)]
 
 
 def _check_tokens(model: Llama, tokens: np.ndarray) -> None:

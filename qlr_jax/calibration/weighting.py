@@ -1,6 +1,6 @@
 """How much each token counts in a matrix's Hessian: all alike, or by what the end loss feels of an error there."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -22,6 +22,7 @@ def matrix_hessians(
     names: Sequence[str],
     weighting: str = "plain",
     progress: Progress | None = None,
+    keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
 ) -> dict[str, Float[np.ndarray, "n n"]]:
     """The Hessian in which each linear layer of `names` is compressed, checked; layers that share one share the array.
 
@@ -30,6 +31,8 @@ def matrix_hessians(
         weighting: "plain": all tokens alike; "loss": tokens weighted by the end loss's squared gradients, the matrices of one
             input together; "loss-by-matrix": the same, each matrix for itself. Both take one backward pass first; whether they
             pay on a model is for its KL to say (`benchmarks/hessians.py` compares the three).
+
+        keep: (name, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
 
     Raises:
         QLRError: for an unknown weighting, and what `hessians` and `squared_gradients` raise.
@@ -40,13 +43,18 @@ def matrix_hessians(
         raise QLRError(f"weighting {weighting!r} of Hessians is not known; give one of {', '.join(WEIGHTINGS)}")
     progress, weights = progress or silent(), None
     if weighting != "plain":
-        with progress.stage("calibrating: backward pass", total=len(tokens)) as stage:
+        with progress.stage("calibrating: backward pass", total=model.config.num_hidden_layers) as stage:
             squares = squared_gradients(model, tokens, progress=stage.advance)
         weights = token_weights({name: squares[name] for name in names}, by_matrix=weighting == "loss-by-matrix")
     with progress.stage("calibrating", total=model.config.num_hidden_layers) as stage:
-        found = hessians(model, tokens, weights=weights, progress=lambda done, _: stage.advance(note=f"layer {done - 1}"))
-    checked = {key: checked_hessian(h, len(h)) for key, h in found.items()}
-    return {name: checked[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
+        found = hessians(
+            model,
+            tokens,
+            weights=weights,
+            progress=lambda done, _: stage.advance(note=f"layer {done - 1}"),
+            keep=lambda name, h: keep(name, checked_hessian(h, len(h))),
+        )
+    return {name: found[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
 
 
 def token_weights(squares: Mapping[str, TokenWeights], *, by_matrix: bool = False) -> dict[str, TokenWeights]:

@@ -85,6 +85,7 @@ def joined(
         backbone: of `checked_backbone`.
         factors: of a solve of W − Q with `alone(spec)`; None for rank 0.
     """
+    weight, backbone = np.asarray(weight), np.asarray(backbone)
     if factors is None:
         arrays, layout = {}, Layout("bf16", weight.shape)
         unit, verdict, steps = np.float32(1), Verdict.SINGLE_PASS, 0

@@ -1,6 +1,44 @@
-"""Perplexity on held-out windows, and divergence of a compressed model from its original."""
+"""How good a compressed model is: perplexity, divergence from its original, drift, generated text, zero-shot tasks."""
 
-from qlr_jax.evaluation.compare import Comparison, Reference, compare, divergence, perplexity, reference
-from qlr_jax.evaluation.windows import windows
+from qlr_jax.evaluation.compare import (
+    Comparison,
+    Positions,
+    Reference,
+    compare,
+    divergence,
+    perplexity,
+    positions,
+    reference,
+    summary,
+)
+from qlr_jax.evaluation.details import intervals, worst_token
+from qlr_jax.evaluation.drift import Drift, drift
+from qlr_jax.evaluation.generation import generate, stream
+from qlr_jax.evaluation.text import stream_text
+from qlr_jax.evaluation.windows import Windows, cut, windows
+from qlr_jax.evaluation.zero_shot import PAPER_TASKS, compare_zero_shot, zero_shot
 
-__all__ = ["Comparison", "Reference", "compare", "divergence", "perplexity", "reference", "windows"]
+__all__ = [
+    "PAPER_TASKS",
+    "Comparison",
+    "Drift",
+    "Positions",
+    "Reference",
+    "Windows",
+    "compare",
+    "compare_zero_shot",
+    "cut",
+    "divergence",
+    "drift",
+    "generate",
+    "intervals",
+    "perplexity",
+    "positions",
+    "reference",
+    "stream",
+    "stream_text",
+    "summary",
+    "windows",
+    "worst_token",
+    "zero_shot",
+]

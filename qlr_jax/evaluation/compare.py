@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
+from qlr_jax.models.forward import logits
 from qlr_jax.models.llama import Llama
 
 
@@ -32,6 +33,30 @@ class Comparison:
 
 
 @dataclasses.dataclass(frozen=True)
+class Positions:
+    """What a comparison found at every position of every window; `Comparison` and the intervals follow from it.
+
+    Attributes:
+        windows: the tokens.
+        kl: KL(original ‖ compressed) of the distributions after each token.
+        nll_original, nll: negative log-likelihoods of each window's tokens after its first.
+        top_original, top: the token that each model thinks the likeliest after each token.
+    """
+
+    windows: Int[np.ndarray, "windows length"]
+    kl: Float[np.ndarray, "windows length"]
+    nll_original: Float[np.ndarray, "windows length-1"]
+    nll: Float[np.ndarray, "windows length-1"]
+    top_original: Int[np.ndarray, "windows length"]
+    top: Int[np.ndarray, "windows length"]
+
+    @property
+    def same(self) -> Float[np.ndarray, "windows length"]:
+        """1 where both models think the same token the likeliest, else 0."""
+        return (self.top_original == self.top).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
 class Reference:
     """The original's log-probabilities over `windows`, stored once so that many candidates can be measured against them."""
 
@@ -43,7 +68,7 @@ class Reference:
 
 def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> float:
     """exp of the mean over windows of the mean negative log-likelihood of each window's tokens after its first."""
-    parts = [np.asarray(_nll(_logp(model, jnp.asarray(rows)), jnp.asarray(rows)))[:live] for rows, live in batches(windows, batch)]
+    parts = [np.asarray(_nll(p, jnp.asarray(rows)))[:live] for (rows, live), p in _log_probabilities(model, windows, batch)]
     return _perplexity(np.concatenate(parts))
 
 
@@ -63,8 +88,7 @@ def reference(
         )
     stored = np.empty((*windows.shape, original.config.vocab_size), np.float32 if 4 * values <= max_bytes else np.float16)
     nll, done = [], 0
-    for rows, live in batches(windows, batch):
-        logp = _logp(original, jnp.asarray(rows))
+    for (rows, live), logp in _log_probabilities(original, windows, batch):
         nll.append(np.asarray(_nll(logp, jnp.asarray(rows)))[:live])
         stored[done : done + live] = np.asarray(logp)[:live]
         done += live
@@ -84,7 +108,7 @@ def divergence(candidate: Llama, reference: Reference) -> Comparison:
             # Rounded to float16 the probabilities no longer add up to 1.
             yield jax.nn.log_softmax(logp, axis=-1) if part.dtype == np.float16 else logp
 
-    return _compare(candidate, originals(), reference.windows, reference.batch)
+    return summary(_positions(candidate, originals(), reference.windows, reference.batch))
 
 
 def compare(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Comparison:
@@ -92,37 +116,45 @@ def compare(original: Llama, compressed: Llama, windows: Int[np.ndarray, "window
 
     KL_t = Σ_v p_t[v] (log p_t[v] − log q_t[v]),  p the original's distribution after position t, q the compressed model's.
 
-    Models of one structure share a compilation. Packed weights are decoded anew in every batch; give
-    `compressed.densified()` where memory allows. Numbers come as they are: a model with NaN logits has NaN everywhere.
+    Both models run block by block (`models.forward`): a block is read or decoded once. Numbers come as they are: a model with NaN
+    logits has NaN everywhere.
     """
+    return summary(positions(original, compressed, windows, batch))
+
+
+def positions(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Positions:
+    """As `compare`, position by position: for intervals and for the worst token. Five values a token are kept."""
     if original.config.vocab_size != compressed.config.vocab_size:
         raise QLRError(
             f"the models' vocabularies differ ({original.config.vocab_size} and {compressed.config.vocab_size} tokens); "
             "give a compressed model of this original"
         )
-    originals = (_logp(original, jnp.asarray(rows)) for rows, _ in batches(windows, batch))
-    return _compare(compressed, originals, windows, batch)
+    originals = (p for _, p in _log_probabilities(original, windows, batch))
+    return _positions(compressed, originals, windows, batch)
 
 
-def _compare(candidate: Llama, originals: Iterator[Array], windows: np.ndarray, batch: int) -> Comparison:
-    kl, agree, nll, nll_original = [], [], [], []
-    for (rows, live), p in zip(batches(windows, batch), originals, strict=True):
-        tokens = jnp.asarray(rows)
-        q = _logp(candidate, tokens)
-        found = _differences(p, q)
-        kl.append(np.asarray(found[0])[:live])
-        agree.append(np.asarray(found[1])[:live])
-        nll_original.append(np.asarray(_nll(p, tokens))[:live])
-        nll.append(np.asarray(_nll(q, tokens))[:live])
-    flat = np.concatenate(kl).ravel().astype(np.float64)
+def summary(found: Positions) -> Comparison:
+    """The figures of a comparison, over all positions of all windows."""
+    flat = found.kl.ravel().astype(np.float64)
     return Comparison(
-        perplexity_original=_perplexity(np.concatenate(nll_original)),
-        perplexity=_perplexity(np.concatenate(nll)),
+        perplexity_original=_perplexity(found.nll_original),
+        perplexity=_perplexity(found.nll),
         kl=float(flat.mean()),
         kl_p99=float(np.quantile(flat, 0.99)),
-        agreement=float(np.concatenate(agree).mean()),
+        agreement=float(found.same.mean()),
         tokens=flat.size,
     )
+
+
+def _positions(candidate: Llama, originals: Iterator[Array], windows: np.ndarray, batch: int) -> Positions:
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("kl", "nll_original", "nll", "top_original", "top")}
+    for ((rows, live), q), p in zip(_log_probabilities(candidate, windows, batch), originals, strict=True):
+        tokens = jnp.asarray(rows)
+        kl, top_original, top = _differences(p, q)
+        here = {"kl": kl, "nll_original": _nll(p, tokens), "nll": _nll(q, tokens), "top_original": top_original, "top": top}
+        for name, value in here.items():
+            parts[name].append(np.asarray(value)[:live])
+    return Positions(windows, **{name: np.concatenate(arrays) for name, arrays in parts.items()})
 
 
 def _perplexity(nll: Float[np.ndarray, "windows time"]) -> float:
@@ -131,9 +163,15 @@ def _perplexity(nll: Float[np.ndarray, "windows time"]) -> float:
         return float(np.exp(nll.astype(np.float64).mean()))
 
 
+def _log_probabilities(model: Llama, windows: np.ndarray, batch: int) -> Iterator[tuple[tuple[np.ndarray, int], Array]]:
+    """((rows, how many are not repeats), log-probabilities (batch, time, vocab)) of every batch."""
+    rows = list(batches(windows, batch))
+    return zip(rows, map(_normalised, logits(model, [tokens for tokens, _ in rows])), strict=True)
+
+
 @jax.jit
-def _logp(model: Llama, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time vocab"]:
-    return jax.nn.log_softmax(model(tokens), axis=-1)
+def _normalised(x: Float[Array, "batch time vocab"]) -> Float[Array, "batch time vocab"]:
+    return jax.nn.log_softmax(x, axis=-1)
 
 
 @jax.jit
@@ -144,6 +182,5 @@ def _nll(logp: Float[Array, "batch time vocab"], tokens: Int[Array, "batch time"
 @jax.jit
 def _differences(
     p: Float[Array, "batch time vocab"], q: Float[Array, "batch time vocab"]
-) -> tuple[Float[Array, "batch time"], Float[Array, "batch time"]]:
-    kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-    return kl, (jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)).astype(jnp.float32)
+) -> tuple[Float[Array, "batch time"], Int[Array, "batch time"], Int[Array, "batch time"]]:
+    return jnp.sum(jnp.exp(p) * (p - q), axis=-1), jnp.argmax(p, axis=-1), jnp.argmax(q, axis=-1)

@@ -1,5 +1,6 @@
 """Text -> evaluation windows by the protocol of GPTQ, QuIP# and CALDERA; how models are run over them in batches."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,22 @@ from qlr_jax.calibration.tokens import encode
 from qlr_jax.errors import QLRError
 
 
-def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows length"]:
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """A text cut into windows, and what the cut left out.
+
+    Attributes:
+        rows: the tokens; the first of the first window is BOS where the tokenizer has one.
+        bos: its id, None where there is none.
+        dropped: tokens at the end that fill no window.
+    """
+
+    rows: Int[np.ndarray, "windows length"]
+    bos: int | None
+    dropped: int
+
+
+def cut(text: str, tokenizer: Any, length: int) -> Windows:
     """The whole text tokenized once after one BOS, cut into windows of `length` that do not overlap, the remainder dropped.
 
     Raises QLRError if not one window can be filled.
@@ -22,7 +38,12 @@ def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows 
     count = len(ids) // length
     if not count:
         raise QLRError(f"the text has {len(ids)} tokens, fewer than one window of {length}; give more text or a shorter window")
-    return ids[: count * length].reshape(count, length)
+    return Windows(ids[: count * length].reshape(count, length), bos, len(ids) - count * length)
+
+
+def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows length"]:
+    """The rows of `cut`."""
+    return cut(text, tokenizer, length).rows
 
 
 def batches(rows: Int[np.ndarray, "windows length"], batch: int) -> Iterator[tuple[Int[np.ndarray, "batch length"], int]]:
@@ -33,3 +54,12 @@ def batches(rows: Int[np.ndarray, "windows length"], batch: int) -> Iterator[tup
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
         yield np.concatenate([part, np.repeat(part[-1:], batch - len(part), axis=0)]), len(part)
+
+
+def fitting_batch(vocab_size: int, length: int, most: int = 8, max_bytes: int = 1_000_000_000) -> int:
+    """How many windows a batch may have, so that one float32 array of its logits stays below `max_bytes`; at least 1.
+
+    >>> fitting_batch(2048, 256), fitting_batch(128_256, 2048)
+    (8, 1)
+    """
+    return max(1, min(most, max_bytes // (4 * vocab_size * length)))

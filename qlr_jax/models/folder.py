@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  numpy learns bfloat16 before safetensors reads it
 import numpy as np
 
+from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.llama import Llama
@@ -44,8 +45,11 @@ def find_folder(source: str | Path) -> Path:
         raise QLRError(f"{source} is neither a local folder nor a model that the hub delivers ({why})") from error
 
 
-def load_model(source: str | Path, dtype: Any = jnp.float32) -> Llama:
+def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = False) -> Llama:
     """Import a folder (or hub name) of a Llama or of a related family; weights are cast to `dtype`.
+
+    With `on_disk` the blocks' tensors are read where they are used and not kept (`Llama.block`), so that memory does not grow with
+    the number of blocks; what only reading would show is then found there.
 
     Raises QLRError, in one sentence, for a missing folder or config, an architecture or attribute that is not known, a
     truncated file, tensors that are missing, unexpected or of another shape, and NaN or infinite weights.
@@ -63,15 +67,22 @@ def load_model(source: str | Path, dtype: Any = jnp.float32) -> Llama:
     # Shapes first and no memory for weights: each array is made once, from its file.
     model = jax.eval_shape(lambda: Llama(config, dtype=dtype))
     for name, param in model.tensors().items():
-        array = readers[name]()
-        if array.shape != expected[name]:
-            raise QLRError(f"{folder}: {name} has shape {array.shape}, but config.json says {expected[name]}")
-        if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
-            raise QLRError(f"{folder}: {name} has type {array.dtype}; an unquantized model (float32, float16, bfloat16) is needed")
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise QLRError(f"{folder}: {name} holds NaN or infinite values; the checkpoint is damaged, get it again")
-        param.set_value(jnp.asarray(array).astype(dtype))
+
+        def read(name: str = name) -> Any:
+            return jnp.asarray(_checked(folder, name, readers[name](), expected[name])).astype(dtype)
+
+        param.set_value(Lazy(expected[name], read, dtype) if on_disk and name.startswith("model.layers.") else read())
     return model
+
+
+def _checked(folder: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    if array.shape != shape:
+        raise QLRError(f"{folder}: {name} has shape {array.shape}, but config.json says {shape}")
+    if not np.issubdtype(array.dtype, np.floating) and array.dtype != jnp.bfloat16:
+        raise QLRError(f"{folder}: {name} has type {array.dtype}; an unquantized model (float32, float16, bfloat16) is needed")
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise QLRError(f"{folder}: {name} holds NaN or infinite values; the checkpoint is damaged, get it again")
+    return array
 
 
 def check_names(folder: Path, found: set[str], expected: set[str]) -> None:

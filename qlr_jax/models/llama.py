@@ -183,6 +183,25 @@ class Block(nnx.Module):
         x = x + self.self_attn(self.input_layernorm(x), rope, tap, adjust, cache)
         return x + self.mlp(self.post_attention_layernorm(x), tap, adjust)
 
+    def linears(self) -> dict[str, Linear]:
+        """The linear layers by their local names, in the order q, k, v, o, gate, up, down."""
+        rooms = (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
+        return {f"{room}.{name}_proj": getattr(getattr(self, room), f"{name}_proj") for room, names in rooms for name in names}
+
+    def tensors(self) -> dict[str, nnx.Param]:
+        """Every parameter by its local tensor name: linear layers, then norms."""
+        out = {}
+        for name, linear in self.linears().items():
+            out[f"{name}.weight"] = linear.weight
+            if linear.bias is not None:
+                out[f"{name}.bias"] = linear.bias
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            out[f"{norm}.weight"] = getattr(self, norm).weight
+        for norm in ("q_norm", "k_norm"):
+            if getattr(self.self_attn, norm) is not None:
+                out[f"self_attn.{norm}.weight"] = getattr(self.self_attn, norm).weight
+        return out
+
 
 class Backbone(nnx.Module):
     """What Hugging Face calls `model`: embedding, layers, final norm."""
@@ -192,6 +211,17 @@ class Backbone(nnx.Module):
         self.embed_tokens = Embedding(make(config.vocab_size, config.hidden_size, False).weight.get_value(), scale)
         self.layers = nnx.List([Block(config, make, norm) for _ in range(config.num_hidden_layers)])
         self.norm = norm(config.hidden_size)
+
+
+class Top(nnx.Module):
+    """What lies above the blocks: the final norm, and the head or the tied embedding."""
+
+    def __init__(self, norm: RMSNorm, rows: Linear | Embedding, product: Product):
+        self.norm, self.weight, self.product = norm, rows.weight, product
+
+    def __call__(self, x: Float[Array, "batch time n"]) -> Float[Array, "batch time vocab"]:
+        x = self.norm(x)
+        return self.product(x, dense(self.weight.get_value(), x.dtype))
 
 
 class Llama(nnx.Module):
@@ -236,15 +266,27 @@ class Llama(nnx.Module):
             x = block(x, rope, inner_tap, inner_adjust)
         return self.head(x)
 
+    def block(self, i: int) -> Block:
+        """Layer i with all of its weights in memory: those that are packed or lie on disk are decoded or read now, and not kept."""
+        block = self.model.layers[i]
+        if not any(hasattr(param.get_value(), "dense") for param in block.tensors().values()):
+            return block
+        dtype, copy = self.model.norm.weight.get_value().dtype, jax.tree.map(lambda leaf: leaf, block)
+        for param in copy.tensors().values():
+            param.set_value(jnp.asarray(dense(param.get_value(), dtype)))
+        return copy
+
+    def top(self) -> "Top":
+        """Final norm and head alone: what turns the last block's hidden state into logits, without the blocks."""
+        return Top(self.model.norm, self.model.embed_tokens if self.lm_head is None else self.lm_head, self.product)
+
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time n"]:
         """The hidden state that enters the first block."""
         return self.model.embed_tokens(tokens)
 
     def head(self, x: Float[Array, "batch time n"]) -> Float[Array, "batch time vocab"]:
         """Final norm and output projection of the last block's hidden state; float32."""
-        x = self.model.norm(x)
-        weight = (self.model.embed_tokens if self.lm_head is None else self.lm_head).weight.get_value()
-        return self.product(x, dense(weight, x.dtype))
+        return self.top()(x)
 
     def rope(self, time: int) -> tuple[Float[Array, "time half"], Float[Array, "time half"]]:
         """(cos, sin) of the rotary angles of positions 0 … time − 1."""
@@ -253,12 +295,9 @@ class Llama(nnx.Module):
 
     def linears(self) -> dict[str, Linear]:
         """Every linear layer of the blocks by its Hugging Face name, in the order q, k, v, o, gate, up, down per layer."""
-        out: dict[str, Linear] = {}
-        for i, block in enumerate(self.model.layers):
-            for room, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-                part = getattr(block, room)
-                out |= {f"model.layers.{i}.{room}.{name}_proj": getattr(part, f"{name}_proj") for name in names}
-        return out
+        return {
+            f"model.layers.{i}.{name}": lin for i, block in enumerate(self.model.layers) for name, lin in block.linears().items()
+        }
 
     def densified(self) -> "Llama":
         """A copy whose packed weights are decoded: the same logits, faster to call again and again, more memory."""
@@ -271,16 +310,8 @@ class Llama(nnx.Module):
     def tensors(self) -> dict[str, nnx.Param]:
         """Every parameter by its Hugging Face tensor name; set one with `.set_value(...)`."""
         out = {"model.embed_tokens.weight": self.model.embed_tokens.weight}
-        for name, linear in self.linears().items():
-            out[f"{name}.weight"] = linear.weight
-            if linear.bias is not None:
-                out[f"{name}.bias"] = linear.bias
         for i, block in enumerate(self.model.layers):
-            for norm in ("input_layernorm", "post_attention_layernorm"):
-                out[f"model.layers.{i}.{norm}.weight"] = getattr(block, norm).weight
-            for norm in ("q_norm", "k_norm"):
-                if getattr(block.self_attn, norm) is not None:
-                    out[f"model.layers.{i}.self_attn.{norm}.weight"] = getattr(block.self_attn, norm).weight
+            out |= {f"model.layers.{i}.{name}": param for name, param in block.tensors().items()}
         out["model.norm.weight"] = self.model.norm.weight
         return out if self.lm_head is None else out | {"lm_head.weight": self.lm_head.weight}
 

@@ -1,4 +1,4 @@
-"""A finished job, an evaluation and a folder's inside as plain text for the terminal."""
+"""A finished job and a folder's inside as plain text for the terminal."""
 
 from __future__ import annotations
 
@@ -114,34 +114,6 @@ def evaluated_on(report: Mapping[str, Any]) -> str:
     if is_number(about.get("window")):
         words.append(f"in windows of {about['window']}")
     return "measured on " + " ".join(words) if words else ""
-
-
-def evaluation(result: Mapping[str, Any]) -> str:
-    """The figures of `qlr evaluate`, one a line, with the protocol that they were measured by."""
-    names = {
-        "perplexity": "perplexity",
-        "perplexity_original": "perplexity of the original",
-        "perplexity_ratio": "ratio to the original",
-        "kl": "KL, mean (nats a token)",
-        "kl_mean": "KL, mean (nats a token)",
-        "kl_p99": "KL, 99th percentile",
-        "agreement": "same top token",
-        "tokens": "tokens",
-        "window": "window",
-    }
-    flat: dict[str, Any] = {}
-    for key, value in result.items():
-        flat.update({f"{key}_{inner}": item for inner, item in value.items()} if isinstance(value, Mapping) else {key: value})
-    rows = []
-    for key, value in flat.items():
-        if value is None or not is_number(value):
-            continue
-        shown = percent(value) if key == "agreement" else f"{value:,}" if isinstance(value, int) else number(value, 4)
-        rows.append((names.get(key, key.replace("_", " ")), shown))
-    width = max((len(name) for name, _ in rows), default=0)
-    lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
-    lines += [f"{key}: {value}" for key, value in flat.items() if isinstance(value, str)]
-    return "\n".join(lines)
 
 
 def inspection(result: Mapping[str, Any]) -> str:

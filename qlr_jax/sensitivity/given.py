@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+
 from allocators import Option, OptionTable
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.correction import alone
+from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import relative_error
 from qlr_jax.core.spec import Spec
 from qlr_jax.evaluation import Reference
@@ -36,17 +39,17 @@ def measure_given(
     hand, so nothing is solved for. Arguments as for `measure`; `found.backbones` has a Q for every row of the table.
     """
     top = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
-    errors = {name: found.weights[name] - found.backbones[name] for name in table.index}
+    errors = LazyMap(table.index, lambda name: np.asarray(found.weights[name]) - np.asarray(found.backbones[name]))
     profiles, base = {}, {}
     with progress.stage("spectra", total=len(errors)) as stage:
         for name, error in errors.items():
             hessian, output = found.hessians[name], found.outputs.get(name)
             profiles[name] = profile(error, hessian, top, output=output, seed=seed, damping=config.damping)
-            pair = found.weights[name][None], found.backbones[name][None], hessian[None]
+            pair = np.asarray(found.weights[name])[None], np.asarray(found.backbones[name])[None], hessian[None]
             base[name] = float(relative_error(*pair, None if output is None else output[None])[0])
             stage.advance(note=name)
     with progress.stage("sensitivity", total=len(errors)) as stage:
-        case = Case(model, {n: -e for n, e in errors.items()}, reference, found.hessians, found.outputs)
+        case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, found.hessians, found.outputs)
         kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
     coefficient = {n: max(kl[n], 0.0) / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
 

@@ -22,7 +22,8 @@ def knockout(
     for name, error in errors.items():
         weight = linears[name].weight
         kept = weight.get_value()
-        weight.set_value((kept + error).astype(kept.dtype))
+        held = kept.dense() if hasattr(kept, "dense") else kept
+        weight.set_value((held + error).astype(held.dtype))
         try:
             found[name] = max(divergence(model, reference).kl, 0.0)
         finally:

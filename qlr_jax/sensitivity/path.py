@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from qlr_jax.calibration.backward import backward
 from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, layer_of
-from qlr_jax.models.llama import Block
+from qlr_jax.models.llama import Block, Top
 
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 
@@ -30,8 +31,7 @@ def path_shares(
         share_i = ∫₀¹ ⟨∂KL/∂W_i (W + t ΔW), ΔW_i⟩ dt, by two nodes
 
     Interactions are in it, halved between those who interact, at the errors given. A forward and a backward pass of the model a
-    node, block by block (`calibration.backward`): memory is the hidden states at all block boundaries for `batch`
-    windows, and what one block and the head keep.
+    node, block by block (`calibration.backward`), which says what memory it takes.
 
     Args:
         errors: name -> ΔW (out, in), of all matrices that change together.
@@ -40,28 +40,40 @@ def path_shares(
 
     Source: Aumann and Shapley, Values of Non-Atomic Games (1974); for bits of layers: arXiv 2607.12266.
     """
-    layers: dict[int, dict[str, Array]] = {i: {} for i in range(model.config.num_hidden_layers)}
-    for name, error in errors.items():
-        layers[layer_of(name)][name.removeprefix(f"model.layers.{layer_of(name)}.")] = jnp.asarray(error, jnp.float32)
-    total, windows = dict.fromkeys(errors, 0.0), reference.windows
+    names: dict[int, list[str]] = {i: [] for i in range(model.config.num_hidden_layers)}
+    for name in errors:
+        names[layer_of(name)].append(name)
+    total, windows, top = dict.fromkeys(errors, 0.0), reference.windows, model.top()
     batch = min(batch, len(windows))
-    for start in range(0, len(windows), batch):
-        rows = windows[start : start + batch]
-        fill = [(0, batch - len(rows)), (0, 0)]
-        tokens, live = np.pad(rows, fill), jnp.asarray(np.arange(batch) < len(rows), jnp.float32)
-        logp = jnp.asarray(np.pad(reference.logp[start : start + batch], [*fill, (0, 0)]), jnp.float32)
-        for node in NODES:
-            for i, found in backward(
-                model,
-                tokens,
-                lambda i, block, x, rope, at=node: _forward(block, layers[i], at, x, rope),
-                lambda x, logp=logp, live=live: _head_gradient(model, x, logp, live),
-                lambda i, block, x, rope, g, at=node: _pull_back(block, layers[i], at, x, rope, g),
-            ):
-                for name, share in found.items():
-                    total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
-        if on_done is not None:
-            on_done(len(rows))
+    starts = range(0, len(windows), batch)
+    batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
+    changed: list[Any] = [-1, {}]  # the errors of one block at a time, which may have to be read
+
+    def of_block(i: int) -> dict[str, Array]:
+        if changed[0] != i:
+            changed[:] = (
+                i,
+                {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]},
+            )
+        return changed[1]
+
+    def gradient(j: int, x: Array) -> Array:
+        part = reference.logp[starts[j] : starts[j] + batch]
+        logp = jnp.asarray(np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0)]), jnp.float32)
+        return _head_gradient(top, x, logp, jnp.asarray(np.arange(batch) < len(part), jnp.float32))
+
+    for last, node in zip((False, True), NODES, strict=True):
+        for i, j, found in backward(
+            model,
+            batches,
+            lambda i, block, x, rope, at=node: _forward(block, of_block(i), at, x, rope),
+            gradient,
+            lambda i, j, block, x, rope, g, at=node: _pull_back(block, of_block(i), at, x, rope, g),
+        ):
+            for name, share in found.items():
+                total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
+            if on_done is not None and last and i == 0:
+                on_done(min(batch, len(windows) - starts[j]))
     return {name: max(share, 0.0) / windows.size for name, share in total.items()}
 
 
@@ -82,11 +94,11 @@ def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: 
 
 
 @jax.jit
-def _head_gradient(model: Llama, x: Array, logp: Array, live: Array) -> Array:
+def _head_gradient(top: Top, x: Array, logp: Array, live: Array) -> Array:
     """∂ Σ KL / ∂x of the hidden state that leaves the last block."""
 
     def divergence(x: Array) -> Array:
-        q = jax.nn.log_softmax(model.head(x), axis=-1)
+        q = jax.nn.log_softmax(top(x), axis=-1)
         return jnp.sum(live[:, None, None] * jnp.exp(logp) * (logp - q))
 
     return jax.grad(divergence)(x)

@@ -63,6 +63,7 @@ def profile(
     damping: float = 1e-2,
 ) -> Profile:
     """Measure a matrix: two subspace iterations, a Cholesky factor of H, and two of G where it is given."""
+    weight = np.asarray(weight)
     m, n = weight.shape
     w, h = jnp.asarray(weight, jnp.float32)[None], jnp.asarray(hessian, jnp.float32)[None]
     g = None if output is None else jnp.asarray(output, jnp.float32)[None]

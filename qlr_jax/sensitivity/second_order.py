@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core.typing import Array
+from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama
 
 SKETCH = 4096  # vocabularies beyond are folded to so many columns, signs at random: inner products stay right on the mean
@@ -35,6 +36,8 @@ def second_order(
         windows: token ids, (windows, time).
         on_done: called with a matrix's name whenever it is done for one batch of windows.
     """
+    if any(hasattr(lin.weight.get_value(), "dense") for lin in model.linears().values()):
+        raise QLRError("second order needs the whole model in memory, unpacked; give attribution: path, or streaming: false")
     names = list(errors)
     tangents = {name: jnp.asarray(errors[name], jnp.float32) for name in names}
     columns = min(model.config.vocab_size, SKETCH)

@@ -12,6 +12,7 @@ import numpy as np
 from allocators import ModelFacts, Option, OptionTable, Row
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.core.quantizers import Nothing
 from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec, expand_backbones
@@ -41,10 +42,10 @@ class Statistics:
         backbones: name -> Q, where backbones are given and only factors are to be found.
     """
 
-    weights: Mapping[str, np.ndarray]
+    weights: Mapping[str, np.ndarray | Lazy]
     hessians: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
-    backbones: Mapping[str, np.ndarray] = field(default_factory=dict)
+    backbones: Mapping[str, np.ndarray | Lazy] = field(default_factory=dict)
 
     def problem(self, name: str, spec: str) -> tuple[np.ndarray, np.ndarray, str, np.ndarray | None, np.ndarray | None]:
         """What `solve_many` takes."""
@@ -197,7 +198,7 @@ def measure(
         parsed, expected = Spec.parse(spec), predict(profiles[name], spec, search.state_bits)
         ratios[name, side_of(parsed)] = error / expected if expected > 0 else 1.0
     with progress.stage("sensitivity", total=len(offered)) as stage:
-        changes = {n: np.asarray(solved[n, probes[n]].value.dense()) - found.weights[n] for n in offered}
+        changes = LazyMap(offered, lambda n: np.asarray(solved[n, probes[n]].value.dense()) - np.asarray(found.weights[n]))
         case = Case(model, changes, reference, found.hessians, found.outputs)
         attributed = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n))
     probed = {n: errors[n, probes[n]] for n in offered}

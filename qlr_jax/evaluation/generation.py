@@ -1,0 +1,172 @@
+"""Text from a model: a cached prompt, then tokens by a compiled loop, a few at a time, so that they can be shown as they come."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation.cache import Cache, prefill, step
+from qlr_jax.evaluation.sampling import Sampling, choose
+from qlr_jax.models.llama import Llama
+
+SMALLEST_BUCKET = 32  # tokens; prompts and caches are as long as the next power of two from here
+CHUNK = 8  # tokens that a compiled loop makes before the host looks at them; one number, so that it compiles once
+
+
+def bucket(length: int, most: int | None = None) -> int:
+    """The length that `length` tokens are padded to: the next power of two, 32 at least, `most` at most.
+
+    >>> bucket(5), bucket(33), bucket(90, most=100)
+    (32, 64, 100)
+    """
+    size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
+    return size if most is None else max(length, min(size, most))
+
+
+def stream(
+    model: Llama,
+    tokens: Sequence[Sequence[int]] | Int[np.ndarray, "batch time"],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+    chunk: int = CHUNK,
+) -> Iterator[Int[np.ndarray, "batch chunk"]]:
+    """As `generate`, the new tokens as they come: one column, then at most `chunk` at a time; ends once every row has stopped."""
+    rows = _prompts(model, tokens, max_new_tokens)
+    sampling = Sampling(temperature, top_k, top_p)
+    if chunk < 1:
+        raise QLRError(f"chunk is {chunk}; give at least 1 token")
+    return _stream(model.densified(), rows, max_new_tokens, sampling, seed, _stops(model, stop), chunk)
+
+
+def generate(
+    model: Llama,
+    tokens: Sequence[Sequence[int]] | Int[np.ndarray, "batch time"],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[int] | None = None,
+) -> Int[np.ndarray, "batch new"]:
+    """Continue each row of `tokens`: x_{t+1} ~ p(· | x_1 … x_t), or the likeliest token where the temperature is 0.
+
+    Keys and values are cached, in arrays of a fixed size: prompts of one power of two share a compilation, and so do all
+    settings of the sampling. Packed weights are decoded once.
+
+    Args:
+        model: what `qlr.load` or `load_model` gave.
+        tokens: prompts, (batch, time) or a list of lists that may differ in length; BOS is yours to put before.
+        max_new_tokens: at most so many a row.
+        temperature, top_k, top_p: see `Sampling`.
+        seed: of the draws; the same seed and batch give the same tokens.
+        stop: token ids that end a row; the model's end-of-text tokens where not given, none where empty.
+
+    Returns:
+        The new tokens; a row that has stopped is filled up with the token that it stopped with.
+
+    Raises:
+        QLRError: an empty prompt, a token that the vocabulary lacks, more positions than the model was trained for, or a
+            setting of the sampling out of its range.
+
+    Example:
+        >>> from qlr_jax.models import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+        >>> generate(Llama(config, jax.random.key(0)), [[1, 5], [1, 6, 7]], max_new_tokens=3, stop=()).shape
+        (2, 3)
+    """
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
+    return np.concatenate(list(stream(model, tokens, max_new_tokens=max_new_tokens, **settings)), axis=1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """What the next step needs: the token before it, its position, whether the row has stopped."""
+
+    cache: Cache
+    token: Int[Array, "batch"]
+    at: Int[Array, "batch"]
+    done: Bool[Array, "batch"]
+    key: Array
+
+
+def _stream(
+    model: Llama, rows: list[list[int]], new: int, sampling: Sampling, seed: int, stops: Array, chunk: int
+) -> Iterator[np.ndarray]:
+    longest = max(map(len, rows))
+    # Steps come in whole chunks: the last may run past what was asked, into slots that must be there.
+    size, time = bucket(longest + 1 + -(-(new - 1) // chunk) * chunk), bucket(longest)
+    padded = np.stack([np.pad(np.asarray(row, np.int32), (0, time - len(row))) for row in rows])
+    lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
+    key, first = jax.random.split(jax.random.key(seed))
+    logits, cache = prefill(model, jnp.asarray(padded), lengths, size=size)
+    token, done = _first(logits, first, stops, *sampling.traced())
+    yield np.asarray(token)[:, None]
+    state, made = _State(cache, token, lengths, done, key), 1
+    while made < new and not bool(np.asarray(state.done).all()):
+        state, (found, live) = _steps(model, state, stops, *sampling.traced(), count=chunk)
+        columns = np.asarray(live).any(axis=0)[: new - made]  # none after that in which the last row stopped
+        yield np.asarray(found)[:, : len(columns)][:, columns]
+        made += chunk
+
+
+@jax.jit
+def _first(logits: Array, key: Array, stops: Array, temperature: Array, top_k: Array, top_p: Array) -> tuple[Array, Array]:
+    token = choose(logits, key, temperature, top_k, top_p)
+    return token, jnp.isin(token, stops)
+
+
+@partial(jax.jit, static_argnames="count", donate_argnames="state")
+def _steps(
+    model: Llama, state: _State, stops: Array, temperature: Array, top_k: Array, top_p: Array, *, count: int
+) -> tuple[_State, tuple[Int[Array, "batch count"], Bool[Array, "batch count"]]]:
+    """`count` more tokens of each row, and in which of them the row was still running."""
+
+    def one(state: _State, _: None) -> tuple[_State, tuple[Array, Array]]:
+        key, now = jax.random.split(state.key)
+        logits, cache = step(model, state.cache, state.token, state.at)
+        # A row that has stopped repeats its stop token, so that it stays stopped.
+        token = jnp.where(state.done, state.token, choose(logits, now, temperature, top_k, top_p))
+        after = _State(cache, token, state.at + 1, state.done | jnp.isin(token, stops), key)
+        return after, (token, ~state.done)
+
+    state, (tokens, live) = jax.lax.scan(one, state, length=count)
+    return state, (tokens.T, live.T)
+
+
+def _prompts(model: Llama, tokens: Any, new: int) -> list[list[int]]:
+    rows = [[int(token) for token in row] for row in tokens]
+    if new < 1:
+        raise QLRError(f"max_new_tokens is {new}; give at least 1")
+    if not rows or not all(rows):
+        raise QLRError("a prompt is empty; give each row at least one token, such as BOS")
+    vocabulary, most = model.config.vocab_size, model.config.max_position_embeddings
+    wrong = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
+    if wrong is not None:
+        raise QLRError(f"token {wrong} is not in the model's vocabulary of {vocabulary}; use the tokenizer of this model")
+    longest = max(map(len, rows))
+    if longest + new > most:
+        raise QLRError(
+            f"a prompt of {longest} tokens and {new} new ones need {longest + new} positions, and the model has {most}; "
+            f"give a shorter prompt or max_new_tokens of at most {max(most - longest, 0)}"
+        )
+    return rows
+
+
+def _stops(model: Llama, stop: Sequence[int] | None) -> Array:
+    if stop is None:
+        eos = model.config.eos_token_id
+        stop = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
+    return jnp.asarray([*stop] or [-1], jnp.int32)  # no token is -1

@@ -1,0 +1,199 @@
+"""A model of this library as lm_eval wants one. Importing this module needs lm_eval (`pip install 'qlr-jax[eval]'`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation.generation import stream
+from qlr_jax.evaluation.scoring import scores
+from qlr_jax.evaluation.text import cut_at, pieces
+from qlr_jax.evaluation.windows import batches
+from qlr_jax.models.llama import Llama
+from qlr_jax.progress import Progress, silent
+
+MAX_NEW_TOKENS = 256  # where a task does not say, as lm_eval's own models
+LENGTH_KEYS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # first come, first served
+KNOWN_KEYS = frozenset({"until", "do_sample", "temperature", "top_k", "top_p", "num_beams", *LENGTH_KEYS})
+
+
+class HarnessModel(TemplateLM):
+    """lm_eval's interface on a JAX model, tokenizing, truncating and scoring as lm_eval's `hf` model does.
+
+    Text is tokenized as the tokenizer does by itself: most Llama tokenizers put one BOS before it. Two differences to `hf`:
+    a rolling log-likelihood starts with exactly one BOS, where `hf` gives two if the tokenizer adds one; and a `top_k`,
+    `top_p` or `num_beams` that is not supported is refused, not passed on.
+
+    Args:
+        model: densified here, once.
+        batch: rows of a batch, at most.
+        max_length: tokens that the model reads at most; its max_position_embeddings where not given.
+        seed: of sampled generations.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Any,
+        *,
+        batch: int = 8,
+        max_length: int | None = None,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ):
+        super().__init__()
+        if batch < 1:
+            raise QLRError(f"batch is {batch}; give at least 1")
+        self.model, self.tokenizer, self.batch, self.seed = model.densified(), tokenizer, batch, seed
+        self.max_length, self.progress = max_length or model.config.max_position_embeddings, progress or silent()
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text: the tokenizer's EOS, else the model's."""
+        eos = self.model.config.eos_token_id
+        found = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else eos
+        found = found[0] if isinstance(found, tuple) else found
+        if found is None:
+            raise QLRError("neither the tokenizer nor the model names an end-of-text token; lm_eval's tasks need one")
+        return found
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Every token that ends a text: those of the model and the tokenizer's."""
+        eos = self.model.config.eos_token_id
+        return {self.eot_token_id, *(eos if isinstance(eos, tuple) else () if eos is None else (eos,))}
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What an empty context is replaced by: BOS, else EOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Part of the name under which lm_eval would cache requests."""
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special tokens are the tokenizer's own choice where not told, and none where the text begins with BOS."""
+        bos = self.tokenizer.bos_token
+        if add_special_tokens is None and bos and string.startswith(bos):
+            add_special_tokens = False
+        chosen = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
+        return list(self.tokenizer.encode(string, **chosen))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The tokenizer's chat template filled in."""
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), whether it is what greedy decoding gives) of each request."""
+        return super().loglikelihood(requests, disable_tqdm=True)  # progress is told by `progress` alone
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        with self.progress.stage("scoring", total=len(requests)) as stage:
+            found = scores(
+                self.model,
+                [(context, continuation) for _, context, continuation in requests],
+                max_length=self.max_length,
+                batch=self.batch,
+                on_done=stage.advance,
+            )
+        for (asked, _, _), score in zip(requests, found, strict=True):
+            if asked is not None:
+                self.cache_hook.add_partial("loglikelihood", asked, tuple(score))
+        return [tuple(score) for score in found]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, each token once, in windows as long as the model reads."""
+        asked, owners = [], []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            ids = self.tok_encode(text, add_special_tokens=False)
+            for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
+                asked.append((None, *make_disjoint_window(pair)))
+                owners.append(i)
+        found = self._loglikelihood_tokens(asked)
+        sums = np.zeros(len(requests))
+        np.add.at(sums, np.asarray(owners, int), [logp for logp, _ in found])
+        for request, value in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(value))
+        return sums.tolist()
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """What follows each context, up to the first stop string: greedy, or sampled where the task asks for it."""
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
+        found = [""] * len(requests)
+        with self.progress.stage("generating", total=len(requests)) as stage:
+            for members in groups.values():
+                settings = generation_settings(requests[members[0]].args[1])
+                new, stop = settings.pop("max_new_tokens"), settings.pop("until")
+                if new >= self.max_length:
+                    raise QLRError(
+                        f"a task asks for {new} new tokens, and the model reads {self.max_length}; "
+                        "set a smaller max_gen_toks in its generation_kwargs"
+                    )
+                contexts = [
+                    self.tok_encode(requests[i].args[0])[new - self.max_length :] or [self.prefix_token_id] for i in members
+                ]
+                order = np.argsort([len(context) for context in contexts])  # neighbours in length share a bucket
+                for rows_of, live in batches(order[:, None], self.batch):
+                    rows, part = [contexts[j] for j in rows_of[:, 0]], rows_of[:live, 0]
+                    texts = self._continued(rows, live, new, stop, settings)
+                    for j, text in zip(part, texts, strict=True):
+                        found[members[j]] = text
+                        self.cache_hook.add_partial("generate_until", requests[members[j]].args, text)
+                    stage.advance(live)
+        return found
+
+    def _continued(self, rows: list[list[int]], live: int, new: int, stop: list[str], settings: dict[str, Any]) -> list[str]:
+        texts, ids = [""] * live, [[] for _ in range(live)]
+        # Its text ends a generation too, as with `hf`.
+        stop = [*stop, self.tokenizer.decode([self.eot_token_id])]
+        for part in stream(self.model, rows, max_new_tokens=new, seed=self.seed, stop=self.stop_ids, **settings):
+            for i in range(live):
+                ids[i].extend(part[i].tolist())
+                texts[i] = "".join(pieces([ids[i]], self.tokenizer, rows[i], ()))
+            if all(cut_at(text, stop) < len(text) or self.stop_ids & set(row) for text, row in zip(texts, ids, strict=True)):
+                break
+        return [text[: cut_at(text, stop)] for text in texts]
+
+
+def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """A task's `generation_kwargs` -> until, max_new_tokens, temperature, top_k, top_p.
+
+    Raises:
+        QLRError: a key that is not known, or beams.
+
+    Example:
+        >>> generation_settings({"until": "\\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7})
+        {'until': ['\\n'], 'max_new_tokens': 5, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
+    """
+    unknown = sorted(set(given) - KNOWN_KEYS)
+    if unknown or given.get("num_beams", 1) != 1:
+        wrong = unknown[0] if unknown else f"num_beams {given['num_beams']}"
+        raise QLRError(f"generation_kwargs: {wrong} is not supported; known are {', '.join(sorted(KNOWN_KEYS))} (one beam)")
+    until = given.get("until") or []
+    temperature = float(given.get("temperature") or 0.0)
+    if given.get("do_sample") and not temperature:
+        temperature = 1.0  # as transformers
+    sampled = given.get("do_sample", temperature > 0)
+    return {
+        "until": [until] if isinstance(until, str) else list(until),
+        "max_new_tokens": int(next((given[key] for key in LENGTH_KEYS if given.get(key) is not None), MAX_NEW_TOKENS)),
+        "temperature": temperature if sampled else 0.0,
+        "top_k": int(given.get("top_k") or 0),
+        "top_p": float(given.get("top_p") or 1.0),
+    }

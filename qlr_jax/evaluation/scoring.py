@@ -1,0 +1,91 @@
+"""Log-likelihoods of given continuations, for many requests of many lengths with few compilations."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation.generation import bucket
+from qlr_jax.evaluation.windows import batches, fitting_batch
+from qlr_jax.models.llama import Llama
+
+
+class Score(NamedTuple):
+    """Of one continuation: Σ_t log p(token t | all before), and whether each token is the likeliest in its place."""
+
+    logp: float
+    greedy: bool
+
+
+def scores(
+    model: Llama,
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+    *,
+    max_length: int | None = None,
+    batch: int = 8,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Score]:
+    """The score of each (context, continuation), as lm_eval defines it: the model reads both but for the last token.
+
+        logp = Σ_{t=c}^{c+k−1} log p(x_t | x_0 … x_{t−1}),   c tokens of context, k of continuation
+
+    Rows are padded on their right to the next power of two and run in batches of one size, longest first: one compilation for
+    each power of two that occurs. Equal requests run once.
+
+    Args:
+        requests: token ids; both parts hold at least one.
+        max_length: tokens that the model reads at most (its max_position_embeddings where not given); of a longer request
+            the first tokens are cut off.
+        batch: rows of a batch, at most; fewer where their logits would take more than 1 GB.
+        on_done: called with how many more requests are done.
+
+    Raises:
+        QLRError: an empty part, or a continuation that is longer than `max_length`.
+    """
+    most = max_length or model.config.max_position_embeddings
+    waiting: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        if not len(context) or not 1 <= len(continuation) <= most:
+            raise QLRError(
+                f"a request has {len(context)} tokens of context and {len(continuation)} of continuation; "
+                f"give at least one of each, and a continuation of at most {most}"
+            )
+        whole = tuple([*context, *continuation][-(most + 1) :])
+        waiting.setdefault((whole, len(continuation)), []).append(i)
+    by_bucket: dict[int, list[tuple[tuple[int, ...], int]]] = {}
+    for whole, count in sorted(waiting, key=lambda key: (-len(key[0]), key)):
+        by_bucket.setdefault(bucket(len(whole) - 1, most), []).append((whole, count))
+
+    found: list[Score] = [Score(0.0, False)] * len(requests)
+    for length, keys in by_bucket.items():
+        rows = np.zeros((len(keys), length + 1), np.int32)
+        counts = np.zeros(len(keys), np.int32)
+        for at, (whole, count) in enumerate(keys):
+            rows[at, : len(whole)], counts[at] = whole, count
+        ends = np.asarray([len(whole) for whole, _ in keys], np.int32)
+        size = fitting_batch(model.config.vocab_size, length, batch)
+        done = 0
+        for part, live in batches(np.concatenate([rows, ends[:, None], counts[:, None]], axis=1), size):
+            logp, greedy = _scored(model, *map(jnp.asarray, (part[:, :-2], part[:, -2], part[:, -1])))
+            for key, value, same in zip(keys[done : done + live], np.asarray(logp), np.asarray(greedy), strict=False):
+                for i in waiting[key]:
+                    found[i] = Score(float(value), bool(same))
+                if on_done is not None:
+                    on_done(len(waiting[key]))
+            done += live
+    return found
+
+
+@jax.jit
+def _scored(
+    model: Llama, rows: Int[Array, "batch time+1"], ends: Int[Array, "batch"], counts: Int[Array, "batch"]
+) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
+    logits, targets = model(rows[:, :-1]), rows[:, 1:]
+    at = jnp.arange(1, rows.shape[1])  # where a target stands in its row
+    asked = (at >= (ends - counts)[:, None]) & (at < ends[:, None])
+    logp = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.where(asked, logp, 0.0).sum(axis=1), ((jnp.argmax(logits, axis=-1) == targets) | ~asked).all(axis=1)

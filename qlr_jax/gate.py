@@ -1,0 +1,236 @@
+"""The acceptance gate: is a compressed folder whole, the same in JAX and PyTorch, and near enough to its original."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import yaml
+
+from qlr_jax.delivered import evaluate
+from qlr_jax.errors import QLRError
+from qlr_jax.export.files import check_files
+from qlr_jax.export.packed import load, read_config
+from qlr_jax.progress import Progress, silent
+from qlr_jax.report.words import number
+
+PARITY_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Thresholds:
+    """What a folder must keep to; None leaves a check out. The defaults catch what is broken or compressed too far.
+
+    Attributes:
+        kl: mean KL(original ‖ compressed), nats a token, at most. At 0.1 the two distributions differ by at most
+            √(0.1 / 2) = 0.22 in total variation on average (Pinsker); the bundled model is at 0.03 with 2.25 bits per weight
+            and at 0.07 with 1.8.
+        perplexity_ratio: compressed over original, at most. 1.1 goes with a KL of 0.1: ln 1.1 = 0.095 nats a token.
+        agreement: share of positions with the same likeliest token, at least. The bundled model has 0.89 with 2.25 bits
+            per weight, 0.86 with 1.8.
+        drift: mean ‖x̂ − x‖/‖x‖ of the hidden state after the worst block, at most. 0.5: the error is half as large as the
+            state; unrelated states of one size are √2 apart. The bundled model: 0.16 with 2.25 bits per weight, 0.23 with 1.8.
+        relative_error: √(tr(E H Eᵀ)/tr(W H Wᵀ)) of the worst matrix in report.json, at most. 0.6: the best possible code of
+            1 bit gives 0.5 on a matrix without structure, so a larger error means a solve that went wrong.
+        checksums: True: every file is as checksums.json has it.
+        parity: largest difference of the logits in PyTorch (the folder's own runtime, float32) and in JAX, over the largest
+            logit, at most. Rounding gives 1e-6 to 1e-5, a wrong code or sign about 1. Needs torch: where it is not
+            installed the check fails.
+
+    Raises:
+        QLRError: a threshold that is no number in its range.
+    """
+
+    kl: float | None = 0.1
+    perplexity_ratio: float | None = 1.1
+    agreement: float | None = 0.8
+    drift: float | None = 0.5
+    relative_error: float | None = 0.6
+    checksums: bool | None = True
+    parity: float | None = 1e-4
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "checksums":
+                if value not in (True, False, None) or isinstance(value, int) != isinstance(value, bool):
+                    raise QLRError(f"threshold checksums is {value!r}; give true, or null to leave the check out")
+            elif value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf):
+                raise QLRError(f"threshold {field.name} is {value!r}; give a number of at least 0, or null to leave the check out")
+        if self.agreement is not None and self.agreement > 1:
+            raise QLRError(f"threshold agreement is {self.agreement}; it is a share of positions, so give at most 1")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Thresholds:
+        """Read thresholds from a YAML file, at its top or under `thresholds:` (so that a recipe may carry them).
+
+        Raises:
+            QLRError: no such file, no YAML mapping, an unknown name, a value out of its range.
+        """
+        file = Path(path)
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError:
+            raise QLRError(f"thresholds file {file} cannot be read; give a YAML file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise QLRError(f"thresholds file {file} is not valid YAML ({str(error).splitlines()[0]})") from None
+        found = raw.get("thresholds") if isinstance(raw, Mapping) and "thresholds" in raw else raw
+        return cls.of(found if found is not None else {}, str(file))
+
+    @classmethod
+    def of(cls, values: Any, where: str = "thresholds") -> Thresholds:
+        """Thresholds from a mapping; what it does not name keeps its default.
+
+        Example:
+            >>> Thresholds.of({"kl": 0.05, "parity": None}).kl
+            0.05
+            >>> Thresholds.of({"kld": 0.05})
+            Traceback (most recent call last):
+                ...
+            qlr_jax.errors.QLRError: thresholds: 'kld' is unknown; known are kl, perplexity_ratio, agreement, drift, ...
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if not isinstance(values, Mapping):
+            raise QLRError(f"{where}: a mapping of {', '.join(names)} is needed, not {values!r}")
+        for name in values:
+            if name not in names:
+                raise QLRError(f"{where}: {name!r} is unknown; known are {', '.join(names)}")
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One check: `value` None where it could not be made; `margin` is the distance to the threshold, negative beyond it."""
+
+    name: str
+    value: float | None
+    threshold: float | bool
+    passed: bool
+    margin: float | None
+    says: str
+
+
+def verify(
+    out: str | Path,
+    *,
+    text: Sequence[str | Path] | None = None,
+    original: str | Path | None = None,
+    thresholds: Thresholds | Mapping[str, Any] | str | Path | None = None,
+    windows: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Whether a compressed folder may be used: every threshold checked, each with its margin.
+
+    Where checksums fail nothing else is run, and every other check counts as failed: damaged files are not worth measuring,
+    and the parity check would run code from them. That check runs the folder's modeling_qlr.py: verify folders whose source
+    you trust, or set `parity` to None.
+
+    Args:
+        out, text, original, windows: as for `evaluate`; text and original are needed for kl, perplexity_ratio, agreement, drift.
+        thresholds: a Thresholds, a mapping, or a YAML file; the defaults where not given.
+
+    Returns:
+        passed; checks: [{name, value, threshold, passed, margin, says}]; evaluation: what `evaluate` gave, None where no
+        threshold needed it.
+
+    Raises:
+        QLRError: `out` is no compressed folder, or what `evaluate` asks for is missing.
+    """
+    progress = progress or silent()
+    if not isinstance(thresholds, Thresholds | Mapping | None):
+        thresholds = Thresholds.from_yaml(thresholds)
+    asked = thresholds if isinstance(thresholds, Thresholds) else Thresholds.of(thresholds or {})
+    read_config(out)
+    checks, whole, found = [], True, None
+    if asked.checksums:
+        with progress.stage("checking files"):
+            checks.append(_checksums(out))
+        whole = checks[0].passed
+    if not whole:
+        names = [f.name for f in dataclasses.fields(asked) if f.name != "checksums" and getattr(asked, f.name) is not None]
+        checks += [_unknown(name, getattr(asked, name), "not measured, since the files are damaged") for name in names]
+    else:
+        if asked.relative_error is not None:
+            checks.append(_relative_error(out, asked.relative_error))
+        if asked.parity is not None:
+            with progress.stage("comparing JAX and PyTorch"):
+                checks.append(_parity(out, asked.parity))
+        if any(limit is not None for limit in (asked.kl, asked.perplexity_ratio, asked.agreement, asked.drift)):
+            wants = {"text": text, "original": original, "windows": windows, "progress": progress}
+            found = evaluate(out, drift=asked.drift is not None, **wants)
+            checks += _measured(found, asked)
+    order = [field.name for field in dataclasses.fields(asked)]
+    checks.sort(key=lambda check: order.index(check.name))
+    return {
+        "passed": all(check.passed for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+        "evaluation": found,
+    }
+
+
+def _limited(name: str, value: float, threshold: float, says: str) -> Check:
+    """At most the threshold, or at least for agreement; NaN fails."""
+    margin = value - threshold if name == "agreement" else threshold - value
+    return Check(name, value, threshold, margin >= 0, margin, says)
+
+
+def _unknown(name: str, threshold: Any, why: str) -> Check:
+    return Check(name, None, threshold, False, None, why)
+
+
+def _checksums(out: str | Path) -> Check:
+    try:
+        count = check_files(out)
+    except QLRError as error:
+        return Check("checksums", None, True, False, None, str(error))
+    return Check("checksums", float(count), True, True, None, f"{count} files are as they were written")
+
+
+def _relative_error(out: str | Path, threshold: float) -> Check:
+    try:
+        report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+        errors = {row["name"]: float(row["relative_error"]) for row in report["matrices"]}
+        worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
+    except (OSError, ValueError, KeyError, TypeError):
+        return _unknown("relative_error", threshold, "report.json names no errors of matrices; set relative_error to null")
+    return _limited("relative_error", errors[worst], threshold, f"worst matrix {worst}")
+
+
+def _parity(out: str | Path, threshold: float) -> Check:
+    if importlib.util.find_spec("torch") is None:
+        return _unknown("parity", threshold, "skipped, torch is not installed: pip install 'qlr-jax[torch]', or set parity to null")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = load(out).densified()
+    length = min(PARITY_TOKENS, model.config.max_position_embeddings)
+    tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, length)).astype(np.int32)
+    ours = np.asarray(model(jnp.asarray(tokens)))
+    other = AutoModelForCausalLM.from_pretrained(str(out), trust_remote_code=True, dtype=torch.float32)
+    with torch.no_grad():
+        theirs = other(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+    difference = float(np.abs(ours - theirs).max() / np.abs(ours).max())
+    return _limited("parity", difference, threshold, f"largest difference of logits over the largest logit, {length} tokens")
+
+
+def _measured(found: Mapping[str, Any], asked: Thresholds) -> list[Check]:
+    """The checks on what `evaluate` found, each with its interval in words."""
+    checks = []
+    for name in ("kl", "perplexity_ratio", "agreement"):
+        if (threshold := getattr(asked, name)) is not None:
+            low, high = found["intervals"].get(name, (None, None))
+            sure = "too few windows for an interval" if low is None else f"95 % interval {number(low)} to {number(high)}"
+            checks.append(_limited(name, found[name], threshold, f"{found['tokens']:,} tokens, {sure}"))
+    if asked.drift is not None:
+        drift = found["drift"]
+        checks.append(
+            _limited("drift", drift["worst"], asked.drift, f"worst block {drift['worst_layer']}, {drift['tokens']:,} tokens")
+        )
+    return checks
