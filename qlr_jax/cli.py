@@ -485,6 +485,84 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
         _tell(job.inspect(out), as_json, report.inspection)
 
 
+@app.command(short_help="A compressed model, adapted on a text.")
+def adapt(
+    out: Compressed,
+    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the adapted model; new or empty.")],
+    text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to adapt to; may repeat.")] = None,
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option("--held-out", metavar="FILE", help="Other text that the figures are measured on; may repeat."),
+    ] = None,
+    original: Annotated[
+        Path | None,
+        typer.Option("--original", metavar="MODEL", help="Folder of the original: the teacher of the losses kl and mix."),
+    ] = None,
+    train: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--train", metavar="PART", help="factors, norms or scales; may repeat. Default: norms and scales, for no byte."
+        ),
+    ] = None,
+    loss: Annotated[str, typer.Option("--loss", help="kl (to the original), text (next token) or mix.")] = "kl",
+    factors: Annotated[
+        str, typer.Option("--factors", help="Grid that trained factors are stored on: same, bf16, or one such as trellis-4.")
+    ] = "same",
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="Train only so many components of every matrix.")] = None,
+    fresh: Annotated[
+        str | None, typer.Option("--fresh", metavar="SIZE", help="New factors for so many bytes, e.g. 0.05bpw or 20kB.")
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the optimizer.")] = 600,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of one pass.")] = 8,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Passes that one step adds up.")] = 1,
+    compute: Annotated[str, typer.Option("--compute", help="float32, or bf16 for products in bfloat16.")] = "float32",
+    remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass: less memory.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an adaptation that was interrupted.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Adapt a compressed model to a text: train its small parts by gradient, the backbone's codes frozen, and store them packed.
+
+    Norms and scales are trained unless --train says otherwise: they are stored already, so it costs no byte.
+
+    \b
+    Example:
+        qlr adapt small adapted --text mine.txt
+        qlr adapt small adapted --text mine.txt --loss text --held-out other.txt
+        qlr adapt small adapted --text mine.txt --train factors --train norms --train scales --factors bf16
+    """
+    with _clear_errors(as_json):
+        from qlr_jax import progress, tuning
+        from qlr_jax.adaptation import AdaptConfig
+        from qlr_jax.report import adapted_text
+
+        parts = tuple(train) if train else ("norms", "scales", *(("factors",) if fresh or factors != "same" or rank else ()))
+        config = AdaptConfig(
+            train=parts,
+            loss=loss,
+            factors=factors,
+            rank=rank,
+            fresh=fresh,
+            steps=steps,
+            batch=batch,
+            accumulate=accumulate,
+            compute=compute,
+            remat=remat,
+            seed=seed,
+        )
+        result = tuning.adapt(
+            out,
+            dest,
+            list(text) if text else None,
+            config,
+            original=original,
+            held_out=list(held_out) if held_out else None,
+            resume=resume,
+            progress=progress.choose(as_json),
+        )
+        _tell(result, as_json, adapted_text)
+
+
 @app.command(short_help="A compressed model in another format.")
 def export(
     out: Compressed,

@@ -227,6 +227,8 @@ def _run(
         seconds=clock.seconds,
         started=clock.started,
         peak_rss=peak_rss(),
+        problem=problem,
+        device=jax.devices()[0].device_kind,
     )
     with progress.stage("saving"), enough_space(out):
         report, matrices = record.report(), chosen(plans[delivered].specs, solutions)

@@ -26,7 +26,7 @@ REPORT = {
         {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
     ],
 }
-COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate")
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt")
 PLANNERS = ("allocate", "frontier")  # tests/test_planning.py says more of them
 FOUND = {
     "out": Path("measured"),

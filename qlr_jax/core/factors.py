@@ -97,13 +97,13 @@ def fit_factors(
     def pair(left: Array) -> tuple[Factors, Array]:
         wanted, _ = refit_right(target, left, mask, metric)
         wanted = jnp.swapaxes(wanted, -1, -2)
-        right, right_codes, right_scales = _round_right(wanted, right_feedback, right_family, data[1], one_scale)
+        right, right_codes, right_scales = round_right(wanted, right_feedback, right_family, data[1], one_scale)
         right = right * mask[:, None]
         # one factorization after the other: two batches of them side by side wait for each other for ever in XLA's thread pool on
         # a CPU (jaxlib 0.10.2: 16 matrices of 64 components)
         wanted, own = lax.optimization_barrier(refit_left(target, right, hessian, mask))
         ideal = wanted * mask
-        left, component, left_codes, left_scales = _round_left(ideal, own, mask, left_family, data[0], own_scales, plain, one_scale)
+        left, component, left_codes, left_scales = round_left(ideal, own, mask, left_family, data[0], own_scales, plain, one_scale)
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
         # the loss less tr(G A H Aᵀ), by Pythagoras about the best L: cheaper by far than the loss itself
         return new, quadratic(left - ideal, own, metric) - quadratic(ideal, own, metric)
@@ -122,7 +122,7 @@ def fit_factors(
     return best, basis
 
 
-def _round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool) -> tuple[Array, Array, Grid]:
+def round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool) -> tuple[Array, Array, Grid]:
     """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales."""
     cols = wanted.shape[-1]
     scales = family.fit(wanted, per_row=True)
@@ -144,7 +144,7 @@ def _common(sizes: Array, axis: int) -> Array:
     return jnp.broadcast_to(common, sizes.shape)
 
 
-def _round_left(
+def round_left(
     wanted: Array, metric: Array, mask: Array, family: Quantizer, data: Grid, own_scales: bool, plain: bool, one_scale: bool
 ) -> tuple[Array, Array, Array, Grid]:
     """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales."""

@@ -2,6 +2,6 @@
 
 from qlr_jax.report.html import report_html
 from qlr_jax.report.table import inspection, summary
-from qlr_jax.report.verdicts import evaluation, verdict_text
+from qlr_jax.report.verdicts import adapted_text, evaluation, verdict_text
 
-__all__ = ["evaluation", "inspection", "report_html", "summary", "verdict_text"]
+__all__ = ["adapted_text", "evaluation", "inspection", "report_html", "summary", "verdict_text"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -52,6 +53,8 @@ class Record:
     seconds: Mapping[str, float]
     started: float
     peak_rss: int
+    problem: allocators.Problem
+    device: str
 
     def files(self, report: dict[str, Any]) -> dict[str, str]:
         """Name -> text of the files that lie beside the weights."""
@@ -81,6 +84,8 @@ class Record:
             "format": 1,
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
             "machine": f"{platform.machine()} {platform.system()}",
+            "device": self.device,
+            "cores": os.cpu_count(),
             "model": self.model,
             "budget": self.recipe.budget,
             "target": self.recipe.target,
@@ -96,6 +101,8 @@ class Record:
             "calibration_kl": {name: c.kl for name, c in self.judged.items()},
             "delivered": self.delivered,
             "refined": self._refined(),
+            "fit": self._fit(),
+            "spectra": self._spectra(),
             "evaluation": self._evaluation(comparisons),
             "seconds": {"total": time.perf_counter() - self.started, "stages": dict(self.seconds)},
             "peak_rss_bytes": self.peak_rss,
@@ -116,6 +123,21 @@ class Record:
             return None
         said = {name: getattr(found, name) for name in ("measured", "start", "gained", "tried", "accepted", "seconds", "explain")}
         return said | {"history": [vars(trial) for trial in found.history]}
+
+    def _fit(self) -> dict[str, Any] | None:
+        """What a byte or device budget was made of, and what is stored against it."""
+        if "counted rows" in self.problem.items:  # bits per weight
+            return None
+        items = self.problem.items
+        fixed = -items.get("norms and other fixed tensors", 0)
+        stored = self.plans[self.delivered].bytes
+        fits = stored <= self.problem.limit
+        return {"budget": str(self.problem.budget), "items": items, "weights": stored + fixed, "fits": fits}
+
+    def _spectra(self) -> dict[str, list[float]]:
+        """The leading shares of each matrix's energy in its metric, as the table has them."""
+        noted = self.sensitivity.table.notes.get("matrices", {})
+        return {name: note["spectrum"] for name, note in noted.items() if note.get("spectrum")}
 
     def _matrix(self, name: str, spec: str) -> dict[str, Any]:
         solution = self.solutions[name, spec]

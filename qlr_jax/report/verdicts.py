@@ -1,4 +1,4 @@
-"""What `qlr evaluate` and `qlr verify` found, as plain text for the terminal."""
+"""What `qlr evaluate`, `qlr verify` and `qlr adapt` found, as plain text for the terminal."""
 
 from __future__ import annotations
 
@@ -75,3 +75,19 @@ def verdict_text(verdict: Mapping[str, Any]) -> str:
     lines += [f"{check['name'].replace('_', ' ')}: {check['says']}" for check in failed or checks]
     lines.append(f"failed: {len(failed)} of {len(checks)} checks" if failed else f"passed: {len(checks)} checks")
     return "\n".join(lines)
+
+
+def adapted_text(result: Mapping[str, Any]) -> str:
+    """What an adaptation changed, measured before and after, and how it ended."""
+    names = {"kl": "KL, mean (nats a token)", "perplexity": "perplexity", "agreement": "same top token"}
+    before, after = result["before"], result["after"]
+
+    def shown(key: str, value: float) -> str:
+        return percent(value) if key == "agreement" else number(value, 4)
+
+    rows = [[label, shown(key, before[key]), shown(key, after[key])] for key, label in names.items() if key in before]
+    rows.append(["bits per weight, as stored", number(result["bits_per_weight_before"], 5), number(result["bits_per_weight"], 5)])
+    lines = [columns([f"{result['tokens']:,} tokens of {result['judged_on']}", "before", "after"], rows)]
+    if before.get("kl"):
+        lines.append(f"{percent(1 - after['kl'] / before['kl'])} of the KL is won back in {result['steps']} steps")
+    return "\n".join([*lines, result["verdict"], f"written: {result['dest']}"])

@@ -1,0 +1,172 @@
+"""What adaptation removes of the KL to the original, and for how many bytes: what is trained, on which grid, from which size.
+
+    python benchmarks/adaptation.py                           all rows at 2.0 bits a weight in the end, on the bundled model
+    python benchmarks/adaptation.py --only free fresh-0.2 --steps 400
+    python benchmarks/adaptation.py --list
+
+The bundled model is compressed once a budget (kept in --work and used again), adapted on the calibration text of Python's standard
+library with KL to the original, and measured on held-out modules that neither training nor early stopping saw; every twentieth
+sequence of the text is for early stopping. The rows `…-more-text` take the library's training modules, which the original model was
+trained on; `headers…` the C headers of this Python, and are measured on other headers of it. `bpw` counts everything stored of the
+compressed weights, as the folders hold it. CPU minutes are of this process over two, what two free cores would take: on a shared
+machine the wall clock says little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import numpy as np
+
+import allocators
+from qlr_jax import calibration, evaluation, job
+from qlr_jax.adaptation import AdaptConfig, adapt, teacher_logits
+from qlr_jax.calibration.text import split_of
+from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.export.packed import load, read_matrices, save_packed
+from qlr_jax.models import load_model, load_tokenizer
+from qlr_jax.preparation import BUNDLED, calibrate, open_source, sense, spread
+from qlr_jax.progress import plain
+from qlr_jax.recipe import DEMO
+
+WINDOW, BATCH = 256, 8
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    budget: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    text: str = "calibration"
+
+
+ROWS = {
+    "norms": Row("2.0bpw", {"train": ("norms",)}),
+    "free": Row("2.0bpw", {"train": ("norms", "scales")}),
+    "same": Row("2.0bpw"),
+    "fresh-0.1": Row("1.9bpw", {"fresh": "0.1bpw"}),
+    "fresh-0.2": Row("1.8bpw", {"fresh": "0.2bpw"}),
+    "fresh-0.2-own-grid": Row("1.8bpw", {"fresh": "0.2bpw", "fresh_grid": "same"}),
+    "bf16": Row("2.0bpw", {"factors": "bf16"}),
+    "free-more-text": Row("2.0bpw", {"train": ("norms", "scales")}, "train"),
+    "fresh-0.2-more-text": Row("1.8bpw", {"fresh": "0.2bpw"}, "train"),
+    "headers": Row("2.0bpw", {"train": ("norms", "scales"), "loss": "text"}, "headers"),
+    "headers-mix": Row("2.0bpw", {"train": ("norms", "scales"), "loss": "mix"}, "headers"),
+}
+
+
+@one_blas_thread()
+def compressed(work: Path, budgets: set[str]) -> None:
+    """The bundled model at every budget, once."""
+    missing = sorted(b for b in budgets if not (work / b).exists())
+    if not missing:
+        return
+    recipe, progress = DEMO.updated(refine=0, state_bits=8, search_state_bits=8), plain(every=60)
+    source = open_source("bundled", recipe)
+    statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
+    table, solutions = sense(source, statistics, sample, recipe, progress).table, {}
+    for budget in missing:
+        plan = job.allocate(allocators.Budget.parse(budget).on(table), progress)["allocated"]
+        job.solve([plan], solutions, statistics, recipe, progress)
+        save_packed(work / budget, source.model, job.chosen(plan.specs, solutions), source=source.folder)
+
+
+def headers(split: str) -> str:
+    """C headers of this Python, in the splits of the standard library's modules."""
+    folder = Path(sysconfig.get_paths()["include"])
+    found = sorted(
+        p for p in folder.rglob("*.h") if (split_of(p.relative_to(folder).as_posix()) == "heldout") == (split == "heldout")
+    )
+    if not found:
+        raise SystemExit(f"no C header lies below {folder}: leave the rows headers… out with --only")
+    return calibration.read_text(found)
+
+
+def sequences(text: str, split: str) -> np.ndarray:
+    """Windows of what a row trains on, or of what it is measured on (`split` "heldout")."""
+    library = calibration.standard_library
+    content = headers(split) if text == "headers" else library(split if split == "heldout" else text)
+    return evaluation.windows(content, load_tokenizer(BUNDLED), WINDOW)
+
+
+def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, Any]:
+    """Adapt once, save, read back, measure."""
+    original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
+    rows = spread(sequences(row.text, "training"), WINDOW * args.steps * BATCH)  # no more than are read
+    training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][:48]
+    held_out = evaluation.reference(original, spread(sequences(row.text, "heldout"), args.tokens))
+    config = AdaptConfig(**{"steps": args.steps, "batch": BATCH, "compute": "bf16", **row.settings})
+    before = evaluation.divergence(model.densified(), held_out)
+    start, used = time.perf_counter(), time.process_time()
+    kept = [teacher_logits(original, part, config.top, progress=progress) for part in (training, stopping)]
+    found = adapt(model, training, config, teacher=kept[0], held_out=stopping, held_out_teacher=kept[1], progress=progress)
+    seconds, used = time.perf_counter() - start, time.process_time() - used
+    out = work / f"{name}-{time.time_ns()}"
+    save_packed(out, found.value, found.matrices, source=work / row.budget)
+    stored, after = sum(m.nbytes for m in read_matrices(out).values()), evaluation.divergence(load(out).densified(), held_out)
+    assert stored == found.stats["bytes"]
+    return {
+        "row": name,
+        "budget": row.budget,
+        "text": row.text,
+        "settings": {k: v for k, v in config.__dict__.items()},
+        "bits_per_weight_before": found.stats["bits_per_weight_before"],
+        "bits_per_weight": found.stats["bits_per_weight"],
+        "trained": found.stats["trained"],
+        "kl_before": before.kl,
+        "kl": after.kl,
+        "perplexity_original": before.perplexity_original,
+        "perplexity_before": before.perplexity,
+        "perplexity": after.perplexity,
+        "verdict": found.verdict.name,
+        "minutes": seconds / 60,
+        "cpu_minutes_of_two_cores": used / 120,
+        "history": found.stats["history"],
+    }
+
+
+def line(record: dict[str, Any]) -> str:
+    """One line of the table."""
+    bits = f"{record['bits_per_weight_before']:.3f} -> {record['bits_per_weight']:.3f}"
+    kl = f"{record['kl_before']:.4f} -> {record['kl']:.4f} ({1 - record['kl'] / record['kl_before']:+.0%})"
+    perplexity = f"{record['perplexity_before']:.2f} -> {record['perplexity']:.2f} ({record['perplexity_original']:.2f})"
+    minutes = f"{record['cpu_minutes_of_two_cores']:.1f} ({record['minutes']:.1f})"
+    return f"{record['row']:<20} {record['trained']:>8} {bits:<16} {kl:<26} {perplexity:<24} {minutes}"
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--list", action="store_true", help="print the rows and end")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--tokens", type=int, default=16384, help="of held-out text, for the figures")
+    parser.add_argument("--work", type=Path, default=Path("adaptation-work"))
+    parser.add_argument("--out", type=Path, default=Path("adaptation.json"))
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(f"{name:<20} {row.text:<8} {row.budget} {row.settings}" for name, row in ROWS.items()))
+        return
+    args.work.mkdir(parents=True, exist_ok=True)
+    compressed(args.work, {ROWS[name].budget for name in args.only})
+    records = []
+    header = f"{'row':<20} {'trained':>8} {'bpw stored':<16} {'KL held-out':<26} {'perplexity (original)':<24} minutes (wall)"
+    print(header, flush=True)
+    for name in args.only:
+        records.append(run(name, ROWS[name], args.work, args))
+        print(line(records[-1]), flush=True)
+        args.out.write_text(json.dumps({"machine": platform.processor() or platform.machine(), "rows": records}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""One adaptation, as a story: take the model apart, train, put the factors on their grids, judge what will be stored."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax import calibration
+from qlr_jax.adaptation import checkpoint as saving
+from qlr_jax.adaptation import rounding
+from qlr_jax.adaptation.config import AdaptConfig, fresh_bytes
+from qlr_jax.adaptation.fresh import fresh_factors
+from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
+from qlr_jax.adaptation.phases import SIDES, State, plan_phases, round_sides, run_phase
+from qlr_jax.adaptation.student import Student, Values, packed_matrices, take_apart
+from qlr_jax.adaptation.train import Text, joined, mean_loss, trainer, weight_gradients
+from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.errors import QLRError
+from qlr_jax.models import Llama, input_of
+from qlr_jax.progress import Progress, silent
+
+GRADIENT_TOKENS, METRIC_TOKENS, JUDGED_ROWS = 8192, 16384, 64
+
+
+class Verdict(enum.Enum):
+    """How an adaptation ended; `str(verdict)` says what that means and what to do about it."""
+
+    IMPROVED = "the loss fell and was still falling or level at the end; more steps may gain a little more"
+    STOPPED_EARLY = "the loss on held-out text stopped falling, so training ended and the best was kept; more text would help"
+    NOT_IMPROVED = (
+        "the stored model is no better than before, so it is handed back unchanged; "
+        "pass a lower learning rate, more steps, more text, or factors of more bits"
+    )
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What `adapt` returns.
+
+    Attributes:
+        value: the adapted model, packed: QLRMatrix values of the new specs inside, new norms (representable in bf16).
+        verdict: how it ended.
+        stats: `before`, `after`: the loss, nats a token, of what was and is stored, on held-out text (on the first training
+            sequences where none was given); `bits_per_weight_before`, `bits_per_weight`; `bytes_before`, `bytes`; `trained`, how
+            many numbers; `steps`; `seconds`; `history`: phase, step, loss and, where it was looked at, held_out.
+    """
+
+    value: Llama
+    verdict: Verdict
+    stats: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def matrices(self) -> dict[str, QLRMatrix]:
+        """Every packed matrix by its linear layer's name, as `save_packed` takes them."""
+        found = {name: linear.weight.get_value() for name, linear in self.value.linears().items()}
+        return {name: value for name, value in found.items() if isinstance(value, QLRMatrix)}
+
+    @property
+    def norms(self) -> dict[str, jax.Array]:
+        """The weights of all norms by tensor name."""
+        return {n: p.get_value() for n, p in self.value.tensors().items() if n.endswith("norm.weight")}
+
+
+def adapt(
+    model: Llama,
+    tokens: Any,
+    config: AdaptConfig | None = None,
+    *,
+    teacher: Llama | TeacherLogits | None = None,
+    held_out: Any = None,
+    held_out_teacher: TeacherLogits | None = None,
+    checkpoint: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Adapted:
+    """Train the small parts of a compressed model on text, its backbone's codes frozen, and store them on their grids again.
+
+        minimise over L, R, scales, norms:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
+
+    Low-bit factors are trained in three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, the
+    scales and norms trained on. What is judged is the model as it will be stored.
+
+    Args:
+        model: a compressed model, packed (what `qlr.load` returns).
+        tokens: (rows, length) of the text to adapt to.
+        config: what is trained and how.
+        teacher: the original model, or its kept logits over `tokens`; for losses "kl" and "mix".
+        held_out: (rows, length) of other text: training stops when the loss on it no longer falls, and the best is kept.
+        held_out_teacher: where `teacher` is kept logits, those over `held_out`.
+        checkpoint: a folder; training goes on from what it holds, and ends as if it had not been interrupted.
+
+    Raises:
+        QLRError: a model with nothing packed, tokens that do not fit it, a loss without its teacher, a checkpoint of other
+            settings, a loss that is no number.
+
+    Source: LoRA, arXiv 2106.09685; from a compressed backbone: CALDERA, arXiv 2405.18886, section 4; LQ-LoRA, arXiv 2311.12023.
+
+    Example:
+        adapted = adapt(qlr.load("out"), tokens, AdaptConfig(loss="kl"), teacher=load_model("original"), held_out=others)
+        save_packed("adapted", adapted.value, adapted.matrices, source="out")
+    """
+    config, progress, started = config or AdaptConfig(), progress or silent(), time.perf_counter()
+    originals = packed_matrices(model)
+    text, others = _texts(model, tokens, held_out, teacher, held_out_teacher, config, progress)
+    grid, fresh_grid = (None if g == "same" else g for g in (config.factors, config.fresh_grid))
+    fresh = {}
+    if config.fresh is not None:
+        with progress.stage("placing fresh factors"):
+            budget = fresh_bytes(config.fresh, sum(m.shape[0] * m.shape[1] for m in originals.values()))
+            gradients = weight_gradients(model, text.part(GRADIENT_TOKENS // text.tokens.shape[1]), config)
+            fresh = fresh_factors(originals, gradients, budget, fresh_grid, seed=config.seed)
+    student, values, frame = take_apart(model, config.train, config.rank, fresh, grid, fresh_grid)
+    rounds = "factors" in config.train and any(site.rank for site in student.sites.values())
+    hessians = _metrics(model, student, text.tokens, progress) if rounds else {}
+
+    folder = Path(checkpoint).expanduser() if checkpoint else None
+    fingerprint = _fingerprint(originals, text.tokens, config)
+    found = saving.load(folder, fingerprint) if folder else None
+    run = found[2] if found else {"phase": 0, "step": 0, "best": None, "since": 0, "history": [], "fingerprint": fingerprint}
+    phases, first = plan_phases(student, values, config), run["phase"]
+    tools = trainer(student, frame, phases[0].trained, text, config)
+    rounded: rounding.Rounded = {}
+    stopped = False
+    with progress.stage("adapting", total=sum(phase.steps for phase in phases)) as stage:
+        for number, phase in enumerate(phases[first:], first):
+            resumed = found is not None and number == first
+            if resumed:
+                trees, leaves, _ = found
+                values, rounded = joined(joined(values, trees.get("fixed", {})), trees["trained"]), trees.get("rounded", {})
+            elif number:
+                values, rounded = round_sides(student, values, rounded, hessians, phase.rounded)
+                run |= {"phase": number, "step": 0, "best": None, "since": 0}
+            trained, fixed, optimizer = tools.init(values)
+            state = State(trained, fixed, trained, optimizer, rounded, run)
+            if resumed:
+                state.best, state.optimizer = trees["best"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
+                stage.advance(run["step"] + sum(before.steps for before in phases[:first]))
+            stopped |= run_phase(state, tools, phase, text, others, config, folder, stage)
+            values = joined(state.best, fixed)
+    history = run["history"]
+    values, rounded = round_sides(student, values, rounded, hessians, SIDES)
+
+    with progress.stage("judging what is stored"):
+        adapted = _assembled(model, student, originals, values, rounded, config.train)
+        judged = others or text.part(JUDGED_ROWS)
+        before, after = mean_loss(model, judged, config), mean_loss(adapted, judged, config)
+    verdict = Verdict.STOPPED_EARLY if stopped else Verdict.IMPROVED
+    if not after < before:
+        verdict, adapted = Verdict.NOT_IMPROVED, model
+    weights, bytes_before = sum(m.shape[0] * m.shape[1] for m in originals.values()), sum(m.nbytes for m in originals.values())
+    result = Adapted(adapted, verdict, {})
+    after_bytes = sum(m.nbytes for name, m in result.matrices.items() if name in originals)
+    stats = {
+        "before": before,
+        "after": after,
+        "bits_per_weight_before": 8 * bytes_before / weights,
+        "bits_per_weight": 8 * after_bytes / weights,
+        "bytes_before": bytes_before,
+        "bytes": after_bytes,
+        "trained": sum(int(values[n][k].size) for n, k in phases[0].trained),
+        "steps": sum("loss" in entry for entry in history),
+        "seconds": time.perf_counter() - started,
+        "history": history,
+    }
+    return replace(result, stats=stats)
+
+
+def _texts(
+    model: Llama,
+    tokens: Any,
+    held_out: Any,
+    teacher: Llama | TeacherLogits | None,
+    held_out_teacher: TeacherLogits | None,
+    config: AdaptConfig,
+    progress: Progress,
+) -> tuple[Text, Text | None]:
+    """The text to train on and the one held out, with what the teacher says about them where the loss asks for it."""
+    rows = _checked(model, tokens, "tokens")
+    others = None if held_out is None else _checked(model, held_out, "held_out")
+    if config.loss == "text":
+        return Text(rows, None), None if others is None else Text(others, None)
+    if teacher is None:
+        raise QLRError(f"loss {config.loss!r} compares with the original model; pass it as teacher, or choose loss 'text'")
+    if isinstance(teacher, TeacherLogits):
+        for given, kept, name in ((rows, teacher, "tokens"), (others, held_out_teacher, "held_out")):
+            if given is not None and (kept is None or not np.array_equal(kept.tokens, given)):
+                raise QLRError(f"the teacher's kept logits are not those of {name}; pass teacher_logits(original, {name}, top)")
+        return Text(rows, teacher), None if others is None else Text(others, held_out_teacher)
+    if teacher.config.vocab_size != model.config.vocab_size:
+        raise QLRError(
+            f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {model.config.vocab_size}; "
+            "pass the original of this model"
+        )
+    if config.top is None:
+        return Text(rows, teacher), None if others is None else Text(others, teacher)
+    kept = [None if t is None else teacher_logits(teacher, t, config.top, progress=progress) for t in (rows, others)]
+    return Text(rows, kept[0]), None if others is None else Text(others, kept[1])
+
+
+def _checked(model: Llama, tokens: Any, name: str) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[0] < 1 or tokens.shape[1] < 2:
+        raise QLRError(f"{name} has shape {tokens.shape}; pass (rows, length) with at least one row of two tokens")
+    if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
+        raise QLRError(f"{name} holds ids outside the vocabulary of {model.config.vocab_size}; use the model's own tokenizer")
+    return tokens.astype(np.int32)
+
+
+def _metrics(model: Llama, student: Student, tokens: np.ndarray, progress: Progress) -> dict[str, np.ndarray]:
+    """H of the inputs of every matrix that has factors, on the text that is adapted to."""
+    names = [name for name, site in student.sites.items() if site.rank]
+    rows = tokens[: max(1, METRIC_TOKENS // tokens.shape[1])]
+    with progress.stage("metrics of the factors"):
+        found = calibration.hessians(model.densified(), rows)
+    return {name: found[input_of(name)] for name in names}
+
+
+def _assembled(
+    model: Llama,
+    student: Student,
+    originals: Mapping[str, QLRMatrix],
+    values: Values,
+    rounded: rounding.Rounded,
+    train: tuple[str, ...],
+) -> Llama:
+    """The model as it is stored: packed matrices in place, norms as bf16 holds them."""
+    adapted: Llama = jax.tree.map(lambda leaf: leaf, model)
+    linears, tensors = adapted.linears(), adapted.tensors()
+    for name, matrix in originals.items():
+        new = rounding.stored(matrix, student.sites[name], values[name], rounded.get(name, {}))
+        linears[name].weight.set_value(jax.tree.map(jnp.asarray, new))
+    for name in student.norms if "norms" in train else ():
+        kind = tensors[name].get_value().dtype
+        tensors[name].set_value(values[name]["norm"].astype(jnp.bfloat16).astype(kind))
+    return adapted
+
+
+def _fingerprint(matrices: Mapping[str, QLRMatrix], tokens: np.ndarray, config: AdaptConfig) -> str:
+    """Differs where a checkpoint cannot be gone on with."""
+    found = zlib.crc32(np.ascontiguousarray(tokens).tobytes())
+    for name, matrix in matrices.items():
+        found = zlib.crc32(f"{name} {matrix.layout}".encode(), found)
+        found = zlib.crc32(np.ascontiguousarray(matrix.arrays["scale"]).tobytes(), found)
+    return f"{found:08x} {dataclasses.asdict(config)}"

@@ -1,0 +1,120 @@
+"""Trained factors back on their grids, one side after the other, so that training can go on about what is fixed.
+
+R is rounded in the metric H of its inputs and L in R H Rᵀ, with feedback as in the solver (LPLR, arXiv 2310.11028). Fixing R,
+training L on, fixing L, and training the scales on follows the order of QuIP#'s fine-tuning (arXiv 2402.04396, section 5).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.adaptation.student import Site
+from qlr_jax.core.factors import Factors, pack_factors
+from qlr_jax.core.factors import round_left as left_on_grid
+from qlr_jax.core.factors import round_right as right_on_grid
+from qlr_jax.core.ldlq import column_block
+from qlr_jax.core.low_rank import bucket
+from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.metric import ldl, turned
+from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array
+
+Rounded = dict[str, dict[str, Array]]
+"""Name of a matrix -> `<side>.codes` and `<side>.scales.<i>` of its rounded factors, as their quantizers pack them."""
+
+DAMPING = 0.01  # of H, as in the solver
+
+
+def round_right(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> tuple[dict[str, Array], dict[str, Array]]:
+    """R on its grid, in the metric H of its inputs; what its rows lose in size goes into the component scales.
+
+    Returns:
+        The arrays with R rounded, and its codes and scales.
+    """
+    quantizer, rank = site.spec.factor_quantizers(site.layout.state_bits)[1], site.rank
+    factor = ldl(_metric(site, hessian)[None], DAMPING, column_block(quantizer))
+    wanted = jnp.pad(values["right"], ((0, _padded(site) - rank), (0, 0)))[None]
+    found, codes, scales = right_on_grid(wanted, factor, quantizer.family(), quantizer.data(), False)
+    size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if quantizer.unit else jnp.ones((rank,))
+    return {**values, "right": found[0, :rank], "component": values["component"] * size}, _codes("right", codes, scales)
+
+
+def round_left(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> tuple[dict[str, Array], dict[str, Array]]:
+    """L on its grid, in the metric R H Rᵀ of the rounded R; its components' sizes become the component scales.
+
+    Returns:
+        The arrays with L rounded, and its codes and scales.
+    """
+    (quantizer, of_right), rank = site.spec.factor_quantizers(site.layout.state_bits), site.rank
+    right, more = values["right"], _padded(site) - site.rank
+    metric = jnp.pad(right @ _metric(site, hessian) @ right.T, ((0, more), (0, more)))
+    wanted = jnp.pad((values["left"] * (values["unit"] * values["component"])[:, None]).T, ((0, 0), (0, more)))
+    mask = (jnp.arange(rank + more) < rank).astype(jnp.float32)
+    own = not (quantizer.unit or of_right.unit)  # both grids have scales, so s is not stored
+    found, component, codes, scales = left_on_grid(
+        wanted[None], metric[None], mask, quantizer.family(), quantizer.data(), own, False, False
+    )
+    component = component[0, :rank]
+    unit = jnp.sqrt(jnp.mean(jnp.square(component)))
+    new = {"left": (found[0, :, :rank] / component).T, "unit": unit, "component": component / unit}
+    return {**values, **new}, _codes("left", codes, scales)
+
+
+def _metric(site: Site, hessian: np.ndarray) -> Array:
+    return turned(hessian, site.sides[1] if site.rotated else None)
+
+
+def _padded(site: Site) -> int:
+    """Components that a rank is rounded with: a few sizes, so that few shapes are compiled."""
+    return bucket(site.rank, min(site.layout.shape))
+
+
+ROUNDERS = {"right": round_right, "left": round_left}
+
+
+def stored(matrix: QLRMatrix, site: Site, values: Mapping[str, Array], rounded: Mapping[str, Array]) -> QLRMatrix:
+    """The matrix as it is saved: Q's codes byte for byte, new scales, and the rounded factors where there are any."""
+    before = float(np.asarray(matrix.arrays["scale"])[0])
+    arrays = {k: v for k, v in matrix.arrays.items() if k.startswith("backbone.")}
+    arrays["scale"] = np.array([before * float(values["gain"])], np.float32)
+    if site.groups:
+        scales = np.asarray(matrix.arrays["backbone.scales"], np.float32) * np.asarray(values["groups"])
+        arrays["backbone.scales"] = scales.astype(np.float16)
+    if not Spec.parse(site.layout.spec).rank:
+        return QLRMatrix(arrays, site.layout)
+    kept = {k: np.asarray(v) for k, v in matrix.arrays.items() if k.startswith(("left.", "right.", "component"))}
+    if not rounded:
+        # not trained, or only s: the component scales are all that may differ
+        size = np.asarray(values["component"]) if site.rank else np.ones(0)
+        return QLRMatrix({**arrays, **_rescaled(kept, size)}, site.layout)
+    sides = [tuple(rounded[k] for k in sorted(rounded) if k.startswith(f"{side}.scales")) for side in ("left", "right")]
+    factors = Factors(
+        jnp.zeros(()),
+        jnp.zeros(()),
+        jnp.asarray(values["unit"] * values["component"]),
+        rounded["left.codes"],
+        rounded["right.codes"],
+        *sides,
+    )
+    packed = pack_factors(factors, site.spec, site.layout.state_bits, before)
+    if matrix.spec.rank > site.rank:  # the components that were left alone follow, byte for byte
+        for name, array in packed.items():
+            count = len(array) if name != "component_scale" else site.rank
+            packed[name] = np.concatenate([array, kept[name][count:]])
+    return QLRMatrix({**arrays, **packed}, site.layout)
+
+
+def _rescaled(kept: dict[str, np.ndarray], size: np.ndarray) -> dict[str, np.ndarray]:
+    """Factors as they were, the first components resized in s."""
+    if "component_scale" in kept and len(size):
+        new = kept["component_scale"].astype(np.float32)
+        new[: len(size)] *= size
+        kept["component_scale"] = new.astype(np.float16)
+    return kept
+
+
+def _codes(side: str, codes: Array, scales: Sequence[Array]) -> dict[str, Array]:
+    return {f"{side}.codes": codes[0], **{f"{side}.scales.{j}": s[0] for j, s in enumerate(scales)}}

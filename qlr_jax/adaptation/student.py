@@ -1,0 +1,261 @@
+"""The compressed model as it is trained: decoded once, with its small parts as arrays of their own.
+
+Every matrix is held in the form in which it is stored, so that what training moves can be put on a grid again:
+
+    W = ρ · (B + c · Uᵀ L diag(σ) R V)      B = g · Uᵀ Q V (m, n), decoded once;  L (m, k), R (k, n) in the rotated basis
+
+and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.adaptation.config import FRESH_GRID
+from qlr_jax.core import hadamard
+from qlr_jax.core.matrix import Layout, QLRMatrix
+from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array, Float, Int
+from qlr_jax.errors import QLRError
+from qlr_jax.models.llama import Llama, Product, exact_product
+
+Values = dict[str, dict[str, Array]]
+"""Name of a matrix or a norm -> its arrays by name; one tree holds what is trained and what is not."""
+
+NEW_SIZE = 0.1  # of fresh factors' product in units of g: about what a 2-bit backbone leaves to correct
+
+
+@dataclass(frozen=True)
+class Site:
+    """One matrix: how it was stored, and how many components, from the first, are held as factors (the rest is in B)."""
+
+    layout: Layout
+    rank: int = 0
+    groups: bool = False
+
+    @property
+    def spec(self) -> Spec:
+        """How what is held as factors is stored: the matrix's spec, at their rank."""
+        spec = Spec.parse(self.layout.spec)
+        return replace(spec, rank=self.rank) if self.rank else spec
+
+    @property
+    def rotated(self) -> bool:
+        return Spec.parse(self.layout.spec).rotated
+
+    @property
+    def sides(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+        return hadamard.sides(self.layout.shape, self.layout.seed, self.layout.rotation_block)
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model without what is trained, and where that goes; a static description with `base` beside it."""
+
+    sites: Mapping[str, Site]
+    norms: tuple[str, ...]
+
+
+def packed_matrices(model: Llama) -> dict[str, QLRMatrix]:
+    """The packed matrices of a model by the names of their linear layers; those kept in bf16 are not among them."""
+    found = {name: linear.weight.get_value() for name, linear in model.linears().items()}
+    found = {name: value for name, value in found.items() if isinstance(value, QLRMatrix) and value.spec.has_scale}
+    if not found:
+        raise QLRError("the model holds no compressed matrix to adapt; give one that `qlr compress` wrote")
+    return found
+
+
+def take_apart(
+    model: Llama,
+    train: Iterable[str],
+    rank: int | None,
+    fresh: Mapping[str, Array],
+    grid: str | None = None,
+    fresh_grid: str | None = None,
+) -> tuple[Student, Values, Llama]:
+    """A compressed model as what is trained and what is not.
+
+    Args:
+        rank: components of each matrix that become factors; None: all.
+        fresh: R (k, n), rotated basis, of components that matrices are given: their L starts at 0, so the model is unchanged.
+        grid: of the factors as they will be stored; None: as each matrix has it.
+        fresh_grid: that of the matrices in `fresh`; None: as each has it, FRESH_GRID where it has none.
+
+    Raises:
+        QLRError: `rank` cuts the components that a matrix's grid stores together.
+
+    Returns:
+        The description, all values, and the model with B in place of its matrices.
+    """
+    sites: dict[str, Site] = {}
+    values: Values = {}
+    frame: Llama = jax.tree.map(lambda leaf: leaf, model)
+    linears = frame.linears()
+    for name, matrix in packed_matrices(model).items():
+        sites[name], values[name], base = _part(
+            name, matrix, rank, fresh.get(name), fresh_grid if name in fresh else grid, "scales" in train
+        )
+        linears[name].weight.set_value(base)
+    for linear in linears.values():  # a matrix kept in bf16 is decoded as well
+        if hasattr(value := linear.weight.get_value(), "dense"):
+            linear.weight.set_value(value.dense())
+    norms = tuple(name for name in frame.tensors() if name.endswith("norm.weight"))
+    values |= {name: {"norm": frame.tensors()[name].get_value().astype(jnp.float32)} for name in norms}
+    return Student(sites, norms), values, frame
+
+
+def _part(
+    name: str, matrix: QLRMatrix, rank: int | None, fresh: Array | None, grid: str | None, scales: bool
+) -> tuple[Site, dict[str, Array], Array]:
+    layout, spec = matrix.layout, matrix.spec
+    held = spec.rank if rank is None else min(spec.rank, rank)
+    added = 0 if fresh is None else len(fresh)
+    if held < spec.rank:
+        tiles = [q.tile for q in spec.factor_quantizers()]
+        if not held or [q.tile for q in replace(spec, rank=held).factor_quantizers()] != tiles:
+            raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
+    if added or (grid and spec.rank):
+        layout = with_factors(layout, spec.rank + added, grid)
+    groups = scales and "backbone.scales" in matrix.arrays
+    values: dict[str, Array] = {"gain": jnp.ones(())}
+    left, right = (f.astype(jnp.float32) for f in matrix.factors()) if spec.rank else (None, None)
+    if held:
+        # R's rows of size 1; what they lose is L's. One unit a matrix keeps the components' sizes to each other
+        size = jnp.sqrt(jnp.mean(jnp.square(right[:held]), axis=1))
+        size = jnp.where(size > 0, size, 1.0)
+        scaled = left[:, :held].T * size[:, None]
+        unit = jnp.sqrt(jnp.mean(jnp.square(scaled)))
+        unit = jnp.where(unit > 0, unit, 1.0)
+        values |= {"left": scaled / unit, "right": right[:held] / size[:, None], "unit": unit}
+    if added:
+        rows = {"left": jnp.zeros((added, matrix.shape[0])), "right": jnp.asarray(fresh, jnp.float32)}
+        unit = jnp.abs(matrix.arrays["scale"][0]) * NEW_SIZE / added**0.5
+        values |= {k: jnp.concatenate([values[k], v]) if held else v for k, v in rows.items()} | ({} if held else {"unit": unit})
+        held += added
+    if held:
+        values["component"] = jnp.ones((held,))
+    site = Site(layout, held, groups)
+    rest = left[:, held:] @ right[held:] if spec.rank > held else jnp.zeros(())  # in the rotated basis
+    if groups:
+        values |= {"groups": jnp.ones(matrix.arrays["backbone.scales"].shape), "rest": _unrotate(rest, site) if rest.ndim else rest}
+        values |= {f"backbone.{k}": jnp.asarray(v) for k, v in matrix.part("backbone").items()}
+        values["scale"] = jnp.asarray(matrix.arrays["scale"], jnp.float32)
+        return site, values, jnp.zeros((0, 0))
+    return site, values, _unrotate(matrix.backbone() + rest, site)
+
+
+def _unrotate(weight: Array, site: Site) -> Array:
+    if not site.rotated:
+        return weight
+    (u, ub), (v, vb) = site.sides
+    return hadamard.unrotate(hadamard.unrotate(weight, v, vb).T, u, ub).T
+
+
+def factors(site: Site, values: Mapping[str, Array]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
+    """(L', R') in the basis of W, L' with all scales but ρ."""
+    left, right = values["left"] * (values["unit"] * values["component"])[:, None], values["right"]
+    if site.rotated:
+        (u, ub), (v, vb) = site.sides
+        left, right = hadamard.unrotate(left, u, ub), hadamard.unrotate(right, v, vb)
+    return left.T, right
+
+
+def backbone(site: Site, values: Mapping[str, Array], base: Array) -> Array:
+    """B (m, n); decoded anew where group scales are trained."""
+    if not site.groups:
+        return base
+    arrays = {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith("backbone.")}
+    arrays["scales"] = arrays["scales"].astype(jnp.float32) * values["groups"]
+    quantizer = Spec.parse(site.layout.spec).quantizer(site.layout.state_bits, site.layout.shape)
+    return _unrotate(values["scale"][0] * quantizer.decode(arrays, *site.layout.shape), site) + values["rest"]
+
+
+def dense(site: Site, values: Mapping[str, Array], base: Array) -> Float[Array, "m n"]:
+    """W as it is being trained."""
+    total = backbone(site, values, base)
+    if site.rank:
+        left, right = factors(site, values)
+        total = total + jnp.matmul(left, right, precision="highest")
+    return values["gain"] * total
+
+
+def logits(
+    student: Student, frame: Llama, values: Values, tokens: Int[Array, "batch time"], product: Product, remat: bool = False
+) -> Float[Array, "batch time vocab"]:
+    """The student's logits; `product` is x wᵀ."""
+    rope = frame.rope(tokens.shape[1])
+
+    def run(block: Any, x: Array, own: Values, prefix: str) -> Array:
+        block = jax.tree.map(lambda leaf: leaf, block)
+        for name, param in block.tensors().items():
+            if name.endswith("norm.weight"):
+                param.set_value(own[f"{prefix}{name}"]["norm"])
+        for room, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+            for short in names:
+                name, linear = f"{prefix}{room}.{short}_proj", getattr(getattr(block, room), f"{short}_proj")
+                linear.product = partial(_apply, student.sites.get(name), own.get(name, {}), product)
+        return block(x, rope)
+
+    x = frame.embed(tokens)
+    for i, block in enumerate(frame.model.layers):
+        prefix = f"model.layers.{i}."
+        own = {name: part for name, part in values.items() if name.startswith(prefix)}
+        call = partial(run, prefix=prefix)
+        x = (jax.checkpoint(call) if remat else call)(block, x, own)
+    head: Llama = jax.tree.map(lambda leaf: leaf, frame)
+    head.product = product
+    head.model.norm.weight.set_value(values["model.norm.weight"]["norm"])
+    return head.head(x)
+
+
+def _apply(site: Site | None, values: Mapping[str, Array], product: Product, x: Array, base: Array) -> Array:
+    if site is None:
+        return product(x, base)
+    y = product(x, backbone(site, values, base))
+    if site.rank:
+        left, right = factors(site, values)
+        y = y + product(product(x, right), left)
+    return values["gain"] * y
+
+
+def _fast(pattern: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(pattern, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+
+
+@jax.custom_vjp
+def bf16_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[Array, "*batch m"]:
+    """x wᵀ, multiplied in bfloat16 and added in float32; its two gradients likewise."""
+    return _fast("...n,mn->...m", x, w)
+
+
+def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return bf16_product(x, w), (x, w)
+
+
+def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+    x, w = saved
+    flat = _fast("tm,tn->mn", g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
+    return _fast("...m,mn->...n", g, w).astype(x.dtype), flat.astype(w.dtype)
+
+
+bf16_product.defvjp(_forward, _backward)
+PRODUCTS: Mapping[str, Callable[..., Array]] = {"float32": exact_product, "bf16": bf16_product}
+
+
+def with_factors(layout: Layout, rank: int, grid: str | None) -> Layout:
+    """The layout of a matrix whose factors have another rank, and another grid where one is given.
+
+    Example:
+        >>> with_factors(Layout("trellis-2", (8, 8)), 4, None).spec, with_factors(Layout("int-2+r4@bf16", (8, 8)), 8, None).spec
+        ('trellis-2+r4@trellis-4', 'int-2+r8@bf16')
+    """
+    spec = Spec.parse(layout.spec)
+    left, right = (grid or own or FRESH_GRID for own in (spec.left, spec.right))
+    return replace(layout, spec=str(replace(spec, rank=rank, left=left, right=right)))

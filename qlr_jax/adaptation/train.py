@@ -1,0 +1,215 @@
+"""The training itself: one compiled step with accumulation over passes, sharded over devices, and what it is judged by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from qlr_jax.adaptation.config import AdaptConfig
+from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, text_loss, top_kl_loss
+from qlr_jax.adaptation.student import PRODUCTS, Student, Values, logits
+from qlr_jax.core.typing import Array
+from qlr_jax.errors import QLRError
+from qlr_jax.models.llama import Llama
+
+KINDS: Mapping[str, str] = {  # what of a matrix or norm belongs to what `train` names
+    "left": "factors",
+    "right": "factors",
+    "norm": "norms",
+    "gain": "scales",
+    "component": "scales",
+    "groups": "scales",
+}
+Teacher = Llama | TeacherLogits | None
+
+
+@dataclass(frozen=True)
+class Text:
+    """Sequences (rows, length) and what the teacher says about them: its kept logits, itself, or nothing."""
+
+    tokens: np.ndarray
+    teacher: Teacher
+
+    def batch(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+        kept = (self.teacher.ids, self.teacher.logp) if isinstance(self.teacher, TeacherLogits) else ()
+        return tuple(a[index] for a in (self.tokens, *kept))
+
+    def part(self, count: int) -> Text:
+        """The first `count` sequences, at least one."""
+        count = max(1, count)
+        kept = self.teacher
+        if isinstance(kept, TeacherLogits):
+            kept = TeacherLogits(kept.tokens[:count], kept.ids[:count], kept.logp[:count])
+        return Text(self.tokens[:count], kept)
+
+
+def order(seed: int, step: int, count: int, rows: int) -> np.ndarray:
+    """Which of `rows` sequences step `step` takes: every epoch all of them in a new order; a function of its arguments alone.
+
+    Example:
+        >>> sorted(np.concatenate([order(0, s, 2, 6) for s in range(3)]).tolist())
+        [0, 1, 2, 3, 4, 5]
+    """
+    places = np.arange(step * count, (step + 1) * count)
+    epochs = {e: np.random.default_rng([seed, e]).permutation(rows) for e in set((places // rows).tolist())}
+    return np.array([epochs[p // rows][p % rows] for p in places.tolist()])
+
+
+def split(values: Values, trained: set[tuple[str, str]]) -> tuple[Values, Values]:
+    """(what is trained, what is not) of one tree."""
+
+    def part(wanted: bool) -> Values:
+        found = {n: {k: v for k, v in own.items() if ((n, k) in trained) == wanted} for n, own in values.items()}
+        return {n: own for n, own in found.items() if own}
+
+    return part(True), part(False)
+
+
+def joined(a: Values, b: Values) -> Values:
+    """Both trees as one."""
+    return {name: {**a.get(name, {}), **b.get(name, {})} for name in {**a, **b}}
+
+
+def mesh_of(batch: int, devices: int | None) -> Mesh:
+    """A mesh of local devices along which a batch is divided.
+
+    Raises:
+        QLRError: more devices than there are, or a number that does not divide the batch.
+    """
+    local = jax.local_devices()
+    count = devices or math.gcd(batch, len(local))
+    if count > len(local) or batch % count:
+        raise QLRError(f"devices {count} cannot share a batch of {batch} here; pass a divisor of it, at most {len(local)}")
+    return Mesh(np.asarray(local[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], step: int, steps: int) -> Values:
+    """The rate of every array in one of `steps` steps: a linear rise and a cosine fall, 0 only for what is not in `names`."""
+    rise = min(max(1, round(config.warmup * steps)), steps)
+    share = float(optax.warmup_cosine_decay_schedule(0.0, 1.0, rise, steps + 1)(step + 1))
+    peak = {"factors": config.learning_rate, "norms": config.vector_rate, "scales": config.vector_rate}
+    return {n: {k: np.float32(share * peak[KINDS[k]] if (n, k) in names else 0.0) for k in own} for n, own in trained.items()}
+
+
+def objective(config: AdaptConfig, scores: Array, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
+    """The loss of one batch: w · KL + (1 − w) · next token, from the student's logits (batch, time, vocab)."""
+    tokens, kept = part[0], part[1:]
+    logp = jax.nn.log_softmax(scores, axis=-1)
+    share = {"text": 0.0, "kl": 1.0, "mix": config.weight}[config.loss]
+    total = jnp.zeros(())
+    if share < 1:
+        total = total + (1 - share) * text_loss(logp, tokens)
+    if share > 0:
+        kl = top_kl_loss(logp, *kept) if kept else kl_loss(logp, jax.nn.log_softmax(teacher(tokens), axis=-1))
+        total = total + share * kl
+    return total
+
+
+def mean_over(text: Text, batch: int, loss: Callable[[tuple[Array, ...]], Any]) -> float:
+    """The mean over all sequences of a text."""
+    total, batch = 0.0, min(batch, len(text.tokens))
+    whole = len(text.tokens) // batch * batch
+    # what is left over goes one by one, so that two shapes are compiled whatever the number of rows
+    parts = [np.arange(s, s + batch) for s in range(0, whole, batch)] + [np.array([i]) for i in range(whole, len(text.tokens))]
+    for index in parts:
+        total += len(index) * float(loss(tuple(map(jnp.asarray, text.batch(index)))))
+    return total / len(text.tokens)
+
+
+def mean_loss(model: Llama, text: Text, config: AdaptConfig) -> float:
+    """The loss of a model as it is stored."""
+    resident = text.teacher if isinstance(text.teacher, Llama) else None
+    found = jax.jit(lambda m, teacher, part: objective(config, m(part[0]), teacher, part))
+    model = model.densified()
+    return mean_over(text, config.batch, lambda part: found(model, resident, part))
+
+
+def weight_gradients(model: Llama, text: Text, config: AdaptConfig) -> dict[str, np.ndarray]:
+    """∂loss/∂W (m, n) of every linear layer, mean over the text."""
+    model = model.densified()
+    resident = text.teacher if isinstance(text.teacher, Llama) else None
+
+    def loss(weights: dict[str, Array], model: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
+        copy: Llama = jax.tree.map(lambda leaf: leaf, model)
+        for name, linear in copy.linears().items():
+            linear.weight.set_value(weights[name])
+        return objective(config, copy(part[0]), teacher, part)
+
+    gradient = jax.jit(jax.grad(loss))
+    weights = {name: linear.weight.get_value() for name, linear in model.linears().items()}
+    sums: dict[str, np.ndarray] = {name: np.zeros(w.shape, np.float32) for name, w in weights.items()}
+    for i in range(len(text.tokens)):  # sequence by sequence: of the least memory
+        part = tuple(map(jnp.asarray, text.batch(np.array([i]))))
+        for name, g in gradient(weights, model, resident, part).items():
+            sums[name] += np.asarray(g) / len(text.tokens)
+    return sums
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Compiled functions of a training, the same for all its phases.
+
+    Attributes:
+        init: values -> trained, fixed, the optimizer's state.
+        step: trained, fixed, state, rates, numbers of sequences -> trained, state, loss. Where the rate is 0 nothing moves, and the
+            gradient is left out of the norm that is clipped.
+        judge: trained, fixed, text -> loss.
+    """
+
+    init: Callable[[Values], tuple[Values, Values, Any]]
+    step: Callable[[Values, Values, Any, Values, np.ndarray], tuple[Values, Any, float]]
+    judge: Callable[[Values, Values, Text], float]
+
+
+def trainer(student: Student, frame: Llama, names: set[tuple[str, str]], text: Text, config: AdaptConfig) -> Trainer:
+    """The functions that train `names`, (matrix or norm, array), on a text: Adam with clipping, batches divided over devices."""
+    mesh, product = mesh_of(config.batch, config.devices), PRODUCTS[config.compute]
+    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
+    everywhere, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
+    resident = text.teacher if isinstance(text.teacher, Llama) else None
+    frame, resident = jax.device_put((frame, resident), everywhere)
+
+    def loss(trained: Values, fixed: Values, frame: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
+        scores = logits(student, frame, joined(trained, fixed), part[0], product, config.remat)
+        return objective(config, scores, teacher, part)
+
+    @jax.jit
+    def update(
+        trained: Values, fixed: Values, state: Any, rates: Values, frame: Llama, teacher: Llama | None, parts: tuple[Array, ...]
+    ) -> tuple[Values, Any, Array]:
+        def add(sums: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
+            found = jax.value_and_grad(loss)(trained, fixed, frame, teacher, part)
+            return jax.tree.map(jnp.add, sums, found), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
+        sums, _ = jax.lax.scan(add, zero, parts)
+        value, gradient = jax.tree.map(lambda a: a / config.accumulate, sums)
+        gradient = jax.tree.map(lambda g, rate: g * (rate > 0), gradient, rates)
+        changes, state = adam.update(gradient, state)
+        return jax.tree.map(lambda p, rate, change: p - rate * change, trained, rates, changes), state, value
+
+    evaluate = jax.jit(loss)
+
+    def step(trained: Values, fixed: Values, state: Any, rates: Values, index: np.ndarray) -> tuple[Values, Any, float]:
+        shape = (config.accumulate, config.batch)
+        parts = jax.device_put(tuple(a.reshape(*shape, *a.shape[1:]) for a in text.batch(index)), divided)
+        trained, state, value = update(trained, fixed, state, rates, frame, resident, parts)
+        return trained, state, float(value)
+
+    def judge(trained: Values, fixed: Values, on: Text) -> float:
+        return mean_over(on, config.batch, lambda part: evaluate(trained, fixed, frame, resident, part))
+
+    def init(values: Values) -> tuple[Values, Values, Any]:
+        trained, fixed = split(values, names)
+        # placed as the step returns them, or the second step would be compiled anew
+        return jax.device_put((trained, fixed, adam.init(trained)), everywhere)
+
+    return Trainer(init, step, judge)

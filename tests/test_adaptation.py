@@ -1,0 +1,422 @@
+"""Adaptation: what is trained and what is not, the losses, resuming, rounding, fresh factors, devices."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlr_jax as qlr
+from qlr_jax.adaptation import AdaptConfig, TeacherLogits, Verdict, adapt, adapting, teacher_logits
+from qlr_jax.adaptation import checkpoint as saving
+from qlr_jax.adaptation.config import fresh_bytes
+from qlr_jax.adaptation.fresh import fresh_factors
+from qlr_jax.adaptation.losses import kl_loss, text_loss, top_kl_loss
+from qlr_jax.adaptation.student import bf16_product, dense, logits, packed_matrices, take_apart
+from qlr_jax.adaptation.train import Text, mean_loss, order, rates, trainer, weight_gradients
+from qlr_jax.core.spec import Spec
+from qlr_jax.errors import QLRError
+from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.models.llama import exact_product
+
+LAYER = "model.layers.0."
+SMALL = {
+    "self_attn.q_proj": "trellis-2+r4@trellis-2",
+    "self_attn.k_proj": "trellis-2+r8@trellis-4",
+    "self_attn.v_proj": "trellis-2",
+    "self_attn.o_proj": "int-2g16",
+}
+# every kind of matrix: bf16, integer and mixed factors, group scales, rotated groups, no backbone, one kept as it is
+ZOO = SMALL | {
+    "self_attn.k_proj": "none+r16@int-8",
+    "self_attn.v_proj": "bf16",
+    "mlp.gate_proj": "int-2g16/rot+r4@int-4",
+    "mlp.up_proj": "nf-2g16+r4@bf16",
+    "mlp.down_proj": "trellis-2+r4@int-8,trellis-2",
+}
+SMALL, ZOO = ({LAYER + name: spec for name, spec in specs.items()} for specs in (SMALL, ZOO))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation():
+    """Shapes are small, so that compiling is what takes time."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def original():
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = Llama(config, jax.random.key(0))
+    for param in model.tensors().values():
+        value = param.get_value()
+        param.set_value(value * 8 if value.ndim > 1 else value)
+    return model
+
+
+def compressed(original, specs):
+    model = jax.tree.map(lambda leaf: leaf, original)
+    for name, spec in specs.items():
+        weight = model.linears()[name].weight
+        found = qlr.solve(weight.get_value(), None, spec, state_bits=6, iterations=1, seed=3).value
+        weight.set_value(jax.tree.map(jnp.asarray, found))
+    return model
+
+
+@pytest.fixture(scope="module")
+def packed(original):
+    return compressed(original, SMALL)
+
+
+@pytest.fixture(scope="module")
+def zoo(original):
+    return compressed(original, ZOO)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(0, 64, (12, 10)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def held_out():
+    return np.random.default_rng(1).integers(0, 64, (5, 10)).astype(np.int32)
+
+
+def settings(**changes):
+    given = {"steps": 6, "batch": 4, "evaluate_every": 2, "learning_rate": 0.02, "vector_rate": 0.005, "top": None} | changes
+    return AdaptConfig(**given)
+
+
+def losses(adapted):
+    return [entry["loss"] for entry in adapted.stats["history"] if "loss" in entry]
+
+
+@pytest.fixture(scope="module")
+def adapted(zoo, original, tokens):
+    return adapt(zoo, tokens, settings(steps=20, batch=12, evaluate_every=5), teacher=original, held_out=tokens)
+
+
+# --- the student -----------------------------------------------------------------------------------------------------------
+
+
+def test_apart_and_together_is_the_same_model(zoo, packed, tokens):
+    for model, rank in ((zoo, None), (packed, 4)):
+        want = model(jnp.asarray(tokens))
+        student, values, frame = take_apart(model, ("factors", "scales"), rank, {})
+        got = jax.jit(lambda v, s=student, f=frame: logits(s, f, v, jnp.asarray(tokens), exact_product))(values)
+        assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+        for name, matrix in packed_matrices(model).items():
+            base = frame.linears()[name].weight.get_value()
+            np.testing.assert_allclose(dense(student.sites[name], values[name], base), matrix.dense(), atol=1e-5)
+
+
+def test_remat_and_the_fast_product_change_little(packed, tokens):
+    student, values, frame = take_apart(packed, ("factors",), None, {})
+    run = lambda *how: logits(student, frame, values, jnp.asarray(tokens), *how)  # noqa: E731
+    np.testing.assert_allclose(run(exact_product, True), run(exact_product), atol=1e-5)
+    assert float(jnp.abs(run(bf16_product) - run(exact_product)).mean()) < 0.02 * float(jnp.abs(run(exact_product)).mean())
+    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 8), (5, 8)]))
+    got, want = (jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1))(x, w) for f in (bf16_product, exact_product))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=0.1), got, want)
+
+
+def test_the_loss_falls_and_what_is_stored_is_judged(adapted, packed, original, tokens):
+    assert adapted.verdict is Verdict.IMPROVED and adapted.stats["after"] < adapted.stats["before"]
+    text = Text(tokens, original)
+    assert adapted.stats["after"] == pytest.approx(mean_loss(adapted.value, text, settings()), rel=1e-5)
+    p, q = (jax.nn.log_softmax(m(jnp.asarray(tokens)), axis=-1) for m in (original, adapted.value))
+    assert adapted.stats["after"] == pytest.approx(float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))), rel=1e-3)
+    assert [e["phase"] for e in adapted.stats["history"] if "loss" in e] == ["all"] * 14 + ["left"] * 4 + ["scales"] * 2
+
+
+def test_codes_stay_byte_for_byte_and_bytes_are_those_of_the_spec(adapted, zoo):
+    for name, matrix in adapted.matrices.items():
+        old = zoo.linears()[name].weight.get_value()
+        assert str(matrix.spec) == ZOO[name] and matrix.nbytes == Spec.parse(ZOO[name]).nbytes(matrix.shape)
+        assert {k: (a.dtype, a.shape) for k, a in matrix.arrays.items()} == {k: (a.dtype, a.shape) for k, a in old.arrays.items()}
+        for key in matrix.arrays.keys() & {"backbone.codes", "backbone.zeros"}:
+            assert np.asarray(matrix.arrays[key]).tobytes() == np.asarray(old.arrays[key]).tobytes()
+    assert adapted.stats["bytes"] == adapted.stats["bytes_before"]
+    for norm in adapted.norms.values():
+        np.testing.assert_array_equal(norm, norm.astype(jnp.bfloat16).astype(norm.dtype))
+
+
+MOVES = {
+    "factors": {"left", "right", "component_scale"},
+    "norms": set(),
+    "scales": {"scale", "component_scale", "backbone.scales"},
+}
+
+
+@pytest.mark.parametrize("train", list(MOVES))
+def test_only_what_is_named_moves(packed, original, tokens, train):
+    # every norm moves by more than half of what bf16 resolves at 1
+    found = adapt(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02), teacher=original)
+    assert found.verdict is not Verdict.NOT_IMPROVED
+    moved = set()
+    for name, matrix in packed_matrices(packed).items():
+        for key, array in found.matrices[name].arrays.items():
+            if np.asarray(array).tobytes() != np.asarray(matrix.arrays[key]).tobytes():
+                moved.add(key if key == "backbone.scales" else key.split(".")[0])
+    assert moved == MOVES[train]
+    same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.norms.items()]
+    assert not any(same) if train == "norms" else all(same)
+    for name in ("model.embed_tokens.weight", "lm_head.weight", f"{LAYER}mlp.down_proj.weight"):
+        np.testing.assert_array_equal(found.value.tensors()[name].get_value(), packed.tensors()[name].get_value())
+
+
+def test_first_components_alone(packed, original, tokens):
+    found = adapt(packed, tokens, settings(train=("factors",), rank=4, steps=5, batch=12), teacher=original)
+    name = f"{LAYER}self_attn.k_proj"
+    old, new = packed_matrices(packed)[name], found.matrices[name]
+    assert found.verdict is not Verdict.NOT_IMPROVED and old.spec == new.spec
+    for side in ("left", "right"):
+        a, b = old.arrays[f"{side}.codes"], new.arrays[f"{side}.codes"]
+        np.testing.assert_array_equal(a[1:], b[1:])
+        assert not np.array_equal(a[:1], b[:1])
+    np.testing.assert_array_equal(old.arrays["component_scale"][4:], new.arrays["component_scale"][4:])
+    with pytest.raises(QLRError, match=r"rank 3 cuts the components .* multiple of 4"):
+        adapt(packed, tokens, settings(rank=3), teacher=original)
+
+
+@pytest.mark.parametrize("grid", ["bf16", "int-8"])
+def test_another_grid_for_all_factors(packed, original, tokens, grid):
+    found = adapt(packed, tokens, settings(factors=grid, steps=5, batch=12), teacher=original)
+    assert found.stats["after"] < found.stats["before"]
+    for name, matrix in found.matrices.items():
+        spec = Spec.parse(SMALL[name])
+        wanted = dataclasses.replace(spec, left=grid, right=grid) if spec.rank else spec
+        assert matrix.spec == wanted and matrix.nbytes == wanted.nbytes(matrix.shape)
+    assert found.stats["bytes"] == sum(m.nbytes for m in found.matrices.values())
+
+
+# --- losses and teachers ---------------------------------------------------------------------------------------------------
+
+
+def test_losses_against_numpy(tokens):
+    rng = np.random.default_rng(0)
+    p, q = (np.log(a / a.sum(-1, keepdims=True)) for a in rng.uniform(0.1, 1, (2, 3, 10, 64)))
+    assert float(kl_loss(jnp.asarray(q), jnp.asarray(p))) == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
+    want = -np.mean([q[i, t, tokens[i, t + 1]] for i in range(3) for t in range(9)])
+    assert float(text_loss(jnp.asarray(q), jnp.asarray(tokens[:3]))) == pytest.approx(want, rel=1e-5)
+    full, found = float(kl_loss(jnp.asarray(q), jnp.asarray(p))), []
+    for k in (1, 8, 32, 64):
+        ids = np.argsort(-p, axis=-1)[..., :k]
+        found.append(float(top_kl_loss(jnp.asarray(q), jnp.asarray(ids), jnp.asarray(np.take_along_axis(p, ids, -1)))))
+    assert found == sorted(found) and found[-1] == pytest.approx(full, rel=1e-4)
+
+
+def test_a_teachers_likeliest_tokens_stand_for_it(packed, original, tokens, held_out):
+    one = adapt(packed, tokens, settings(top=None), teacher=original, held_out=held_out)
+    all_kept = adapt(packed, tokens, settings(top=64), teacher=original, held_out=held_out)
+    np.testing.assert_allclose(losses(one), losses(all_kept), rtol=2e-2)
+    kept = teacher_logits(original, tokens, 8, batch=5)
+    assert kept.ids.shape == (12, 10, 8) and kept.ids.dtype == np.uint16 and kept.logp.dtype == np.float16
+    others = teacher_logits(original, held_out, 8)
+    given = adapt(packed, tokens, settings(top=8), teacher=kept, held_out=held_out, held_out_teacher=others)
+    own = adapt(packed, tokens, settings(top=8), teacher=original, held_out=held_out)
+    assert losses(given) == losses(own)
+
+
+def test_mix_is_the_weighted_sum(packed, original, tokens):
+    kl, text, mix = (mean_loss(packed, Text(tokens, original), settings(loss=n, weight=0.25)) for n in ("kl", "text", "mix"))
+    assert mix == pytest.approx(0.25 * kl + 0.75 * text, rel=1e-5)
+
+
+# --- the training ----------------------------------------------------------------------------------------------------------
+
+
+def first_steps(packed, original, tokens, **changes):
+    config = settings(**changes)
+    student, values, frame = take_apart(packed, config.train, None, {})
+    names = {(n, k) for n, own in values.items() for k in own if k in ("left", "right", "norm", "gain")}
+    tools = trainer(student, frame, names, Text(tokens, original), config)
+    trained, fixed, state = tools.init(values)
+    for step in range(2):
+        trained, state, loss = tools.step(trained, fixed, state, rates(config, trained, names, step, 10), np.arange(12))
+    return trained, loss
+
+
+def test_accumulated_passes_equal_one_batch(packed, original, tokens):
+    (a, one), (b, two) = (first_steps(packed, original, tokens, batch=n, accumulate=12 // n) for n in (12, 4))
+    assert one == pytest.approx(two, rel=1e-5)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a, b)
+
+
+def test_every_epoch_takes_every_sequence_once():
+    taken = np.concatenate([order(5, step, 4, 6) for step in range(6)])
+    assert all(sorted(taken[e * 6 : e * 6 + 6].tolist()) == list(range(6)) for e in range(4))
+    assert not np.array_equal(taken[:6], taken[6:12])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_a_resumed_training_ends_as_an_uninterrupted_one(packed, original, tokens, held_out, tmp_path, monkeypatch):
+    config = settings(steps=8, evaluate_every=2)
+    run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
+    whole = run(tmp_path / "whole")
+    save = saving.save
+    for stop in (2, 5):  # in the first phase, and in a later one
+        count = [0]
+
+        def saved(*given, count=count, stop=stop):
+            save(*given)
+            count[0] += 1
+            if count[0] == stop:
+                raise Interrupted
+
+        monkeypatch.setattr(saving, "save", saved)
+        with pytest.raises(Interrupted):
+            run(tmp_path / str(stop))
+        monkeypatch.setattr(saving, "save", save)
+        again = run(tmp_path / str(stop))
+        assert again.stats["history"] == whole.stats["history"]
+        for a, b in zip(jax.tree.leaves(again.matrices), jax.tree.leaves(whole.matrices), strict=True):
+            np.testing.assert_array_equal(a, b)
+    with pytest.raises(QLRError, match="of another model, text or setting"):
+        adapt(packed, tokens, settings(steps=11), teacher=original, held_out=held_out, checkpoint=tmp_path / "2")
+
+
+def test_training_stops_early_and_keeps_the_best(packed, original, tokens, held_out, monkeypatch):
+    seen = iter([1.0, 0.5, 0.9, 0.8, 0.7, 0.6])
+    real = adapting.trainer
+    kept = []
+
+    def scripted(*given):
+        tools = real(*given)
+
+        def judge(trained, fixed, text):
+            kept.append(trained)
+            return next(seen)
+
+        return dataclasses.replace(tools, judge=judge)
+
+    monkeypatch.setattr(adapting, "trainer", scripted)
+    config = settings(train=("norms",), steps=100, evaluate_every=1, patience=3)
+    found = adapt(packed, tokens, config, teacher=original, held_out=held_out)
+    assert len(losses(found)) == 4 and found.verdict in (Verdict.STOPPED_EARLY, Verdict.NOT_IMPROVED)
+    if found.verdict is Verdict.STOPPED_EARLY:
+        best = kept[1]["model.norm.weight"]["norm"].astype(jnp.bfloat16).astype(jnp.float32)
+        np.testing.assert_array_equal(found.norms["model.norm.weight"], best)
+
+
+def test_a_worse_model_is_not_handed_out(packed, original, tokens):
+    found = adapt(packed, tokens, settings(train=("norms",), vector_rate=5.0, steps=3), teacher=original)
+    assert found.verdict is Verdict.NOT_IMPROVED and found.value is packed and "unchanged" in str(found.verdict)
+
+
+TWO = """
+import json, sys, jax
+jax.config.update("jax_num_cpu_devices", 2)
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from qlr_jax.adaptation import AdaptConfig, adapt
+from qlr_jax.models import Llama, LlamaConfig
+import qlr_jax as qlr, jax.numpy as jnp
+config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+original = Llama(config, jax.random.key(0))
+model = jax.tree.map(lambda leaf: leaf, original)
+for linear in model.linears().values():
+    linear.weight.set_value(jax.tree.map(jnp.asarray, qlr.solve(linear.weight.get_value() * 9, None, "int-2g16+r4@bf16").value))
+tokens = np.random.default_rng(0).integers(0, 16, (8, 6))
+out = {}
+for n in (1, 2):
+    found = adapt(model, tokens, AdaptConfig(steps=3, batch=4, top=None, devices=n), teacher=original)
+    out[n] = [e["loss"] for e in found.stats["history"]]
+print(json.dumps([len(jax.devices()), out[1], out[2]]))
+"""
+
+
+def test_two_devices_equal_one(request):
+    done = subprocess.run([sys.executable, "-c", TWO, str(request.config.rootpath)], capture_output=True, text=True, check=True)
+    count, one, two = json.loads(done.stdout.splitlines()[-1])
+    assert count == 2 and len(one) == 3
+    np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+# --- fresh factors ---------------------------------------------------------------------------------------------------------
+
+
+def test_fresh_factors_change_nothing_at_first_and_keep_to_their_bytes(packed, original, tokens):
+    matrices, config, budget = packed_matrices(packed), settings(), 400
+    gradients = weight_gradients(packed, Text(tokens, original), config)
+    fresh = fresh_factors(matrices, gradients, budget, None)
+    student, values, frame = take_apart(packed, config.train, None, fresh)
+    got, want = logits(student, frame, values, jnp.asarray(tokens), exact_product), packed(jnp.asarray(tokens))
+    assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+    found = adapt(packed, tokens, settings(fresh=f"{budget}B", fresh_grid="same", steps=8, batch=12), teacher=original)
+    assert found.stats["after"] < found.stats["before"]
+    added = found.stats["bytes"] - found.stats["bytes_before"]
+    assert budget - 150 < added <= budget
+    assert {n: m.spec.rank for n, m in found.matrices.items() if n in matrices} == {
+        n: m.spec.rank + len(fresh.get(n, ())) for n, m in matrices.items()
+    }
+    assert all(m.nbytes == m.spec.nbytes(m.shape) for m in found.matrices.values())
+
+
+def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
+    config, name = settings(), f"{LAYER}self_attn.v_proj"
+    found = weight_gradients(packed, Text(tokens[:2], original), config)[name]
+    model = packed.densified()
+    weight, step = model.linears()[name].weight.get_value(), 1e-2 * found / np.linalg.norm(found)
+    ends = []
+    for sign in (1, -1):
+        model.linears()[name].weight.set_value(weight + sign * step)
+        ends.append(mean_loss(model, Text(tokens[:2], original), config))
+    assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(np.linalg.norm(found), rel=0.02)
+
+
+# --- bad values ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"loss": "mse"}, "loss 'mse' is not known; pass text, kl or mix"),
+        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms or scales"),
+        ({"train": ()}, "nothing is to be trained"),
+        ({"steps": 0}, "steps 0 is out of range; pass 1 to"),
+        ({"weight": 2.0}, "weight 2.0 is out of range"),
+        ({"rank": 0}, "rank 0 is too small"),
+        ({"rank": 4, "factors": "bf16"}, "rank 4 keeps the other components"),
+        ({"rank": 4, "fresh": "1kB"}, "fresh '1kB' adds components"),
+        ({"factors": "none"}, "cannot be stored as none"),
+        ({"factors": "fp4"}, "'fp4' is not a quantizer"),
+        ({"fresh": "5 apples"}, "fresh '5 apples' is no size"),
+        ({"fresh": "1kB", "train": ("norms",)}, "adds factors that are not trained"),
+        ({"compute": "fp8"}, "compute 'fp8' is not known"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(changes, says):
+    with pytest.raises(QLRError, match=says) as error:
+        AdaptConfig(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_inputs_that_cannot_be_used_are_named(packed, original, tokens):
+    for call, says in [
+        (lambda: adapt(original, tokens, teacher=original), "holds no compressed matrix"),
+        (lambda: adapt(packed, tokens), "loss 'kl' compares with the original model; pass it as teacher"),
+        (lambda: adapt(packed, tokens[0], teacher=original), r"tokens has shape \(10,\)"),
+        (lambda: adapt(packed, tokens + 60, teacher=original), "ids outside the vocabulary of 64"),
+        (lambda: adapt(packed, tokens, teacher=original, held_out=tokens[:, :1]), "held_out has shape"),
+        (lambda: adapt(packed, tokens, teacher=teacher_logits(original, tokens[:2], 4)), "kept logits are not those of tokens"),
+        (lambda: adapt(packed, tokens, settings(devices=64), teacher=original), "devices 64 cannot share a batch of 4"),
+        (lambda: adapt(packed, tokens, settings(fresh="10B"), teacher=original), "within 10 bytes fit no matrix"),
+        (lambda: AdaptConfig.make({"learning": 1}), "'learning' is no setting"),
+    ]:
+        with pytest.raises(QLRError, match=says):
+            call()
+    assert fresh_bytes("0.5bpw", 16) == 1
+    assert isinstance(teacher_logits(original, tokens[:1], 4), TeacherLogits)

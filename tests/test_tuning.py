@@ -1,0 +1,110 @@
+"""`qlr adapt`: a folder in, a folder out, with what it won; refusals that leave nothing behind."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from test_export import random_matrix
+from typer.testing import CliRunner
+
+import qlr_jax as qlr
+from qlr_jax import cli, job, tuning
+from qlr_jax.adaptation import AdaptConfig
+from qlr_jax.calibration import standard_library
+from qlr_jax.errors import QLRError
+from qlr_jax.export import check_files, read_matrices, save_packed
+from qlr_jax.models import Llama, LlamaConfig, save_model
+
+CONFIG = LlamaConfig(
+    vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+)
+FEW = AdaptConfig(train=("norms", "scales"), steps=4, batch=2, vector_rate=3e-2, evaluate_every=2, compute="float32", devices=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The original; its compressed folder, as a job leaves it; a text."""
+    parent = tmp_path_factory.mktemp("tuning")
+    model = Llama(CONFIG, jax.random.key(0))
+    save_model(model, parent / "model", tokenizer_from=job.BUNDLED)
+    matrices = {}
+    for i, (name, linear) in enumerate(model.linears().items()):
+        spec = "int-4g16+r4@bf16" if i % 2 else "int-3g16"
+        matrices[name] = random_matrix(spec, linear.weight.get_value().shape, seed=i, size=0.02)
+    rows = [{"name": n, "spec": str(m.spec), "shape": list(m.shape), "bytes": m.nbytes} for n, m in matrices.items()]
+    report = {"model": str(parent / "model"), "bytes": {"before": 10**6, "after": 10**5, "compressed": 10**4}, "matrices": rows}
+    files = {"report.json": json.dumps(report), "recipe.yaml": "budget: 3bpw\n"}
+    settings = {"base_model": str(parent / "model")}
+    save_packed(parent / "out", model, matrices, source=parent / "model", settings=settings, files=files)
+    (parent / "text.txt").write_text(standard_library("calibration")[:40000], encoding="utf-8")
+    return parent
+
+
+def test_a_folder_is_adapted(folders, tmp_path):
+    told = tuning.adapt(folders / "out", tmp_path / "dest", [folders / "text.txt"], FEW, judged_tokens=512)
+    assert told["after"]["kl"] < told["before"]["kl"] and told["bits_per_weight"] == told["bits_per_weight_before"]
+    report = json.loads((tmp_path / "dest" / "report.json").read_text())
+    assert report["adapted"]["after"] == told["after"] and report["bytes"]["after"] == 10**5
+    assert check_files(tmp_path / "dest") > 4 and (tmp_path / "dest" / "recipe.yaml").read_text() == "budget: 3bpw\n"
+    assert not (tmp_path / "dest" / "job").exists()
+    before, after = read_matrices(folders / "out"), read_matrices(tmp_path / "dest")
+    moved = False
+    for name, matrix in before.items():
+        assert after[name].layout == matrix.layout
+        assert np.array_equal(matrix.arrays["backbone.codes"], after[name].arrays["backbone.codes"])
+        moved |= not np.array_equal(matrix.arrays["scale"], after[name].arrays["scale"])
+    assert moved
+    logits = qlr.load(tmp_path / "dest")(np.arange(12)[None])
+    assert np.isfinite(np.asarray(logits)).all()
+    settings = json.loads((tmp_path / "dest" / "config.json").read_text())["quantization_config"]["settings"]
+    assert settings["base_model"] == str(folders / "model")  # so that qlr evaluate finds it
+
+
+def test_without_the_original_text_alone(folders, tmp_path):
+    config = AdaptConfig(**{**vars(FEW), "loss": "text"})
+    out = tmp_path / "out"
+    out.mkdir()
+    for path in (folders / "out").iterdir():
+        (out / path.name).write_bytes(path.read_bytes())
+    raw = json.loads((out / "config.json").read_text())
+    raw["quantization_config"]["settings"] = {}
+    (out / "config.json").write_text(json.dumps(raw))
+    (out / "checksums.json").unlink()
+    told = tuning.adapt(out, tmp_path / "dest", [folders / "text.txt"], config, judged_tokens=512)
+    assert set(told["before"]) == {"perplexity"} and told["after"]["perplexity"] < told["before"]["perplexity"]
+    with pytest.raises(QLRError, match="--original"):
+        tuning.adapt(out, tmp_path / "other", [folders / "text.txt"], FEW)
+    assert not (tmp_path / "other").exists()
+
+
+def test_refusals(folders, tmp_path):
+    with pytest.raises(QLRError, match="no text was given to adapt to"):
+        tuning.adapt(folders / "out", tmp_path / "dest", None, FEW)
+    (tmp_path / "short.txt").write_text("import os")
+    with pytest.raises(QLRError, match="give more text"):
+        tuning.adapt(folders / "out", tmp_path / "dest", [tmp_path / "short.txt"], FEW)
+    with pytest.raises(QLRError, match="already holds"):
+        tuning.adapt(folders / "out", folders / "out", [folders / "text.txt"], FEW)
+    (tmp_path / "begun" / "job" / "adapt").mkdir(parents=True)
+    with pytest.raises(QLRError, match="--resume"):
+        tuning.adapt(folders / "out", tmp_path / "begun", [folders / "text.txt"], FEW)
+    assert not (tmp_path / "dest").exists()
+
+
+def test_command(folders, tmp_path, monkeypatch):
+    seen = {}
+    told = {
+        "out": "o", "dest": "d", "tokens": 512, "judged_on": "other.txt", "steps": 7, "verdict": "fine",
+        "before": {"kl": 0.04, "perplexity": 12.0, "agreement": 0.9}, "after": {"kl": 0.03, "perplexity": 11.9, "agreement": 0.91},
+        "bits_per_weight_before": 2.0, "bits_per_weight": 2.0,
+    }  # fmt: skip
+    monkeypatch.setattr(tuning, "adapt", lambda *args, **kwargs: seen.update(args=args, **kwargs) or told)
+    result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--text", "t.txt", "--held-out", "other.txt", "--steps", "7"])
+    assert result.exit_code == 0, result.output
+    assert seen["args"][3].train == ("norms", "scales") and seen["args"][3].steps == 7
+    assert "25.0 % of the KL is won back in 7 steps" in result.stdout and "written: d" in result.stdout
+    result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--factors", "trellis-4", "--json"])
+    assert json.loads(result.stdout)["steps"] == 7 and "factors" in seen["args"][3].train
+    result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--loss", "mse"])
+    assert result.exit_code == 1 and "pass text, kl or mix" in result.stderr
