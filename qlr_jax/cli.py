@@ -131,6 +131,13 @@ def compress(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--parallel",
+            help="Solve what is delivered again, every block behind the compressed ones before it, and keep it where KL falls.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
     ] = False,
@@ -164,6 +171,7 @@ def compress(
             target=target,
             backbone_from=_text(backbone_from),
             hessians_from=_text(hessians),
+            sequential=sequential,
             force=force or None,
         )
         if "budget" not in settings:

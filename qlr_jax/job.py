@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import allocators
 import qlr_jax
@@ -32,12 +33,24 @@ from qlr_jax.export.packed import JOB, save_packed
 from qlr_jax.export.targets import find_target
 from qlr_jax.models import Llama, kind_of, layer_of
 from qlr_jax.planning import TABLE, Constraints
-from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, Source, calibrate, open_source, sense, sequence_length, solver_config, spread
+from qlr_jax.preparation import (
+    BUNDLED,
+    BUNDLED_NAME,
+    Source,
+    calibrate,
+    calibration_tokens,
+    open_source,
+    sense,
+    sequence_length,
+    solver_config,
+    spread,
+)
 from qlr_jax.progress import Progress, logged, silent
 from qlr_jax.recipe import DEMO, Recipe
 from qlr_jax.report.record import Record
 from qlr_jax.report.sensitivity import write_pictures
 from qlr_jax.sensitivity import Sensitivity, Statistics
+from qlr_jax.sequential import solve_sequentially
 from qlr_jax.workspace import Workspace, digest_model, digest_text, enough_space
 
 PROVED_GAP = 1e-4  # of the predicted damage; the predictions are good to a few parts in a hundred
@@ -201,13 +214,21 @@ def _run(
         if delivered != "allocated":
             progress.say(f"the {delivered} model has the lower KL on the calibration text, so it is what is delivered")
 
+    final = {name: chosen(plan.specs, solutions) for name, plan in plans.items()}
+    if recipe.sequential and not problem.keeps_original:
+        with clock.stage("solve in sequence"):
+            tokens = calibration_tokens(texts[0], opened.tokenizer, original, recipe, opened.weights)
+            better = resolve(plans[delivered], judged, delivered, tokens, original, sample, statistics, recipe, progress, space)
+            solutions |= better
+            final[delivered] |= {name: solution.value for (name, _), solution in better.items()}
+
     held_out: dict[str, Comparison] = {}
     if texts[1]:
         with clock.stage("evaluate"), progress.stage("evaluating on held-out text", total=len(plans)) as stage:
             rows = evaluating.windows(texts[1], opened.tokenizer, sequence_length(original, recipe))
             rows = spread(rows, recipe.evaluation_tokens)
-            for name, plan in plans.items():
-                held_out[name] = compare(original, with_weights(original, chosen(plan.specs, solutions)), rows)
+            for name in plans:
+                held_out[name] = compare(original, with_weights(original, final[name]), rows)
                 stage.advance(note=name)
 
     base = BUNDLED_NAME if opened.folder == BUNDLED else str(source)
@@ -231,7 +252,7 @@ def _run(
         device=jax.devices()[0].device_kind,
     )
     with progress.stage("saving"), enough_space(out):
-        report, matrices = record.report(), chosen(plans[delivered].specs, solutions)
+        report, matrices = record.report(), final[delivered]
         save_packed(out, original, matrices, source=opened.folder, settings={"base_model": base}, files=record.files(report))
     space.finish()
     return JobResult(out, report)
@@ -398,6 +419,37 @@ def refine(
     if found.allocation not in others:
         plans["allocated"] = dataclasses.replace(found.allocation, baselines=plans["allocated"].baselines)
         judged["allocated"] = known[tuple(found.allocation.specs.items())]
+    return found
+
+
+def resolve(
+    plan: allocators.Allocation,
+    judged: dict[str, Comparison],
+    name: str,
+    tokens: np.ndarray,
+    original: Llama,
+    sample: Reference,
+    statistics: Statistics,
+    recipe: Recipe,
+    progress: Progress,
+    space: Workspace,
+) -> Solutions:
+    """The plan solved again block by block, each behind the compressed ones before it; nothing where that is no better."""
+    config = solver_config(recipe)
+    with progress.stage("compressing in sequence", total=len(plan.specs)) as stage:
+
+        def solver(problems: Any) -> Solutions:
+            on_done = lambda key, _: stage.advance(note=" ".join(key))  # noqa: E731
+            return space.solve("sequential", problems, seed=recipe.seed, config=config, on_done=on_done)
+
+        found = solve_sequentially(original, plan.specs, tokens, statistics, solver, recipe.damping)
+    after = divergence(with_weights(original, chosen(plan.specs, found)), sample)
+    before = judged[name]
+    told = f"solved in sequence the KL on the calibration text is {after.kl:.5f}, before {before.kl:.5f}"
+    progress.say(told + (": kept" if after.kl < before.kl else ": not kept"))
+    if after.kl >= before.kl:
+        return {}
+    judged[name] = after
     return found
 
 

@@ -66,6 +66,9 @@ class Recipe:
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
     refine: int = _field(12, "other allocations, at most, that are built and measured after the first; 0 = none")
     refine_seconds: float = _field(600.0, "that these may take")
+    sequential: bool = _field(
+        False, "solve the delivered allocation again, each block behind the compressed ones before it; kept where KL falls"
+    )
     evaluation_tokens: int = _field(32768, "of held-out text at most, for the figures of the report")
     streaming: bool | None = _field(
         None, "weights and statistics stay on disk and are read block by block; null = where the weights would take half the memory"
@@ -103,6 +106,8 @@ class Recipe:
             raise QLRError(
                 f"recipe: {what} cannot be had with backbone_from; leave out either (a lock to bf16 keeps a matrix's Q as it is)"
             )
+        if self.sequential and self.backbone_from:
+            raise QLRError("recipe: sequential solves backbones too, which backbone_from gives; leave out either")
         if self.target == "adapter" and not self.backbone_from:
             raise QLRError("recipe: target adapter is for the factors of a given backbone; give backbone_from")
         object.__setattr__(self, "target", "adapter" if self.backbone_from else self.target)

@@ -139,7 +139,7 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
     import shutil
 
     from qlr_jax.export.card import CARD, card_of
-    from qlr_jax.report import report_html
+    from qlr_jax.report import report_html, report_markdown
     from qlr_jax.report.record import SNIPPET
 
     files = {name: (out / name).read_text(encoding="utf-8") for name in KEPT_FILES if (out / name).is_file()}
@@ -148,7 +148,11 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         _updated(report, found)
     report["adapted"] = told
-    files |= {"report.json": json.dumps(report, indent=1) + "\n", "report.html": report_html(report)}
+    files |= {
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": report_html(report),
+        "report.md": report_markdown(report),
+    }
     files[CARD] = card_of(report, settings.get("base_model"), target="qlr", snippet=SNIPPET)
     save_packed(dest, found.value, found.matrices, source=out, settings=settings, files=files)
     shutil.rmtree(dest / JOB, ignore_errors=True)

@@ -15,11 +15,14 @@ import pytest
 from allocators import Option, OptionTable, Row
 from qlr_jax import progress
 from qlr_jax.errors import QLRError
-from qlr_jax.report import evaluation, inspection, report_html, summary
+from qlr_jax.report import evaluation, inspection, report_html, report_markdown, summary
+from qlr_jax.report.adapted import loss_curve
 from qlr_jax.report.draw import standalone, ticks
+from qlr_jax.report.fit import fit_rows, fit_sentence
 from qlr_jax.report.frontier import frontier_svg, frontier_text
 from qlr_jax.report.sensitivity import sensitivity_page, sensitivity_text, write_pictures
 from qlr_jax.report.sensitivity_figures import coefficient_map, damage_map, error_bits, spectra, worst_matrix
+from qlr_jax.report.spectra import decay, sensitivity_map
 
 VOID = {"meta", "wbr", "br"}
 
@@ -74,6 +77,50 @@ def report():
     }
 
 
+@pytest.fixture
+def full(report):
+    """A report with all that a job may add: a device, an adaptation, spectra."""
+    history = [{"phase": "all <parts>", "step": 0, "held_out": 0.05}]
+    history += [{"phase": "all <parts>", "step": step, "loss": 0.05 - 0.0001 * step} for step in range(1, 401)]
+    history += [{"phase": "R rounded", "step": step, "loss": 0.02, "held_out": 0.03} for step in range(1, 51)]
+    return report | {
+        "budget": "device:8MB,context=4096,batch=2,kv=fp8",
+        "fit": {
+            "budget": "device:8MB,context=4096,batch=2,kv=fp8",
+            "items": {
+                "device": 8_000_000,
+                "norms and other fixed tensors": -20_000,
+                "key-value cache": -3_000_000,
+                "working allowance": -800_000,
+            },
+            "weights": 2_370_000,
+            "fits": True,
+        },
+        "adapted": {
+            "text": "other <modules>",
+            "verdict": "The adapted model is better & kept.",
+            "trained": ["norms", "scales"],
+            "steps": 450,
+            "loss": "kl",
+            "seconds": 123.0,
+            "bits_per_weight_before": 2.2431,
+            "bits_per_weight": 2.2431,
+            "before": {"kl": 0.0433, "perplexity": 12.09, "agreement": 0.88},
+            "after": {"kl": 0.0399, "perplexity": 12.03, "agreement": 0.885},
+            "tokens": 16384,
+            "history": history,
+        },
+        "spectra": {row["name"]: [0.5 * 0.8**at for at in range(12)] for row in report["matrices"]},
+        "device": "NVIDIA <H100>",
+        "cores": 2,
+        "target": "gguf",
+    }
+
+
+def words_of(page):
+    return " ".join(" ".join(Checker(page).text).split())
+
+
 class Checker(HTMLParser):
     """Refuses tags that do not close, repeated ids, scripts, and whatever would be loaded from elsewhere."""
 
@@ -126,10 +173,152 @@ def test_page_holds_the_numbers(report):
         assert wanted in text
     assert "median: 1.11" in text
     assert "llama <tiny> & co" in text and "<tiny>" not in page  # escaped
-    assert checker.seen.count("svg") == 2
-    assert {"size", "quality", "allocation", "frontier", "prediction", "again", "load"} <= checker.ids
+    assert checker.seen.count("svg") == 3
+    wanted = {
+        "size",
+        "fit",
+        "quality",
+        "cost",
+        "allocation",
+        "sensitivity",
+        "certificate",
+        "frontier",
+        "prediction",
+        "again",
+        "load",
+    }
+    assert checker.ids == wanted
     assert "http" not in page and "url(" not in page and "@import" not in page
     assert "prefers-color-scheme: dark" in page and "width=device-width" in page
+
+
+def test_sections_come_in_the_order_of_a_decision(full):
+    page = report_html(full)
+    order = "size fit quality adapted cost allocation sensitivity spectra certificate frontier prediction again load"
+    assert " ".join(re.findall(r'id="(\w+)"', page)) == order
+    assert Checker(page).seen.count("svg") == 5
+    assert "http" not in page and "url(" not in page and "@import" not in page and "<H100>" not in page and "<parts>" not in page
+    heads = re.findall(r"^## (.*)$", report_markdown(full), re.M)
+    said = re.findall(r"<h2>(.*?)</h2>", page)
+    assert heads == [title for title in said if title in heads] and len(heads) == 9  # of the same names, in the same order
+
+
+def test_does_it_fit(full):
+    words = words_of(report_html(full))
+    assert "It fits the device of 8MB (8.00 MB), with a context of 4,096 tokens, batch 2, cache in fp8: 6.17 MB are needed" in words
+    assert (
+        "1.83 MB stay free. The original needs 14.3 MB and does not fit." in words and "where the memory ends, at 8.00 MB" in words
+    )
+    assert fit_rows(full) == [
+        ("weights", "10.5 MB", "2.37 MB"),
+        ("key-value cache", "3.00 MB", "3.00 MB"),
+        ("working allowance", "800 kB", "800 kB"),
+        ("needed", "14.3 MB", "6.17 MB"),
+        ("there is", "8.00 MB", "8.00 MB"),
+        ("free", "−6.30 MB", "1.83 MB"),
+    ]
+    bars = re.findall(r'<div class="fit".*?</div>', report_html(full), re.S)
+    for bar in bars:  # every part has its place, none over another or beyond the bar
+        places = [(float(left), float(width)) for left, width in re.findall(r"left:([\d.]+)%;width:([\d.]+)%", bar)]
+        assert all(left + width <= after + 0.02 for (left, width), (after, _) in pairwise([*places, (100.0, 0.0)]))
+    assert [bar.count("<i") for bar in bars] == [3, 4]  # what does not fit leaves nothing free
+
+    full["fit"] = {"budget": "12MB", "items": {"budget": 12_000_000}, "weights": 2_370_000, "fits": True}
+    assert fit_sentence(full).endswith("2.37 MB are needed, 9.63 MB stay free. The original needs 10.5 MB and fits as well.")
+    full["fit"] |= {"weights": 13_000_000, "fits": False}
+    assert "does not fit the budget of 12.0 MB: 13.0 MB are needed, 1.00 MB too many" in words_of(report_html(full))
+    full["target"] = "adapter"
+    assert "given backbone is not among these weights" in fit_sentence(full)
+
+
+def test_what_a_device_budget_would_tell(report):
+    assert "--budget device:8GiB,context=8192" in words_of(report_html(report)) and "--budget device" in report_markdown(report)
+    report["budget"] = "900MB"
+    assert "--budget device" not in report_html(report) + report_markdown(report)
+
+
+def test_what_adaptation_won_back(full):
+    words = words_of(report_html(full))
+    for wanted in (
+        "won back 7.9 % of the KL that compression had cost: 0.0433 before, 0.0399 after.",
+        "12.09 12.03 −0.496 %",
+        "+0.5 points",
+        "bits per weight 2.2431 2.2431 the same",
+        "matrices, stored 4.59 kB 4.59 kB",
+        "better & kept",
+        "norms, scales, on KL to the original, 450 steps, in 2 min 03 s, judged on 16,384 tokens of other <modules>",
+        "mean of 3 steps",
+        "where a phase begins (all <parts>, then R rounded)",
+    ):
+        assert wanted in words
+    svg = inside(loss_curve(full))
+    assert len([node for node in svg.iter() if node.tag == "polygon"]) == 51
+    assert "400" in texts(svg)  # steps go on from phase to phase
+    full["adapted"]["after"]["kl"] = 0.05
+    assert "Adaptation won nothing back: KL 0.0433 before, 0.0500 after." in words_of(report_html(full))
+    assert "daptation" not in words_of(report_html({key: value for key, value in full.items() if key != "adapted"}))
+
+
+def test_what_it_cost(full):
+    words = words_of(report_html(full))
+    assert "3 min 32 s, peak memory 2.21 GB, on NVIDIA <H100>, 2 cores beside it." in words
+    assert "solve 1 min 23 s" in words and "adaptation, afterwards 2 min 03 s" in words
+    assert "on the CPU, 1 core." in words_of(report_html(full | {"device": "cpu", "cores": 1}))
+
+
+def test_what_the_bytes_mean(full):
+    for target, note in (("gguf", "GGUF blocks"), ("compressed-tensors", "integer codes"), ("adapter", "its maker's"), ("qlr", "")):
+        full["target"] = target
+        for page in (words_of(report_html(full)), report_markdown(full)):
+            assert note in page and ("Bytes are" in page or "factors L and R alone" in page) == (target != "qlr")
+    assert "bits per weight of the factors alone" in words_of(report_html(full | {"target": "adapter"}))
+
+
+def test_certificate(report):
+    words = words_of(report_html(report))
+    assert "offered within these bytes does less predicted damage by more than 0.1 %. Predicted damage 0.1000" in words
+    assert "lower bound 0.0999" in words and "is not a measurement" in words and "it is 0.150" in words
+    report["allocation"] = {"damage": 0.1, "bound": None, "gap": None}
+    assert "Nothing is proved of what was delivered" in words_of(report_html(report))
+
+
+@pytest.mark.parametrize("layers", [1, 3, 40])
+def test_why_bits_and_rank_went_there(layers):
+    facts = table_of(layers).notes["matrices"]
+    rows = [{"name": name, "sensitivity": fact["coefficient"]} | fact for name, fact in facts.items()]
+    report = {"matrices": rows, "spectra": {name: fact["spectrum"] for name, fact in facts.items()}}
+    svg = inside(decay(report))
+    curves = [node.get("style") for node in svg.iter() if node.tag == "polyline" and "dasharray" in (node.get("style") or "")]
+    assert len(curves) == 14 and len(set(curves)) == 7  # a line and its key a kind, no two kinds alike
+    assert [text for text in texts(svg) if text in KINDS] == [kind for kind in KINDS for _ in range(2)]
+    assert len([node for node in inside(sensitivity_map(report)).iter() if node.tag == "g"]) == 7 * layers
+    assert "8 leading components hold (median over layers): q 94.2 %, k 94.2 %" in words_of(report_html(report))
+    page = report_html(report | {"spectra": {"model.layers.0.self_attn.q_proj": [0.7, float("nan")], "odd": "text", "more": [1.2]}})
+    assert "nan" not in page and "leading component holds (median over layers): more 100.0 %" in words_of(page)
+
+
+def test_markdown(full):
+    text = report_markdown(full)
+    assert text.startswith("# llama \\<tiny> & co at 2.2431 bits per weight\n")
+    for wanted in (
+        "| total | 10.5 MB | 2.37 MB | 22.6 % |",
+        "| free | −6.30 MB | 1.83 MB |",
+        "| allocated (delivered) | 5.633 | ×1.17 | 0.152 | 0.150 | 86.1 % |",
+        "| KL, nats a token | 0.0433 | 0.0399 | −7.85 % |",
+        "| adaptation, afterwards | 2 min 03 s |",
+        "| 0 | 1.5+r8 | 4 | – |",
+        "```sh\nqlr compress llama out --budget 2.25bpw\n```",
+        "seed: 11",
+        "Versions: qlr-jax 0.1.0, jax 0.10.2.",
+    ):
+        assert wanted in text, wanted
+    outside = re.sub(r"```.*?```", "", text, flags=re.S)
+    assert not re.search(r"(?<!\\)<", outside)
+    for table in re.findall(r"(?:^\|.*\n)+", outside, re.M):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1  # as many cells in every row
+    full["command"] = "echo ```"
+    assert "````sh\necho ```\n````" in report_markdown(full)
+    assert report_markdown({}).startswith("# Llama model at – bits per weight") and "Not evaluated" in report_markdown({})
 
 
 def test_every_cell_of_the_heat_map_says_its_spec(report):
@@ -146,16 +335,25 @@ def test_another_model_was_delivered(report):
         assert note in report_html(report).replace("&#x27;", "'") and note in summary(report)
 
 
-def test_whatever_is_missing(report):
-    for key in report:
+def less_of(report):
+    """The report with one value null or absent: every one of its own, and every one of the parts that a job may add."""
+    for path in [(key,) for key in report] + [(part, key) for part in ("fit", "adapted", "allocation") for key in report[part]]:
         for value in (None, "absent"):
             less = copy.deepcopy(report)
-            if value is None:
-                less[key] = None
-            else:
-                del less[key]
-            Checker(report_html(less))
-            assert "None" not in summary(less)
+            inner = less
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = None
+            if value:
+                del inner[path[-1]]
+            yield less
+
+
+def test_whatever_is_missing(full):
+    for less in less_of(full):
+        page = report_html(less)
+        Checker(page)
+        assert "None" not in summary(less) + report_markdown(less) + page
     for less in (
         {},
         {"matrices": [{"name": "a.q_proj", "spec": "trellis-2"}]},

@@ -12,6 +12,7 @@ import qlr_jax as qlr
 from qlr_jax import job
 from qlr_jax.calibration import backward as backward_room
 from qlr_jax.calibration import hessians, output_hessians, squared_gradients, standard_library
+from qlr_jax.calibration.sequential import aimed, moments
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
@@ -117,3 +118,47 @@ def test_a_batch_of_one_block_is_held(both):
     hessians(streamed, TOKENS[:1])
     gc.collect()
     assert sum(a.nbytes for a in jax.live_arrays()) - before < 4 * jnp.zeros((32, 32)).nbytes
+
+
+def test_moments_behind_compressed_blocks(both):
+    """Against float64 numpy on inputs that are tapped from whole passes."""
+    resident = both[0]
+    value = {
+        n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-3g16").value for n in linear_names(CONFIG)[:7]
+    }
+    changed = job.with_weights(resident, value)  # layer 0 is compressed
+    taps = [{}, {}]
+    for model, seen in zip((resident, changed), taps, strict=True):
+        model(jnp.asarray(TOKENS), tap=lambda name, x, seen=seen: seen.__setitem__(name, np.asarray(x, np.float64)))
+    states, rope = [], resident.rope(TOKENS.shape[1])
+    for model in (resident, changed):
+        states.append(np.asarray(model.block(0)(model.embed(jnp.asarray(TOKENS)), rope)))
+    out, found = moments(resident.block(1), [states[0]], [states[1]], rope)
+    assert set(found) == {"self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj"}
+    for name, (own, cross) in found.items():
+        x, y = (tap[f"model.layers.1.{name}"].reshape(-1, own.shape[0]) for tap in taps)
+        np.testing.assert_allclose(own, y.T @ y / len(y), rtol=2e-4, atol=1e-6 * np.abs(own).max())
+        np.testing.assert_allclose(cross, x.T @ y / len(y), rtol=2e-4, atol=1e-5 * np.abs(own).max())
+    np.testing.assert_allclose(out[0], resident.block(1)(jnp.asarray(states[0]), rope), rtol=1e-5, atol=1e-6)
+
+
+def test_the_aim_is_the_least_squares_answer():
+    draw = np.random.default_rng(2)
+    x = draw.standard_normal((200, 12))
+    y, w = x + 0.3 * draw.standard_normal(x.shape), draw.standard_normal((5, 12)).astype(np.float32)
+    want = np.linalg.lstsq(y, x @ w.T, rcond=None)[0].T
+    got = aimed(w, (y.T @ y / 200).astype(np.float32), (x.T @ y / 200).astype(np.float32), 1e-9)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sequential_job_is_kept_only_where_it_is_better(folder, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(standard_library("calibration")[:20000], encoding="utf-8")
+    recipe = Recipe(
+        budget="3.5bpw", backbones=("int-2g16", "int-3g16"), ranks=(0,), sequences=8, sequence_length=32,
+        measure_tokens=256, refine=0,
+    )  # fmt: skip
+    plain = job.compress(folder, tmp_path / "plain", calibration=text, recipe=recipe).report
+    told = job.compress(folder, tmp_path / "told", calibration=text, recipe=recipe.updated(sequential=True)).report
+    assert told["calibration_kl"][told["delivered"]] <= plain["calibration_kl"][plain["delivered"]]
+    assert told["bits_per_weight"] == plain["bits_per_weight"] and "solve in sequence" in told["seconds"]["stages"]

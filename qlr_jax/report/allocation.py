@@ -34,7 +34,7 @@ def heat_map(report: Mapping[str, Any]) -> str:
     low, high = min(below), max(below)
     placed = {(matrix["layer"], kind_of(matrix)): matrix for matrix in matrices if isinstance(matrix.get("layer"), int)}
     kinds = kind_order(kind for _, kind in placed)
-    parts = ['<section id="allocation"><h2>What every matrix got</h2>']
+    parts = ['<section id="allocation"><h2>Where bits and rank went</h2>']
     parts.append(
         '<p class="soft">A cell is the spec in short: bits of the trellis, rounded, “+r8” a low-rank term of rank 8; its colour '
     )

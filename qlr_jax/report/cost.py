@@ -17,15 +17,21 @@ def plan_text(plan: Plan) -> str:
         >>> from qlr_jax.recipe import Recipe
         >>> plan = plan_job(known_config("Llama-2-7B"), Recipe(), Machine.parse("cpu:24GiB,cores=2"), model="Llama-2-7B")
         >>> print(plan_text(plan).splitlines()[0])
-        Llama-2-7B: 6.74 billion parameters, planned for 2.25bpw on cpu:24GiB,cores=2
+        Llama-2-7B: 6.74 billion parameters, planned for 2.25bpw on a cpu with 25.8 GB and 2 cores
     """
-    title = f"{plan.model or 'model'}: {_count(plan.parameters)} parameters, planned for {plan.budget['text']} on {plan.machine}"
+    title = f"{plan.model or 'model'}: {_count(plan.parameters)} parameters, planned for {plan.budget['text']} on {_machine(plan)}"
     lines = [title, "", *_sizes(plan), "", _budget(plan), "", *_stages(plan), "", *_totals(plan), ""]
     lines.append("this job can run here" if plan.fits else "this job cannot run here as it is")
     lines += [f"  {problem}" for problem in plan.problems]
     if plan.remedies:
         lines += ["what would make it run:", *[f"  {remedy}" for remedy in plan.remedies]]
     return "\n".join([*lines, *[f"note: {note}" for note in plan.notes]])
+
+
+def _machine(plan: Plan) -> str:
+    machine = plan.machine
+    host = "" if machine.kind == "cpu" else f", a host with {size(machine.host)}"
+    return f"a {machine.kind} with {size(machine.memory)}{host} and {machine.cores} cores"
 
 
 def _count(number: int) -> str:
@@ -60,7 +66,7 @@ def _stages(plan: Plan) -> list[str]:
     for stage in plan.stages:
         room = [size(stage.device), size(stage.host)] if split else [size(stage.host)]
         told = "" if stage.name == "refine" else duration(stage.seconds)
-        rows.append([stage.name, *room, told or f"≤ {duration(plan.refine_seconds)}", _largest(stage)])
+        rows.append([stage.name, *room, told or f"to {duration(plan.refine_seconds)}", _largest(stage)])
     header = ["stage", *(["device", "host"] if split else ["memory"]), "time", "of it"]
     table = columns(header, rows).splitlines()
     if not split:  # what of the peak is kept from stage to stage
@@ -92,7 +98,7 @@ def _totals(plan: Plan) -> list[str]:
     span = f"{known}about {duration(plan.seconds)} ({duration(low)} to {duration(high)})"
     if machine.kind == "cpu":
         span += f", {duration(plan.cpu_seconds)} of processor time"
-    refined = f"; refining may add {duration(plan.refine_seconds)}" if plan.refine_seconds else ""
+    refined = f"; refining may add about {duration(plan.refine_seconds)}" if plan.refine_seconds else ""
     lines = [f"time: {span}{refined}; rates {rates.says}"]
     peak = size(plan.host) if machine.kind == "cpu" else f"{size(plan.device)} on the device, {size(plan.host)} on the host"
     lines.append(f"memory: {peak}, within {100 * MEMORY_ERROR:.0f} %, per host")

@@ -157,6 +157,20 @@ def svg(parts: Iterable[str], says: str, width: float = WIDTH, height: float = H
     return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>'
 
 
+def figure(anchor: str, title: str, drawing: str, says: str) -> str:
+    """A section of one drawing with what it says under it; empty where there is no drawing."""
+    if not drawing:
+        return ""
+    caption = f"<figcaption>{escape(says)}</figcaption>"
+    return f'<section id="{anchor}"><h2>{escape(title)}</h2><figure>{drawing}{caption}</figure></section>'
+
+
+def pair(parts: Iterable[str]) -> str:
+    """Two sections side by side where there is room; those that are empty are left out."""
+    found = [part for part in parts if part]
+    return f'<div class="pair">{"".join(found)}</div>' if len(found) == 2 else "".join(found)
+
+
 def standalone(drawing: str) -> str:
     """The drawing as a file of its own. The light colours are written out, because many viewers know no CSS variables.
 

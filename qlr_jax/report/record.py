@@ -59,6 +59,7 @@ class Record:
     def files(self, report: dict[str, Any]) -> dict[str, str]:
         """Name -> text of the files that lie beside the weights."""
         from qlr_jax.report.html import report_html
+        from qlr_jax.report.markdown import report_markdown
 
         allocation = {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}
         return {
@@ -66,6 +67,7 @@ class Record:
             "allocation.json": json.dumps(allocation, indent=1) + "\n",
             "recipe.yaml": self.recipe.to_yaml(),
             "report.html": report_html(report),
+            "report.md": report_markdown(report),
             CARD: card_of(report, self.model, target="qlr", snippet=SNIPPET),
         }
 

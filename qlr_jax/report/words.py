@@ -191,6 +191,21 @@ def model_label(key: str, report: Mapping[str, Any]) -> str:
     return "rank 0" if key == "rank0" else key
 
 
+def listed(value: Any) -> Any:
+    """`value` with tuples as lists and unknown things as text, as YAML writes them safely."""
+    if isinstance(value, Mapping):
+        return {str(key): listed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [listed(item) for item in value]
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """What the model is called: of a folder, its own name."""
+    name = str(report.get("model") or "Llama model").rstrip("/")
+    return name.rpartition("/")[2] if name.startswith("/") else name
+
+
 def part_of(report: Mapping[str, Any], *names: str) -> Mapping[str, Any]:
     """A nested mapping of a report, empty where anything on the way is missing or null."""
     value: Any = report

@@ -1,0 +1,72 @@
+"""Moments of a block's inputs when the blocks before it are compressed already, beside those of the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qlr_jax.models.llama import HIGHEST, Block
+
+Rope = tuple[Array, Array]
+Moments = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Input's local name -> (E[x̂ x̂ᵀ], E[x x̂ᵀ])."""
+
+
+def moments(
+    block: Block, originals: Sequence[np.ndarray], compressed: Sequence[np.ndarray], rope: Rope
+) -> tuple[list[np.ndarray], Moments]:
+    """What enters the linear layers of an original block from both sides of a comparison.
+
+    Args:
+        originals, compressed: by batch, the hidden states (batch, time, n) that enter the block in the original model and behind
+            the compressed blocks before it.
+
+    Returns:
+        The hidden states that leave the block in the original model; E[x̂ x̂ᵀ] and E[x x̂ᵀ] by input, x̂ behind compressed blocks.
+    """
+    sums: dict[str, tuple[Array, Array]] = {}
+    left, count = [], 0
+    for x, y in zip(originals, compressed, strict=True):
+        out, found = _pass(block, jnp.asarray(x), jnp.asarray(y), rope)
+        left.append(np.asarray(out))
+        sums = {
+            name: (sums[name][0] + own, sums[name][1] + cross) if sums else (own, cross) for name, (own, cross) in found.items()
+        }
+        count += x.shape[0] * x.shape[1]
+    return left, {name: (np.asarray(own) / count, np.asarray(cross) / count) for name, (own, cross) in sums.items()}
+
+
+@jax.jit
+def _pass(block: Block, x: Array, y: Array, rope: Rope) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+    taps: list[dict[str, Array]] = [{}, {}]
+    out = block(x, rope, tap=taps[0].__setitem__)
+    block(y, rope, tap=taps[1].__setitem__)
+    rows = [{name: value.astype(jnp.float32).reshape(-1, value.shape[-1]) for name, value in tap.items()} for tap in taps]
+    return out, {name: (_outer(b, b), _outer(rows[0][name], b)) for name, b in rows[1].items()}
+
+
+def _outer(a: Float[Array, "t m"], b: Float[Array, "t n"]) -> Float[Array, "m n"]:
+    return jnp.einsum("ti,tj->ij", a, b, precision=HIGHEST, preferred_element_type=jnp.float32)
+
+
+def aimed(
+    weight: Float[np.ndarray, "m n"], own: Float[np.ndarray, "n n"], cross: Float[np.ndarray, "n n"], damping: float
+) -> Float[np.ndarray, "m n"]:
+    """The weight whose outputs on x̂ are nearest to the original's on x:
+
+        W* = argmin_V E‖W x − V x̂‖² = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹,   drawn towards W as far as E[x̂ x̂ᵀ] is damped.
+
+    Then tr((W* − Ŵ) Ĥ (W* − Ŵ)ᵀ), Ĥ = E[x̂ x̂ᵀ], is what Ŵ loses beyond the best that is possible.
+
+    Example:
+        >>> w, h = np.eye(2, dtype=np.float32), np.diag([2.0, 1.0])
+        >>> bool(np.allclose(aimed(w, h, h, 0.01), w)), bool(np.allclose(aimed(w, h, 0.5 * h, 1e-6), 0.5 * w, atol=1e-3))
+        (True, True)
+    """
+    shift = damping * float(np.trace(own)) / len(own) * np.eye(len(own))
+    regular = own.astype(np.float64) + shift
+    return (weight @ np.linalg.solve(regular, (cross.astype(np.float64) + shift).T).T).astype(np.float32)
