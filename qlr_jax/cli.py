@@ -141,6 +141,7 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
     ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need, as qlr plan does.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -177,6 +178,8 @@ def compress(
         if "budget" not in settings:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
         chosen = Recipe(**settings)
+        if dry_run:
+            return _tell_plan(model, chosen, None, 1, as_json)
 
         from qlr_jax import job, planning, progress
 
@@ -195,6 +198,50 @@ def compress(
             resume=resume,
         )
         _tell_job(result, as_json)
+
+
+@app.command(short_help="What a job would need: sizes, memory, time, disk.")
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, 'bundled', or a known name such as Llama-2-70B."),
+    ],
+    budget: Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="[KIND:]SIZE",
+            help="What it is to run on: 24GiB, 'cpu:24GiB,cores=2' or 'gpu:80GiB,host=512GiB'; this machine where left out.",
+        ),
+    ] = None,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Machines.")] = 1,
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Compress only such layers, e.g. '*.mlp.*'; may repeat."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
+    ] = None,
+    state_bits: Annotated[
+        int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: time grows with 2^bits.")
+    ] = None,
+    target: Target = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
+
+    \b
+    Example:
+        qlr plan Llama-2-70B --budget 2.25bpw --device cpu:2TB,cores=64
+        qlr plan path/to/llama --budget 900MB --device 24GiB
+    """
+    with _clear_errors(as_json):
+        from qlr_jax.recipe import DEMO, Recipe, gathered
+
+        settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
+        _tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, as_json)
 
 
 @app.command(short_help="What every matrix is sensitive to, as a table.")
@@ -667,6 +714,15 @@ def _fail(sentence: str, as_json: bool, status: int) -> None:
 
 def _tell(result: Mapping[str, Any], as_json: bool, text: Any) -> None:
     typer.echo(json.dumps(_plain(result), ensure_ascii=False) if as_json else text(result))
+
+
+def _tell_plan(model: str, recipe: Any, device: str | None, hosts: int, as_json: bool) -> None:
+    from qlr_jax import cost
+    from qlr_jax.report.cost import plan_text
+
+    config, size = cost.find_config(model)
+    found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size)
+    _tell(found.to_dict(), as_json, lambda _: plan_text(found))
 
 
 def _tell_job(result: Any, as_json: bool) -> None:

@@ -151,7 +151,7 @@ def calibrate(
             kept = keep("outputs")
             outputs = calibrating.output_hessians(
                 model,
-                tokens,
+                spread(tokens, recipe.output_tokens),
                 names,
                 seed=recipe.seed,
                 progress=stage.advance,

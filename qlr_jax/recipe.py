@@ -60,6 +60,7 @@ class Recipe:
     hessians_from: str | None = _field(None, "folder or file of Hessians made elsewhere, in place of the calibration's")
     hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
     outputs: str = _field("fisher", "how errors of outputs count: fisher (by the end loss: one backward pass) or alike")
+    output_tokens: int = _field(65536, "of calibration text at most, on which output Hessians are measured")
     attribution: str = _field("path", "how KL is attributed to matrices: path, alone, noise, second-order, kronecker or error")
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
@@ -88,6 +89,7 @@ class Recipe:
             ("sequences", 1, 2**24),
             ("sequence_length", 2, 2**24),
             ("measure_tokens", 2, 2**24),
+            ("output_tokens", 2, 2**31),
             ("refine", 0, 10000),
             ("refine_seconds", 1.0, 1e9),
             ("evaluation_tokens", 2, 2**31),

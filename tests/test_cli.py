@@ -26,7 +26,7 @@ REPORT = {
         {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
     ],
 }
-COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt")
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt", "plan")
 PLANNERS = ("allocate", "frontier")  # tests/test_planning.py says more of them
 FOUND = {
     "out": Path("measured"),
@@ -282,3 +282,11 @@ def test_compress_for_other_formats(calls):
     recipe = calls.kwargs["recipe"]
     assert (recipe.target, recipe.backbone_from, recipe.hessians_from) == ("adapter", "dense", "h") and not calls.kwargs["resume"]
     assert "pass one of qlr" in qlr("compress", "m", "o", "--budget", "4bpw", "--target", "onnx").stderr
+
+
+def test_plan_and_dry_run(calls):
+    told = json.loads(qlr("plan", "Llama-2-7B", "--budget", "2.25bpw", "--device", "cpu:64GiB,cores=8", "--json").stdout)
+    dry = json.loads(qlr("compress", "Llama-2-7B", "o", "--budget", "2.25bpw", "--dry-run", "--json").stdout)
+    assert set(told) == set(dry) and calls.args is None  # nothing was run
+    assert "Llama-2-7B" in qlr("plan", "Llama-2-7B", "--budget", "2.25bpw").stdout
+    assert "is below the table's range" in qlr("plan", "Llama-2-7B", "--budget", "0.01bpw").stdout.replace("\n", " ")

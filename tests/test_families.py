@@ -365,4 +365,3 @@ def test_missing_biases_are_missed(tmp_path):
     save_file(arrays | {name: np.zeros(3, np.float32)}, tmp_path / "model.safetensors")
     with pytest.raises(QLRError, match=rf"{name} has shape \(3,\)"):
         load_model(tmp_path)
-

@@ -36,8 +36,10 @@ SAME = ("model.safetensors", "config.json", "recipe.yaml")
 def quick_compilation():
     """Shapes are small: compiling is what takes time."""
     before = jax.config.values["jax_disable_most_optimizations"]
+    jax.clear_caches()  # what other tests compiled otherwise rounds otherwise, and a killed process has none of it
     jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", before)
 
 

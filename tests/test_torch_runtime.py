@@ -49,6 +49,12 @@ def packed(model):
     return [module for module in model.modules() if isinstance(module, runtime.QLRLinear)]
 
 
+@pytest.fixture(autouse=True)
+def registered():
+    """Other tests load folders' own copies of the runtime, and the last one that is imported serves all."""
+    runtime.register()
+
+
 def make_linear(spec, shape, **layout):
     matrix = random_matrix(spec, shape, **layout)
     linear = runtime.QLRLinear(

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from qlr_jax.errors import QLRError
@@ -27,18 +28,23 @@ def hessians(
     weights: TokenWeights | Mapping[str, TokenWeights] | None = None,
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
+    devices: int | None = None,
 ) -> dict[str, Float[np.ndarray, "n n"]]:
     """Second moments of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
         H = Σ_t w_t x_t x_tᵀ / Σ_t w_t      over all tokens t, w = 1 unless `weights` are given
 
     The hidden states of all sequences are kept on the host at one block boundary; one compiled function serves all blocks.
-    Accumulation is in float32.
+    Accumulation is in float32. The sequences of a batch are shared out over the devices of this process, each of which holds the
+    block, and the sums are added across them: the last bits of H then depend on how many there are, by less than 1e-6 √(H_ii H_jj)
+    for some thousand tokens (measured).
 
     Args:
+        batch: sequences at a time, filled up to a multiple of the devices.
         weights: w of all inputs, (sequences, time); or a mapping from names of inputs or linear layers to the w of each: then
             one H is returned for every key, that of a linear layer over its own input.
         keep: (key, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
+        devices: how many of this process's devices to use at most; None: all.
 
     Raises:
         QLRError: an activation that is not finite, naming its input; weights of another shape, negative or all zero, or for a
@@ -64,16 +70,18 @@ def hessians(
         for name, given in weights.items()
     }
     # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-    batch = min(batch, len(tokens))
+    spread, copied, count = _placements(min(devices or len(tokens), len(tokens)))
+    batch = -(-min(batch, len(tokens)) // count) * count
     fill = -len(tokens) % batch
     tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
     alike = {}
     w = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in w.items()}
     rope, starts = model.rope(tokens.shape[1]), range(0, len(tokens), batch)
-    states = [np.asarray(_embed(model.model.embed_tokens, jnp.asarray(tokens[s : s + batch]))) for s in starts]
+    embedding, rope = copied(model.model.embed_tokens), copied(rope)
+    states = [np.asarray(_embed(embedding, spread(tokens[s : s + batch]))) for s in starts]
     out: dict[str, np.ndarray] = {}
     for i in range(model.config.num_hidden_layers):
-        block = model.block(i)
+        block = copied(model.block(i))
         prefix = f"model.layers.{i}."
         # Names are local to the block from here on, so that every block has one structure.
         here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
@@ -81,8 +89,8 @@ def hessians(
         for j, s in enumerate(starts):
             shares: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
             for name, x in here.items():
-                shares[x][name] = jnp.asarray(w[prefix + name][s : s + batch])
-            y, found = _advance(block, jnp.asarray(states[j]), rope, shares)
+                shares[x][name] = spread(w[prefix + name][s : s + batch])
+            y, found = _advance(block, spread(states[j]), rope, shares)
             states[j] = np.asarray(y)
             sums = {name: sums[name] + h if sums else h for name, h in found.items()}
         for name, h in sums.items():
@@ -96,6 +104,16 @@ def hessians(
         if progress is not None:
             progress(i + 1, model.config.num_hidden_layers)
     return {name: out[name] for name in weights}  # jit hands dictionaries back sorted by key
+
+
+def _placements(most: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any], int]:
+    """How to share sequences out over at most so many devices, how to copy to all of them, and how many they are."""
+    used = jax.local_devices()[:most]
+    if len(used) == 1:
+        return jnp.asarray, lambda tree: tree, 1
+    mesh = jax.make_mesh((len(used),), ("sequences",), axis_types=(AxisType.Auto,), devices=used)
+    shared, everywhere = NamedSharding(mesh, PartitionSpec("sequences")), NamedSharding(mesh, PartitionSpec())
+    return (lambda array: jax.device_put(array, shared)), (lambda tree: jax.device_put(tree, everywhere)), len(used)
 
 
 def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """One alternation: Q on what the factors leave, then the factors on what Q leaves, the better candidate kept.
 
-Every function that computes is compiled once for a shape; rates and seeds are data.
+Every function that computes is compiled once for a shape; rates and seeds are data. Where a problem lies on a mesh of devices
+(`devices`), each of them runs it for its own matrices.
 """
 
 from __future__ import annotations
@@ -12,15 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.devices import by_rows, mesh_of, place, rows_shared, spread
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
 from qlr_jax.core.ldlq import column_block, echo, inflation, ldlq, ldlq_rows, pad_to_tiles, row_group
 from qlr_jax.core.low_rank import bucket, start_basis
 from qlr_jax.core.matrix import Layout
 from qlr_jax.core.metric import Metric, ldl, outlier_channels, turned
 from qlr_jax.core.objective import quadratic
+from qlr_jax.core.placed import PlacedMetric
 from qlr_jax.core.quantizers import Nothing, Quantizer
 from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.spec import Spec
@@ -47,7 +51,14 @@ class Problem:
 
     @classmethod
     def make(
-        cls, weights: np.ndarray, metric: Metric, output: Metric | None, spec: Spec, seed: int, config: SolverConfig
+        cls,
+        weights: np.ndarray,
+        metric: Metric,
+        output: Metric | None,
+        spec: Spec,
+        seed: int,
+        config: SolverConfig,
+        mesh: Mesh | None = None,
     ) -> Problem:
         m, n = weights.shape[1:]
         layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
@@ -58,21 +69,27 @@ class Problem:
             # A power of two leaves scales exact for formats that store no g, and 1 does in all of float16's range, where it can be.
             power = np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
             size = power if spec.has_scale else np.ones_like(size)
-        weight = jnp.asarray(weights / size.astype(np.float32)[:, None, None])
+        if mesh is not None:
+            metric, output = PlacedMetric.of_metric(metric, mesh), output and PlacedMetric.of_metric(output, mesh)
+        weight = place(jnp.asarray(weights / size.astype(np.float32)[:, None, None]), mesh)
         if metric.sides is not None:
             (u, u_block), (v, v_block) = hadamard.sides((m, n), seed, config.rotation_block)
-            weight = _rotated(weight, u, v, (u_block, v_block))
+            weight = spread(_rotated)(weight, u, v, blocks=(u_block, v_block))
         mask = None
         if spec.rank:
             columns = -(-bucket(spec.rank, min(m, n)) // 8) * 8
             mask = (np.arange(columns) < spec.rank).astype(np.float32)
-        energy = _energy(weight, metric.hessian, output and output.hessian)
+        energy = spread(_energy)(weight, metric.hessian, output and output.hessian, shares=rows_shared(weight))
         return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask)
 
     @property
     def felt(self) -> Array | None:
         """G in the rotated basis: with H, what results are judged in."""
         return self.output and self.output.hessian
+
+    def place(self, array: Any) -> Any:
+        """One entry a matrix, where the matrices lie."""
+        return place(array, mesh_of(self.weight))
 
 
 @partial(jax.jit, static_argnames=("blocks",))
@@ -82,7 +99,10 @@ def _rotated(weight: Array, u: Array, v: Array, blocks: tuple[int, int]) -> Arra
     return jnp.swapaxes(hadamard.rotate(jnp.swapaxes(weight, -1, -2), u, blocks[0]), -1, -2)
 
 
-_energy = jax.jit(quadratic)
+@partial(jax.jit, static_argnames=("shares",))
+def _energy(weight: Array, hessian: Array, output: Array | None = None, *, shares: int = 1) -> Array:
+    """tr(G W H Wᵀ)."""
+    return _quadratic(weight, hessian, output, shares)
 
 
 STRETCH = 0.75  # power of the inflation; ½ matches the variance, ¾ measured mostly better (by up to 4 %) at 1 to 2 bits
@@ -154,7 +174,7 @@ def first_step(problem: Problem) -> State:
     better = other.best_error < state.best_error
     if not better.any():
         return state
-    basis, now, best = _choose(better, (other.basis, other.now, other.best), (state.basis, state.now, state.best))
+    basis, now, best = _chosen(better, (other.basis, other.now, other.best), (state.basis, state.now, state.best))
     error, best_error = (np.where(better, *pair) for pair in ((other.error, state.error), (other.best_error, state.best_error)))
     trail = tuple(np.where(better, a, b) for a, b in zip(other.trail, state.trail, strict=True))
     return State(now, basis, error, best, best_error, trail)
@@ -164,7 +184,8 @@ def init(problem: Problem, start: str) -> State:
     """Before the first step: no backbone yet, and the factors of W in the metric that `start` names (zero for "backbone")."""
     b, _, n = problem.weight.shape
     none_yet = np.full(b, np.inf, np.float32)
-    now = Candidate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
+    blank = Candidate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
+    now = jax.tree.map(problem.place, blank)
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
         return state
@@ -179,7 +200,7 @@ def init(problem: Problem, start: str) -> State:
     if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
         metric, plain = jnp.eye(n)[None], True
     elif start == "outliers":
-        metric = turned(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.sides)
+        metric = problem.place(turned(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.sides))
     factors, basis, _ = _fit(problem, now.q, basis, steps, metric, plain)
     return replace(state, now=replace(now, factors=factors), basis=basis)
 
@@ -201,17 +222,18 @@ def _start(problem: Problem) -> Array:
     """A random basis for the subspace iteration."""
     b, m, n = problem.weight.shape
     columns = min(len(problem.mask), m, n)
-    return jnp.asarray(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns)))
+    return problem.place(jnp.asarray(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns))))
 
 
 def improve_backbone(problem: Problem, state: State) -> State:
     """Q ← LDLQ(W − L R), in the metric H or its downdate, and in that of the outputs."""
     quantizer, factors, metric = problem.backbone, state.now.factors, problem.metric
-    width, known = column_block(quantizer), factors.product() if problem.spec.rank else None
+    width, known = column_block(quantizer), spread(Factors.product)(factors) if problem.spec.rank else None
     tau = downdate_strength(problem.spec, problem.config)
     if tau:
-        factor = ldl(downdated(metric.hessian, factors.right, tau), metric.damping, width)
-        echoed = np.asarray(echo(factor))
+        reduced = spread(downdated, factors=True)(metric.hessian, factors.right, tau)
+        factor = spread(ldl, factors=True)(reduced, metric.damping, width=width)
+        echoed = np.asarray(spread(echo, factors=True)(factor))
     else:
         factor, echoed = metric.factor(width), metric.echo(width)
     rows, output = None, problem.output
@@ -219,23 +241,25 @@ def improve_backbone(problem: Problem, state: State) -> State:
         group = row_group(-(-problem.layout.shape[0] // quantizer.tile[0]) * quantizer.tile[0], quantizer.tile[0])
         rows, echoed = output.factor(group), (1 + echoed) * (1 + output.echo(group)) - 1
     fitted = problem.config.backbone_scale == "fitted"
-    q, codes, scale, scales, error = _round_backbone(
+    stretch = _stretch(quantizer, echoed) if fitted and quantizer.unit else np.ones(len(echoed), np.float32)
+    q, codes, scale, scales, error = spread(_round_backbone)(
         problem.weight,
         known,
         metric.hessian,
         problem.energy,
         factor,
-        _stretch(quantizer, echoed) if fitted and quantizer.unit else np.ones(len(echoed), np.float32),
+        problem.place(stretch),
         quantizer.data(),
         problem.felt,
         rows,
         family=quantizer.family(),
         refit=fitted,
+        shares=rows_shared(problem.weight),
     )
     return _judge(state, Candidate(q, codes, scale, scales, factors), error)
 
 
-@partial(jax.jit, static_argnames=("family", "refit"))
+@partial(jax.jit, static_argnames=("family", "refit", "shares"))
 def _round_backbone(
     weight: Array,
     known: Array | None,
@@ -249,28 +273,46 @@ def _round_backbone(
     *,
     family: Quantizer,
     refit: bool,
+    shares: int = 1,
 ) -> tuple[Array, Array, Array, Grid, Array]:
     """Q for W − `known` (nothing known: None): values, codes, scale, the grid's own scales, relative error.
 
-    `output` and `rows` are G and its feedback factor: of a rectangle of rows at a time (`ldlq_rows`).
+    `output` and `rows` are G and its feedback factor: of a rectangle of rows at a time (`ldlq_rows`). `shares` devices hold each
+    matrix: each rounds its share of rows (with G, of the row groups that are under way) and multiplies it with H.
     """
     m, n = weight.shape[-2:]
     left_over = weight if known is None else weight - known
-    scales = family.fit(left_over, per_row=False)
+    # scales of a grid's own are of rows or parts of them; that of a unit grid is of the matrix
+    scales = by_rows(lambda w: family.fit(w, per_row=False), (left_over,), 1 if family.unit else shares)
     if family.unit:
         scales = (scales[0] * stretch[:, None, None],)
     padded, grid = pad_to_tiles(left_over, *family.tile), family.grid(scales, n)
-    q, codes = ldlq(padded, factor, grid, data, family) if rows is None else ldlq_rows(padded, factor, rows, grid, data, family)
+    if rows is None:
+        q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, data, family), (padded, *grid), shares, family.tile[0])
+    else:
+        q, codes = ldlq_rows(padded, factor, rows, grid, data, family, shares)
     q, scale = q[:, :m, :n], jnp.ones(q.shape[:1])
     if family.unit:
         scale, scales = scales[0][:, 0, 0], ()
         if refit:  # one scale for all of Q costs nothing to refit: the best multiple of Q in the metric
-            weighted = jnp.matmul(q, hessian, precision="highest")
-            weighted = weighted if output is None else jnp.matmul(output, weighted, precision="highest")
+            weighted = _times(q, hessian, shares)
+            weighted = weighted if output is None else _times(output, weighted, shares)
             own = jnp.sum(weighted * q, axis=(-2, -1))
             best = jnp.where(own > 0, jnp.sum(weighted * left_over, axis=(-2, -1)) / jnp.where(own > 0, own, 1.0), 1.0)
             q, scale = q * best[:, None, None], scale * best
-    return q, codes, scale, scales, _relative(quadratic(left_over - q, hessian, output), energy)
+    return q, codes, scale, scales, _relative(_quadratic(left_over - q, hessian, output, shares), energy)
+
+
+def _times(left: Array, right: Array, shares: int) -> Array:
+    return by_rows(lambda rows: jnp.matmul(rows, right, precision="highest"), (left,), shares)
+
+
+def _quadratic(error: Array, hessian: Array, output: Array | None, shares: int) -> Array:
+    """`quadratic`, its products shared out by rows; the sum is taken over all rows at once, as on one device."""
+    if shares == 1:
+        return quadratic(error, hessian, output)
+    felt = error if output is None else _times(output, error, shares)
+    return jnp.sum(_times(error, hessian, shares) * felt, axis=(-2, -1))
 
 
 @jax.jit
@@ -291,7 +333,7 @@ def _fit(
     """Factors of W − Q in H and G, or their start in another metric."""
     config = problem.config
     left, right = problem.spec.factor_quantizers(config.state_bits)
-    factors, basis = fit_factors(
+    factors, basis = spread(fit_factors, factors=True)(
         problem.weight,
         q,
         problem.metric.regular if metric is None else metric,
@@ -306,12 +348,15 @@ def _fit(
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
-    return factors, basis, _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.felt)
+    judged = (problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.felt)
+    return factors, basis, spread(_error)(*judged, shares=rows_shared(problem.weight))
 
 
-@jax.jit
-def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array, output: Array | None = None) -> Array:
-    return _relative(quadratic(weight - q - factors.product(), hessian, output), energy)
+@partial(jax.jit, static_argnames=("shares",))
+def _error(
+    weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array, output: Array | None = None, *, shares: int = 1
+) -> Array:
+    return _relative(_quadratic(weight - q - factors.product(), hessian, output, shares), energy)
 
 
 @jax.jit
@@ -326,8 +371,21 @@ def _judge(state: State, candidate: Candidate, error: Array) -> State:
     if state.best is None:
         return replace(state, now=candidate, error=found, best=candidate, best_error=found)
     better = found < state.best_error
-    best = candidate if better.all() else _choose(better, candidate, state.best) if better.any() else state.best
+    best = candidate if better.all() else _chosen(better, candidate, state.best) if better.any() else state.best
     return replace(state, now=candidate, error=found, best=best, best_error=np.minimum(found, state.best_error))
+
+
+def only(running: np.ndarray, new: State, old: State) -> State:
+    """The new state, with what the old one had best for the matrices that have stopped."""
+    if running.all():
+        return new
+    best = _chosen(running, new.best, old.best)
+    return replace(new, best=best, best_error=np.where(running, new.best_error, old.best_error))
+
+
+def _chosen(better: np.ndarray, new: Any, old: Any) -> Any:
+    """`new` for the matrices that are better, `old` for the others."""
+    return spread(_choose)(place(better, mesh_of(jax.tree.leaves(new)[0])), new, old)
 
 
 @jax.jit
@@ -335,4 +393,15 @@ def _choose(better: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-__all__ = ["Candidate", "Problem", "State", "downdate_strength", "downdated", "first_step", "improve_backbone", "init", "step"]
+__all__ = [
+    "Candidate",
+    "Problem",
+    "State",
+    "downdate_strength",
+    "downdated",
+    "first_step",
+    "improve_backbone",
+    "init",
+    "only",
+    "step",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import TypeVar
 
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.correction import alone, joined
+from qlr_jax.core.devices import available
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.solver import Solution, solve_batch
@@ -18,7 +19,8 @@ from qlr_jax.core.spec import Spec
 Key = TypeVar("Key", bound=Hashable)
 Problems = Mapping[Key, tuple]  # (W, H, spec[, G or None[, Q or None]])
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
-# (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below.
+# (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below. It bounds a batch, and so
+# what any device has of it; where a CPU is several devices, each takes its matrices one after another (`devices`).
 FACTORED_TOGETHER = 2**15
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
@@ -30,6 +32,7 @@ def solve_many(
     config: SolverConfig | None = None,
     on_done: Callable[[Key, Solution], None] | None = None,
     known: Mapping[Key, Solution] | None = None,
+    devices: int | None = None,
 ) -> dict[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
 
@@ -39,12 +42,15 @@ def solve_many(
     and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
     filled up by repeating, so that each shape is compiled once. Batches run one after another: two compiled loops that run at
     once in one process can wait for each other for ever in XLA's thread pool on a CPU (seen with jaxlib 0.10.2 on two cores).
+    Where this process has several devices, each batch is shared out over them, and batches of one kind are solved side by side, so
+    that every device has about as much at a time as one alone would; what stops together does not depend on them.
 
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
         on_done: called as soon as a matrix is finished.
         known: solutions of an earlier run. A batch of which all are known is not solved again; any other is solved whole, because
             matrices of one batch stop iterating together, so that results are those of a run that nothing interrupted.
+        devices: how many of this process's devices to use at most; None: all (`solve_batch`).
 
     Example:
         >>> w = np.eye(32, dtype=np.float32)
@@ -74,34 +80,67 @@ def solve_many(
                 on_done(key, solved[key])
         return True
 
-    def run(keys: list[Key], metric: Metric, size: int) -> None:
-        filled = keys + [keys[-1]] * (size - len(keys))
-        weights, spec = np.stack([problems[k][0] for k in filled]), problems[keys[0]][2]
-        outputs = None if _output(problems[keys[0]]) is None else np.stack([_output(problems[k]) for k in filled])
-        solutions = solve_batch(weights, metric, spec, outputs=outputs, seed=seed, config=config)
-        for key, solution in zip(keys, solutions, strict=False):
-            finish(key, solution)
+    def run(units: list[list[Key]], hessians: np.ndarray | Metric) -> None:
+        keys = [key for unit in units for key in unit]
+        weights, spec = np.stack([problems[k][0] for k in keys]), problems[keys[0]][2]
+        outputs = None if _output(problems[keys[0]]) is None else np.stack([_output(problems[k]) for k in keys])
+        groups = [len(unit) for unit in units]
+        found = solve_batch(weights, hessians, spec, outputs=outputs, seed=seed, config=config, groups=groups, devices=devices)
+        for key, solution in zip(keys, found, strict=True):
+            if key not in solved:  # a repeat that fills its batch up
+                finish(key, solution)
+
+    def own(units: list[list[Key]]) -> np.ndarray:
+        return np.stack([problems[key][1] for unit in units for key in unit])
 
     for key in (key for key in whole if key not in problems):  # nothing to solve for
         finish(key, None)
-    for keys, size in _small(problems):
-        if read(keys):
-            continue
-        filled = keys + [keys[-1]] * (size - len(keys))
-        hessians = np.stack([problems[k][1] for k in filled])
-        run(keys, Metric.make(hessians, seed, config, Spec.parse(problems[keys[0]][2]).rotated), size)
+    there = available(devices)
+    small = (keys + [keys[-1]] * (size - len(keys)) for keys, size in _small(problems) if not read(keys))
+    for units in _side_by_side(small, problems, lambda unit: there):
+        run(units, own(units))
     metrics: dict[bool, Metric] = {}  # of one Hessian: rotated, and as it is
     current = None
-    for keys in _large(problems):
-        if read(keys):
+    large = (keys for keys in _large(problems) if not read(keys))
+    for units in _side_by_side(large, problems, lambda unit: there // len(unit)):
+        if len(units) > 1:
+            run(units, own(units))
             continue
-        hessian, rotated = problems[keys[0]][1], Spec.parse(problems[keys[0]][2]).rotated
+        hessian, rotated = problems[units[0][0]][1], Spec.parse(problems[units[0][0]][2]).rotated
         if hessian is not current:  # one Hessian's factors are held at a time
             metrics, current = {}, hessian
         if rotated not in metrics:
             metrics[rotated] = Metric.make(hessian[None], seed, config, rotated)
-        run(keys, metrics[rotated], len(keys))
+        run(units, metrics[rotated])
     return solved
+
+
+def batches(problems: Problems[Key]) -> list[list[Key]]:
+    """The keys as `solve_many` solves them together, in its order; what has nothing to solve for comes first, each by itself.
+
+    Any of these batches, left as they are, are the batches of a `solve_many` of their keys alone.
+
+    Example:
+        >>> w = np.eye(32, dtype=np.float32)
+        >>> batches({"a": (w, w, "int-4"), "b": (w, w, "int-3"), "c": (w, w, "int-4")})
+        [['a', 'c'], ['b']]
+    """
+    solved = _residuals(problems)
+    return [[key] for key in problems if key not in solved] + [keys for keys, _ in _small(solved)] + _large(solved)
+
+
+def _side_by_side(
+    batches: Iterable[list[Key]], problems: Problems[Key], most: Callable[[list[Key]], int]
+) -> Iterator[list[list[Key]]]:
+    """The batches, those of one kind and size up to `most` of them at a time; with 1 each by itself and in order."""
+    waiting: dict[tuple, list[list[Key]]] = defaultdict(list)
+    for keys in batches:
+        units = waiting[_kind(problems[keys[0]]), len(keys)]
+        units.append(keys)
+        if len(units) >= most(keys):
+            yield [*units]
+            units.clear()
+    yield from (units for units in waiting.values() if units)
 
 
 def _residuals(problems: Problems[Key]) -> Problems[Key]:

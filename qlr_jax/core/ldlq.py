@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
+from qlr_jax.core.devices import by_rows
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import Grid
 from qlr_jax.core.typing import Array, Float
@@ -149,7 +150,7 @@ def row_group(rows: int, height: int) -> int:
     return next((g for g in range(height, rows, height) if rows % g == 0 and g >= least), rows)
 
 
-@partial(jax.jit, static_argnames=("family",))
+@partial(jax.jit, static_argnames=("family", "shares"))
 def ldlq_rows(
     weight: Float[Array, "b m n"],
     factor: Float[Array, "*b n n"],
@@ -157,6 +158,7 @@ def ldlq_rows(
     grid: Grid,
     data: Grid,
     family: Quantizer,
+    shares: int = 1,
 ) -> tuple[Float[Array, "b m n"], Array]:
     """`ldlq` with feedback among the rows as well: for tr(G E H Eᵀ), G = (I + F_G) D_G (I + F_G)ᵀ.
 
@@ -169,6 +171,8 @@ def ldlq_rows(
         weight: whole tiles of the quantizer.
         factor: F, one a matrix or one for all.
         rows: F_G at `row_group` columns a block, padded to the rows of `weight`.
+        shares: devices that hold the arrays. Of the groups that are under way each takes its share, what is fed into them included,
+            one group of columns at a time, and gathers what the others did: a word between devices a step.
 
     Returns:
         as `ldlq`.
@@ -198,18 +202,13 @@ def ldlq_rows(
         cut = jax.vmap(lambda a, s: lax.dynamic_slice_in_dim(a, s, wide, axis=-1), in_axes=(None if shared else 1, 0), out_axes=1)
         return cut(array[:, 0] if shared else array, start)
 
-    def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        error, felt_error = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
-        at = step - jnp.arange(count)
-        live = ((at >= 0) & (at < ahead))[:, None, None]
-        start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
-        original = window(own, start)
-        after = window(error.reshape(b, 1, m, n), start)  # still zero in the rows that come later
+    def round_columns(
+        original: Array, felt: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
+    ) -> tuple[Array, Array, Array]:
+        """Of some groups of rows one group of columns each, all (b, groups, ...): what was missed, values, codes."""
+        groups = original.shape[1]
         aims = original + jnp.einsum("birg,birw->bigw", into, after, precision="highest")
-        columns = window(factor[:, None], start)
-        target = aims + jnp.einsum("bign,binw->bigw", felt_error, columns, precision="highest")
-        within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
-        local = tuple(window(g, start) for g in scales)
+        target = aims + jnp.einsum("bign,binw->bigw", felt, columns, precision="highest")
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             here = block * width
@@ -217,24 +216,39 @@ def ldlq_rows(
             aim = lax.dynamic_slice_in_dim(target, here, width, axis=-1) + jnp.einsum(
                 "bigw,biwk->bigk", missed, part, precision="highest"
             )
-            flat = aim.reshape(b * count, high, width)
+            flat = aim.reshape(b * groups, high, width)
             sizes = tuple(
-                jnp.broadcast_to(_columns(g, here, width), (b, count, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
+                jnp.broadcast_to(_columns(g, here, width), (b, groups, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
             )
-            value, code = family.round_block(flat, tuple(g.reshape(b * count, *g.shape[2:]) for g in sizes), data, False)
+            value, code = family.round_block(flat, tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes), data, False)
             value = value.reshape(aim.shape)
             new = lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value
             return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
 
         missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(wide // width - 1, -1, -1))
-        values = jnp.moveaxis(values[::-1], 0, -2).reshape(target.shape)
+        codes = codes[::-1].reshape(len(codes), b, groups, *codes.shape[2:])  # blocks, b, groups, rows or walks, ...
+        return missed, jnp.moveaxis(values[::-1], 0, -2).reshape(target.shape), jnp.moveaxis(codes, 0, 3)
+
+    def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+        error, felt_error = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
+        at = step - jnp.arange(count)
+        live = ((at >= 0) & (at < ahead))[:, None, None]
+        start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
+        original = window(own, start)
+        after = window(error.reshape(b, 1, m, n), start)  # still zero in the rows that come later
+        columns = window(factor[:, None], start)
+        within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
+        local = tuple(window(g, start) for g in scales)
+
+        everything = (original, felt_error, into, after, columns, within, *local)
+        missed, values, codes = by_rows(round_columns, everything, shares)
 
         def written(array: Array, part: Array) -> Array:
             kept = jnp.where(live, part, window(array, start))
             put = jax.vmap(lambda a, p, s: lax.dynamic_update_slice_in_dim(a, p, s, axis=-1), in_axes=(1, 1, 0), out_axes=1)
             return put(array, kept, start)
 
-        return (written(error, original - values), written(felt_error, missed)), (values, codes[::-1])
+        return (written(error, original - values), written(felt_error, missed)), (values, codes)
 
     nothing = jnp.zeros_like(own)
     _, (values, codes) = lax.scan(advance, (nothing, nothing), jnp.arange(ahead + count - 1))
@@ -242,9 +256,8 @@ def ldlq_rows(
     group, column = jnp.arange(count)[::-1, None], jnp.arange(ahead)[None, ::-1]
     values = values[group + column, :, group]  # (count, ahead, b, high, wide)
     values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)
-    codes = codes.reshape(*codes.shape[:2], b, count, *codes.shape[3:])  # steps, blocks, b, count, rows or walks, ...
-    codes = codes[group + column, :, :, group]  # (count, ahead, blocks, b, rows or walks, ...)
-    codes = jnp.transpose(codes, (3, 0, 4, 1, 2, *range(5, codes.ndim)))
+    codes = codes[group + column, :, group]  # (count, ahead, b, rows or walks, blocks, ...)
+    codes = jnp.transpose(codes, (2, 0, 3, 1, 4, *range(5, codes.ndim)))
     if family.tile == (1, 1):
         return values, codes.reshape(weight.shape)
     return values, codes.reshape(b, codes.shape[1] * codes.shape[2], codes.shape[3] * codes.shape[4], *codes.shape[5:])

@@ -16,10 +16,11 @@ import jax
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.alternation import Candidate, Problem, first_step, improve_backbone, init, step
+from qlr_jax.core.alternation import Candidate, Problem, first_step, improve_backbone, init, only, step
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.devices import mesh_for
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import Metric
@@ -109,42 +110,60 @@ def solve_batch(
     outputs: np.ndarray | None = None,
     seed: int = 0,
     config: SolverConfig | None = None,
+    groups: Sequence[int] | None = None,
+    devices: int | None = None,
 ) -> list[Solution]:
     """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
+
+    The matrices are shared out over the devices of this process, and the rows of each where devices are left over (`devices`);
+    codes are those of one device.
 
     Args:
         hessians: one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
         outputs: G of each (b, m, m) or for all (1, m, m); None: the identity.
+        groups: how many matrices after each other stop iterating together, e.g. (2, 2) of four; None: all of them.
+        devices: how many to use at most; None: all.
     """
     config, spec = config or SolverConfig(), Spec.parse(spec)
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
     metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
     output = None if outputs is None else Metric.make(outputs, seed, config, spec.rotated, hadamard.OUTPUT)
-    problem = Problem.make(weights, metric, output, spec, seed, config)
+    mesh = mesh_for(*weights.shape[:2], devices)
+    problem = Problem.make(weights, metric, output, spec, seed, config, mesh)
+    del metric, output  # on a mesh the problem has its own
     if spec.rank == 0:
         state = improve_backbone(problem, init(problem, config.start))
-        return _finish(problem, state.best, [state.error], converged=True)
+        return _finish(problem, state.best, [[state.error]] * len(weights), [True] * len(weights))
     state = first_step(problem)
-    history, converged = [*state.trail], False
+    members = np.repeat(np.arange(len(groups or [0])), groups or len(weights))
+    members = np.append(members, np.full(len(state.error) - len(members), members[-1]))  # a mesh is filled up with the last one
+    histories = [[*state.trail] for _ in members]
+    running, converged = np.ones(len(members), bool), np.zeros(len(members), bool)
     for _ in range(config.iterations - 1):
-        before = state.best_error
-        state = step(problem, state)
-        history += state.trail
-        gained = 1.0 - state.best_error / np.maximum(before, 1e-30)
+        before = state
+        state = only(running, step(problem, before), before)
+        for i in np.flatnonzero(running):
+            histories[i] += state.trail
+        gained = 1.0 - state.best_error / np.maximum(before.best_error, 1e-30)
         # factors that hold what Q leaves worse than Q's own result will not help the next Q either
         hopeless = state.error > 1.2 * state.best_error
-        converged = bool(np.all((gained < config.tolerance) | hopeless))
-        if converged and config.tolerance > 0:
+        settled = (gained < config.tolerance) | hopeless
+        converged = np.where(running, [settled[members == group].all() for group in members], converged)
+        if config.tolerance > 0:
+            running = ~converged
+        if not running.any():
             break
     best = state.best
-    del state  # decoding needs the room
-    return _finish(problem, best, history, converged)
+    state = before = None  # decoding needs the room
+    return _finish(problem, best, histories, converged)
 
 
-def _finish(problem: Problem, found: Candidate, history: Sequence[np.ndarray], converged: bool) -> list[Solution]:
+def _finish(
+    problem: Problem, found: Candidate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool]
+) -> list[Solution]:
     spec, backbone, solutions = problem.spec, problem.backbone, []
     best = jax.tree.map(np.asarray, found)
-    for i in range(problem.weight.shape[0]):
+    for i in range(len(problem.original)):  # the weights on a mesh are filled up
         inner, original = float(best.scale[i]), problem.original[i]
         if inner == 0 and original.any():  # the factors leave nothing to Q; g is theirs too and must not erase them
             inner = 2.0**-12
@@ -157,12 +176,12 @@ def _finish(problem: Problem, found: Candidate, history: Sequence[np.ndarray], c
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
         pair = original / peak, value.dense() / peak
         error = float(relative_error(*pair, problem.metric.of(i)))
-        trail = [float(h[i]) for h in history]
+        trail = [float(h[i]) for h in histories[i]]
         judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
         stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged, "bound": _bound(problem, best, i)}
         if problem.output is not None:
             stats["felt_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
-        solutions.append(Solution(value, _verdict(problem, i, trail, converged), stats))
+        solutions.append(Solution(value, _verdict(problem, i, trail, bool(converged[i])), stats))
     return solutions
 
 

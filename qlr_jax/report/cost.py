@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qlr_jax.cost import MEMORY_ERROR, Part, Plan, Stage
+from qlr_jax.preparation import WEIGHTS_SHARE
 from qlr_jax.progress import duration
 from qlr_jax.report.table import columns
 from qlr_jax.report.words import bits, size
@@ -20,7 +21,7 @@ def plan_text(plan: Plan) -> str:
         Llama-2-7B: 6.74 billion parameters, planned for 2.25bpw on a cpu with 25.8 GB and 2 cores
     """
     title = f"{plan.model or 'model'}: {_count(plan.parameters)} parameters, planned for {plan.budget['text']} on {_machine(plan)}"
-    lines = [title, "", *_sizes(plan), "", _budget(plan), "", *_stages(plan), "", *_totals(plan), ""]
+    lines = [title, "", *_sizes(plan), "", _budget(plan), _weights(plan), "", *_stages(plan), "", *_totals(plan), ""]
     lines.append("this job can run here" if plan.fits else "this job cannot run here as it is")
     lines += [f"  {problem}" for problem in plan.problems]
     if plan.remedies:
@@ -60,6 +61,17 @@ def _budget(plan: Plan) -> str:
     return f"budget: {budget['text']} leaves {bits(budget['limit_bits'])} bits a weight, within what the recipe offers, {ends}"
 
 
+def _weights(plan: Plan) -> str:
+    """Where the weights are while the job runs, and what decided it."""
+    where = "stay on disk, read block by block" if plan.streaming else "are held in memory"
+    if plan.recipe.streaming is not None:
+        return f"weights: {where}, because the recipe says streaming: {str(plan.recipe.streaming).lower()}"
+    room, relation = size(WEIGHTS_SHARE * plan.machine.host), "more" if plan.streaming else "no more"
+    whose = "the memory" if plan.machine.kind == "cpu" else "the host's memory"
+    share = "half of" if WEIGHTS_SHARE == 0.5 else f"{WEIGHTS_SHARE:g} of"
+    return f"weights: {where}, because in float32 they take {size(4 * plan.parameters)}, {relation} than {share} {whose} ({room})"
+
+
 def _stages(plan: Plan) -> list[str]:
     """A row a stage: memory, seconds, and the part that takes most of it."""
     split, rows = plan.machine.kind != "cpu", []
@@ -70,7 +82,7 @@ def _stages(plan: Plan) -> list[str]:
     header = ["stage", *(["device", "host"] if split else ["memory"]), "time", "of it"]
     table = columns(header, rows).splitlines()
     if not split:  # what of the peak is kept from stage to stage
-        kept = [part for stage in plan.stages for part in stage.parts if part.kept]
+        kept = [part for stage in plan.stages for part in stage.parts if part.kept and part.host + part.device]
         table += ["", "kept until the end: " + ", ".join(f"{part.what} {size(part.host + part.device)}" for part in kept)]
         return table
     for side in ("device", "host"):
@@ -101,11 +113,17 @@ def _totals(plan: Plan) -> list[str]:
     refined = f"; refining may add about {duration(plan.refine_seconds)}" if plan.refine_seconds else ""
     lines = [f"time: {span}{refined}; rates {rates.says}"]
     peak = size(plan.host) if machine.kind == "cpu" else f"{size(plan.device)} on the device, {size(plan.host)} on the host"
-    lines.append(f"memory: {peak}, within {100 * MEMORY_ERROR:.0f} %, per host")
+    found = (
+        f"measured jobs lay within {100 * MEMORY_ERROR:.0f} %"
+        if rates.measured
+        else "counted for a CPU's copies, not measured here"
+    )
+    lines.append(f"memory: {peak}, per host; {found}")
     disk = plan.disk
     whole = sum(disk.values())
-    lines.append(
-        f"disk: {size(disk['original'])} of the original, {size(disk['output'])} of the output, "
-        f"{size(disk['job'])} of finished matrices while the job lasts; {size(whole)} in all"
-    )
+    lasting = f"{size(disk['job'])} of finished matrices"
+    lasting += f" and {size(disk['statistics'])} of Hessians" if disk["statistics"] else ""
+    told = f"disk: {size(disk['original'])} of the original, {size(disk['output'])} of the output, {lasting} while the job lasts"
+    told += f", {size(disk['temporary'])} in the temporary folder for a time" if disk["temporary"] else ""
+    lines.append(f"{told}; {size(whole)} in all")
     return lines

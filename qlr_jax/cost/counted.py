@@ -1,0 +1,158 @@
+"""A job's sizes, from its configuration and recipe: what memory, disk and time are counted from."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+
+from qlr_jax.calibration.backward import SPILLED
+from qlr_jax.core.batch import FACTORED_TOGETHER, ROWS_TOGETHER, SMALL
+from qlr_jax.core.low_rank import bucket
+from qlr_jax.cost.machine import Machine
+from qlr_jax.errors import QLRError
+from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
+from qlr_jax.preparation import OUTPUTS_SHARE, WEIGHTS_SHARE
+from qlr_jax.recipe import Recipe
+
+CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration, of a backward pass, of a comparison
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A job's sizes, from its configuration and recipe."""
+
+    config: LlamaConfig
+    recipe: Recipe
+    machine: Machine
+
+    @cached_property
+    def streaming(self) -> bool:
+        """As `preparation.streams` decides on such a machine."""
+        if self.recipe.streaming is not None:
+            return self.recipe.streaming
+        return 4 * parameter_count(self.config) > WEIGHTS_SHARE * self.machine.host
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Name -> (out, in) of the matrices to compress."""
+        include, exclude = self.recipe.include, self.recipe.exclude
+
+        def wanted(name: str) -> bool:
+            inside = not include or any(fnmatch.fnmatch(name, p) for p in include)
+            return inside and not any(fnmatch.fnmatch(name, p) for p in exclude)
+
+        found = {name: shape_of(self.config, name) for name in linear_names(self.config) if wanted(name)}
+        if not found:
+            raise QLRError(f"no linear layer is left by include {list(include)}, exclude {list(exclude)}; pass other patterns")
+        return found
+
+    @cached_property
+    def groups(self) -> Counter[tuple[str, tuple[int, int]]]:
+        """(kind, shape) -> how many matrices."""
+        return Counter((kind_of(name), shape) for name, shape in self.shapes.items())
+
+    @cached_property
+    def weights(self) -> int:
+        return sum(m * n for m, n in self.shapes.values())
+
+    @cached_property
+    def linears(self) -> frozenset[str]:
+        return frozenset(linear_names(self.config))
+
+    @cached_property
+    def linear(self) -> int:
+        """Weights of all linear layers, compressed or not."""
+        return sum(math.prod(shape_of(self.config, name)) for name in linear_names(self.config))
+
+    @cached_property
+    def around(self) -> int:
+        """Parameters outside the blocks: embeddings, last norm, head."""
+        tensors = tensor_names(self.config).items()
+        return sum(math.prod(shape) for name, shape in tensors if not name.startswith("model.layers."))
+
+    @cached_property
+    def block(self) -> int:
+        """Parameters of one block."""
+        return (parameter_count(self.config) - self.around) // self.config.num_hidden_layers
+
+    @cached_property
+    def largest(self) -> int:
+        """Weights of the largest linear layer."""
+        return max(math.prod(shape_of(self.config, name)) for name in self.linears)
+
+    @cached_property
+    def inputs(self) -> list[int]:
+        """Widths of all distinct inputs; calibration finds the Hessians of all, whatever is compressed."""
+        names = list(self.shapes) if self.recipe.hessians == "loss-by-matrix" else linear_names(self.config)
+        widths = {
+            (name if self.recipe.hessians == "loss-by-matrix" else input_of(name)): shape_of(self.config, name)[1] for name in names
+        }
+        return list(widths.values())
+
+    @cached_property
+    def hessians(self) -> int:
+        return sum(4 * n * n for n in self.inputs)
+
+    @cached_property
+    def outputs(self) -> int:
+        """Bytes of the output Hessians once; 0 where they are not made."""
+        once = sum(4 * m * m for m, _ in self.shapes.values())
+        fits = self.streaming or 2 * once <= OUTPUTS_SHARE * self.machine.host
+        return once if self.recipe.outputs == "fisher" and fits else 0
+
+    @property
+    def length(self) -> int:
+        return self.recipe.sequence_length or min(2048, self.config.max_position_embeddings)
+
+    @property
+    def tokens(self) -> int:
+        return self.recipe.sequences * self.length
+
+    @property
+    def windows(self) -> int:
+        """Windows of calibration text on which KL is measured."""
+        return max(1, min(self.recipe.sequences, self.recipe.measure_tokens // self.length))
+
+    @property
+    def measured(self) -> int:
+        return self.windows * self.length
+
+    @property
+    def felt(self) -> int:
+        """Sequences on which output Hessians are measured."""
+        return max(1, min(self.recipe.sequences, self.recipe.output_tokens // self.length))
+
+    def boundaries(self, sequences: int) -> int:
+        """Bytes of the hidden states that enter all blocks, for a backward pass of so many sequences, its batches filled up."""
+        batch = min(BACKWARD, sequences)
+        rows = -(-sequences // batch) * batch
+        return 4 * self.config.num_hidden_layers * rows * self.length * self.config.hidden_size
+
+    def in_file(self, sequences: int) -> bool:
+        """Whether they lie in a temporary file."""
+        return self.boundaries(sequences) > SPILLED
+
+    @property
+    def ranked(self) -> bool:
+        return any(self.recipe.ranks)
+
+    @property
+    def family(self) -> str:
+        """trellis, e8 or scalar: what most of the searching is."""
+        return next((name for name in ("trellis", "e8") if any(b.startswith(name) for b in self.recipe.backbones)), "scalar")
+
+    def together(self, kind: str, shape: tuple[int, int]) -> int:
+        """Matrices in the largest batch of this kind: filled up where they are small, those of one input where they are large."""
+        m, _ = shape
+        if m < SMALL:
+            size = ROWS_TOGETHER // m
+        else:
+            siblings = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": ("gate", "up"), "up": ("gate", "up")}.get(kind, (kind,))
+            size = sum((other, shape) in self.groups for other in siblings)
+        if not self.ranked:
+            return size
+        widest = bucket(max(self.recipe.ranks), min(shape))
+        return max(1, min(size, FACTORED_TOGETHER // widest**2))

@@ -1,0 +1,58 @@
+"""What one should know of a plan beside its figures."""
+
+from __future__ import annotations
+
+from qlr_jax.cost.counted import Counted
+from qlr_jax.cost.memory import temporary
+from qlr_jax.cost.rates import RATES
+from qlr_jax.cost.work import reads
+from qlr_jax.models import parameter_count
+from qlr_jax.preparation import OUTPUTS_SHARE
+
+FITTED = 30_000_000  # parameters of the largest model that a job was measured on
+
+
+def notes(job: Counted) -> list[str]:
+    """What else one should know, a sentence each."""
+    found = []
+    if RATES[job.machine.kind].measured and parameter_count(job.config) > FITTED:
+        found.append(
+            f"seconds were held against jobs of up to {FITTED / 1e6:.0f} million parameters, and single matrices of up to 4096 × "
+            "4096: for larger models, more cores or another processor they are extrapolated"
+        )
+    once = sum(8 * m * m for m, _ in job.shapes.values())
+    if job.recipe.outputs == "fisher" and not job.outputs:
+        found.append(
+            f"output Hessians would take {once / 1e9:,.1f} GB while they are summed, more than {OUTPUTS_SHARE:g} of the host's "
+            f"{job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs count alike"
+        )
+    found += _on_disk(job)
+    if job.recipe.backbone_from:
+        found.append(
+            "with backbone_from only factors are solved for: the seconds of its solves have not been held against real jobs"
+        )
+    if job.machine.hosts > 1:
+        found.append(
+            f"a job runs in one process today: {job.machine.hosts - 1} of {job.machine.hosts} hosts would idle, and what one host "
+            "needs is all of the above"
+        )
+    return found
+
+
+def _on_disk(job: Counted) -> list[str]:
+    """What files are used in place of memory, and that the seconds know nothing of a disk."""
+    found = []
+    if states := temporary(job):
+        found.append(
+            f"hidden states at all blocks take {states / 1e9:,.1f} GB of the temporary folder (TMPDIR) for a backward pass, and "
+            "fewer tokens take less; that folder must lie on a disk, not in memory"
+        )
+    if job.streaming:
+        times = sum(reads(job).values())
+        found += [
+            f"the weights are read about {times} times ({2e-9 * times * job.linear:,.0f} GB of bf16): the seconds hold "
+            "their conversion, but not the disk's own time, which has not been measured",
+            "solutions of the probes, and then of three plans, are held in memory at their compressed size; they alone grow with "
+            "the number of layers",
+        ]
+    return found

@@ -1,0 +1,139 @@
+"""The plan of a job: memory, disk and seconds, whether it fits, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from qlr_jax.cost.advice import refusals, remedies, short
+from qlr_jax.cost.counted import Counted
+from qlr_jax.cost.machine import Machine
+from qlr_jax.cost.memory import probed, temporary
+from qlr_jax.cost.notes import notes
+from qlr_jax.cost.rates import RATES, Rates
+from qlr_jax.cost.sizes import budget_and_sizes
+from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages
+from qlr_jax.models import LlamaConfig, parameter_count
+from qlr_jax.recipe import Recipe
+
+COUNTS = (
+    "sequences",
+    "sequence_length",
+    "measure_tokens",
+    "output_tokens",
+    "state_bits",
+    "hessians",
+    "outputs",
+    "attribution",
+    "refine",
+)
+BESIDE = 300_000  # bytes of an output folder beside its weights: runtime, report, tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will need; `to_dict` for JSON.
+
+    Attributes:
+        sizes: bytes by part of the model, {"before", "after"} each, and "whole".
+        budget: its limit and the table's range in bytes and bits a weight; "within", and "why" where it is not.
+        host, device: the highest bytes of all stages; a CPU's are one sum, under both names.
+        streaming: whether weights and statistics stay on disk.
+        disk: bytes of the original, of the output, while it lasts of finished matrices in job/ and of statistics there, and of
+            the temporary folder.
+        seconds, cpu_seconds: of all stages, refining aside; `refine_seconds`: what that may add.
+        fits: whether it can run as it is: memory, budget and all that would be refused.
+        problems: why not, a sentence each; remedies: what would make it run; notes: what else one should know.
+    """
+
+    model: str
+    machine: Machine
+    recipe: Recipe
+    parameters: int
+    streaming: bool
+    sizes: Mapping[str, Mapping[str, int]]
+    budget: Mapping[str, Any]
+    stages: tuple[Stage, ...]
+    host: int
+    device: int
+    disk: Mapping[str, int]
+    seconds: float
+    cpu_seconds: float
+    refine_seconds: float
+    rates: Rates
+    fits: bool
+    problems: tuple[str, ...]
+    remedies: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the recipe by its budget and counts alone."""
+        recipe = {name: getattr(self.recipe, name) for name in ("budget", "target", *COUNTS)}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("machine", "recipe", "stages", "rates")}
+        rates = {"measured": self.rates.measured, "error": self.rates.error, "memory_error": MEMORY_ERROR, "says": self.rates.says}
+        return {
+            **plain,
+            "machine": asdict(self.machine) | {"text": str(self.machine)},
+            "recipe": recipe,
+            "stages": [asdict(stage) for stage in self.stages],
+            "rates": rates,
+        }
+
+
+def plan_job(config: LlamaConfig, recipe: Recipe, machine: Machine, *, model: str = "", original_bytes: int | None = None) -> Plan:
+    """What a job needs of a machine.
+
+    Args:
+        model: its name, to be shown.
+        original_bytes: of its files, where they are here; two bytes a parameter where not given.
+
+    Raises:
+        QLRError: patterns that leave no matrix, or backbones that fit none.
+
+    Example:
+        >>> from qlr_jax.models import known_config
+        >>> plan = plan_job(known_config("Llama-3-8B"), Recipe(), Machine.parse("cpu:24GiB,cores=2"))
+        >>> plan.parameters, plan.fits, plan.problems[0].split(":")[0]
+        (8030261248, False, 'memory')
+    """
+    job = Counted(config, recipe, machine)
+    budget, sizes = budget_and_sizes(job)
+    stages = find_stages(job)
+    host, device = max(s.host for s in stages), max(s.device for s in stages)
+    rates = RATES[machine.kind]
+    refused = [*([budget["why"]] if not budget["within"] else []), *refusals(job)]
+    lacking = short(job, stages)
+    needed = budget["limit_bytes"] or budget["least_bytes"]
+    plans = 3 * needed + (probed(job) if recipe.target == "qlr" else needed)
+    statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
+    original = 2 * parameter_count(config) if original_bytes is None else original_bytes
+    disk = {
+        "original": original,
+        "output": sizes["whole"]["after"] + BESIDE,
+        "job": plans,
+        "statistics": statistics,
+        "temporary": temporary(job),
+    }
+    return Plan(
+        model=model,
+        machine=machine,
+        recipe=recipe,
+        parameters=parameter_count(config),
+        streaming=job.streaming,
+        sizes=sizes,
+        budget=budget,
+        stages=stages,
+        host=host,
+        device=device,
+        disk=disk,
+        seconds=sum(s.seconds for s in stages),
+        cpu_seconds=sum(s.cpu_seconds for s in stages),
+        # a trial that is under way is not broken off
+        refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refine else 0.0,
+        rates=rates,
+        fits=not (lacking or refused),
+        problems=(*lacking, *refused),
+        remedies=tuple(remedies(job) if lacking or refusals(job) else ()),
+        notes=tuple(notes(job)),
+    )

@@ -1,0 +1,137 @@
+"""The work of solving matrices: one batch, all probes, the final solves of a plan."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qlr_jax.core.batch import SMALL
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.ldlq import GROUP, row_group
+from qlr_jax.core.low_rank import bucket
+from qlr_jax.core.quantizers.trellis import walk_height
+from qlr_jax.cost.counted import Counted
+from qlr_jax.cost.rates import SEARCH, SHARED, Work
+
+ANCHORED = 100  # as in sensitivity.table
+ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
+CHOICES = {"allocated": 40, "rank0": 20}  # specs that a plan spreads the matrices of one shape over, about
+RANKED = {"allocated": 0.85, "uniform": 1.0, "rank0": 0.0}  # part of a plan's matrices that get factors, about
+COARSE = {"trellis": 1.0, "e8": 0.03, "scalar": 0.005}  # time of a search, over that of a trellis of 12 state bits
+# Functions that are compiled for a batch shape that is solved, small ones as parts of one, and those with factors.
+COMPILED = {"solve": 40, "factors": 33}
+LATER = 0.1  # of the functions of solves, the part that is compiled again for another number of state bits
+
+
+def probe_solves(job: Counted) -> Work:
+    """The solves that `sensitivity.table.measure` makes: all matrices plainly, some of each kind with factors."""
+    found, bits = Work(compiled=_compiled(job)), job.recipe.search_state_bits
+    anchored = max(1, ANCHORED // len({kind for kind, _ in job.groups}))
+    for (kind, shape), count, kinds in _alike(job):
+        found += _solves(job, kind, shape, bits, False, count)
+        if job.ranked:
+            found += _solves(job, kind, shape, bits, True, min(count, anchored * kinds))
+            found += _solves(job, kind, shape, bits, True, kinds) * _again(job)
+    return found
+
+
+def _again(job: Counted) -> int:
+    """Further solves with factors of one matrix of each kind: the least and the largest rank, the finest factors."""
+    ranks = sorted(rank for rank in job.recipe.ranks if rank)
+    middle, finest = ranks[(len(ranks) - 1) // 2], len(job.recipe.factors) - 1
+    return len({(ranks[0], 0), (ranks[-1], 0), (middle, finest)} - {(middle, 0)})
+
+
+def plan_solves(job: Counted, name: str) -> Work:
+    """The final solves of one plan."""
+    found, bits, part = Work(), job.recipe.state_bits, RANKED[name] if job.ranked else 0.0
+    for (kind, shape), count, _ in _alike(job):
+        for factors, share in ((True, part), (False, 1 - part)):
+            found += _solves(job, kind, shape, bits, factors, count, CHOICES.get(name, 1)) * share
+    if name == "allocated" and bits != job.recipe.search_state_bits:
+        found += Work(compiled=LATER * _compiled(job))
+    return found
+
+
+def _alike(job: Counted) -> list[tuple[tuple[str, tuple[int, int]], int, int]]:
+    """((kind, shape), matrices, kinds) of what is batched together: small matrices of one shape whatever their kind."""
+    found: dict[Any, list[Any]] = {}
+    for (kind, shape), count in job.groups.items():
+        entry = found.setdefault(shape if shape[0] < SMALL else (kind, shape), [(kind, shape), 0, 0])
+        entry[1] += count
+        entry[2] += 1
+    return [(key, count, kinds) for key, count, kinds in found.values()]
+
+
+def _compiled(job: Counted) -> float:
+    """Functions that solves need: of every shape of a batch, with every bucket of ranks."""
+    buckets = len({bucket(rank, 10**6) for rank in job.recipe.ranks if rank})
+    shapes = {(shape, job.together(kind, shape)) for kind, shape in job.groups}
+    return len(shapes) * (COMPILED["solve"] + COMPILED["factors"] * buckets)
+
+
+def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, factors: bool, count: int, choices: int = 1) -> Work:
+    """`solve_many` of `count` matrices whose specs are spread over so many choices."""
+    b = job.together(kind, shape)
+    if shape[0] >= SMALL and choices > 1:
+        b = 1  # siblings seldom get the same spec
+    distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
+    batches = count / b if shape[0] >= SMALL else max(distinct, math.ceil(count / b))
+    return solve(job, b, shape, state_bits, factors) * batches
+
+
+def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
+    """One batch of b matrices (m, n) of `solver.solve_batch`, filled up where it is small."""
+    m, n = shape
+    sides = [n, m] if job.outputs else [n]
+    felt = 2 * m * n * n + (2 * m * m * n if job.outputs else 0)  # operations of tr(G E H Eᵀ), and of feedback
+    metrics = {n: b if m < SMALL else 0.4, m: b if job.outputs else 0}  # H of a large matrix serves those that share it
+    found = Work(
+        factored=metrics[n] * n**3 / 3
+        + 256 * n * n * metrics[n]
+        + (metrics[m] * (2 * m**3 / 3 + 256 * m * m) if job.outputs else 0),
+        passed=30 * sum(b * side * side for side in sides) + 60 * b * m * n,
+        products=b * 3 * felt,
+    )
+    waste, steps = _staggered(job, m, n)
+    fill = _filled(job, b * m / 64 if m >= 64 else b * m / 16)
+    bits = min(16, state_bits + state_bits % 2)
+    coarse = COARSE[job.family] * (SEARCH[bits] if job.family == "trellis" else 1.0)
+    share = SHARED[bits] if job.family == "trellis" else 0.0
+    once = b * m * n * waste
+    search = Work(searched=share * coarse, alone=(1 - share) * coarse)
+    rounding = Work(products=b * felt * (waste + 2), placed=once, steps=steps) + search * (once * fill)
+    if not factors:
+        return found + rounding
+    race = 2 if job.outputs else 1
+    iterations = SolverConfig.make({}, job.recipe.preset).iterations if job.recipe.iterations is None else job.recipe.iterations
+    rounds, k = min(ROUNDS, iterations - 1), bucket(sorted(job.recipe.ranks)[len(job.recipe.ranks) // 2], min(shape))
+    inner = SolverConfig.make({}, job.recipe.preset).inner
+    fit = Work(
+        products=b * (felt + 3 * (4 * m * n * k + 2 * n * n * k) + inner * (6 * n * n * k + 4 * m * n * k + 4 * m * m * k)),
+        factored=b * (3 * 4 * m * k * k + m * m * k),
+        placed=inner * b * k * (m + n),
+        steps=inner * (k / 4 + n / 64) * 512,
+    )
+    fit += search * (inner * b * k * (m * _filled(job, b * m / 64) + n * _filled(job, b * k / 4)))
+    return found + rounding * (race + rounds) + fit * (2 * race + rounds)
+
+
+def _staggered(job: Counted, m: int, n: int) -> tuple[float, float]:
+    """Of one rounding: its waste while the groups of rows follow each other, and steps of all searches."""
+    height = walk_height(m, n) if job.family == "trellis" else 1
+    width = 256 // height if job.family == "trellis" else 1
+    rows = -(-m // height) * height
+    high = row_group(rows, height) if job.outputs else rows
+    count = rows // high
+    wide = min(GROUP, max(16, n // (4 * count))) if count > 1 else GROUP
+    ahead = max(1, n // wide)
+    waste = (ahead + count - 1) / ahead
+    return waste, waste * n / width * (512 if job.family == "trellis" else 1)
+
+
+def _filled(job: Counted, walks: float) -> float:
+    """Walks that are searched over those that are asked for: they go in eights or in batches of 32 on a CPU."""
+    size = 32 if walks > 16 else 8
+    slower = 1.0 if walks > 16 else 1.33
+    return slower * size * math.ceil(walks / size) / walks if job.machine.kind == "cpu" else 1.0
