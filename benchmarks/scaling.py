@@ -133,6 +133,7 @@ def solve_cell(shape: tuple[int, int, int], outputs: bool, count: int, state_bit
 
     seconds = seconds_of(run)
     programs, real = [], devices._spread
+    devices.ONE_AFTER_ANOTHER = ()  # as on accelerators
 
     def watched(*key: Any) -> Any:
         made = real(*key)
@@ -194,6 +195,7 @@ def width_cell(width: int, spec: str, state_bits: int) -> dict[str, Any]:
 def cell(kind: str, devices: int = 1, **arguments: Any) -> dict[str, Any]:
     """Run one cell in a process with so many devices."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "OPENBLAS_NUM_THREADS": "1"}
+    env["NPROC"] = "64"  # threads of XLA's pool: with fewer, factorizations of several devices at once can wait for ever
     command = [sys.executable, __file__, "--cell", json.dumps({"kind": kind} | arguments)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=WAIT)
     if done.returncode:

@@ -120,20 +120,36 @@ print(json.dumps({name: [work(shape, spec, count) for count in (1, 2, 8)] for na
     [("matrices", (64, 64, 32), "int-4g16"), ("rows", (1, 4096, 64), "int-4"), ("walks", (1, 4096, 16), "trellis-2")]}))
 """
 
-# one device of eight with two matrices of 64 components each hung in batched factorizations (jaxlib 0.10.2)
+# eight devices at once, with two matrices of 64 components each, hung in batched factorizations; so did, now and then, two with 16
+# Hessians each (jaxlib 0.10.2)
 LOOPS = """
 weights = np.random.default_rng(1).standard_normal((16, 64, 64), np.float32)
 found = solve_batch(weights, hessian(64, 0)[None], "int-4/rot+r64@int-4", config=config)
 each = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-8", config=config)
+weights = np.random.default_rng(1).standard_normal((32, 128, 128), np.float32)
+for _ in range(10):
+    found += solve_batch(weights, np.stack([hessian(128, 0)] * 32), "trellis-4", config=config, devices=2)
 print(json.dumps([s.stats["relative_error"] for s in found + each]))
 """
 
+# as accelerators do it, all devices at once: with threads enough nobody waits
+AT_ONCE = """
+weights = np.random.default_rng(1).standard_normal((8, 64, 48), np.float32)
+metric, outputs = (np.stack([hessian(n, i) for i in range(8)]) for n in (48, 64))
+found = []
+for platforms in (("cpu",), ()):
+    devices.ONE_AFTER_ANOTHER = platforms
+    found.append([solve_batch(w, h, "int-3g16+r8@int-8", outputs=g, config=config)
+                  for w, h, g in ((weights, metric, outputs), (weights[:2], metric[:1], None))])
+print(json.dumps([compared(one, many)["identical"] for one, many in zip(*found)]))
+"""
 
-def on_eight(script, patience=PATIENCE):
+
+def on_eight(script, patience=PATIENCE, **environment):
     """What a script prints in a process with eight devices."""
     quick = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OPENBLAS_NUM_THREADS": "1"}
     command = [sys.executable, "-c", HEAD + script]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quick, capture_output=True, text=True, timeout=patience)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quick | environment, capture_output=True, text=True, timeout=patience)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -179,7 +195,11 @@ def test_work_falls_with_the_devices():
 
 def test_factorizations_do_not_wait_for_each_other():
     errors = on_eight(LOOPS)
-    assert len(errors) == 32 and all(0 < error < 0.2 for error in errors)
+    assert len(errors) == 352 and all(0 < error < 0.2 for error in errors)
+
+
+def test_all_devices_at_once_find_what_one_after_another_does():
+    assert on_eight(AT_ONCE, NPROC="64") == [True, True]
 
 
 def test_shares():

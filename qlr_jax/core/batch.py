@@ -19,8 +19,7 @@ from qlr_jax.core.spec import Spec
 Key = TypeVar("Key", bound=Hashable)
 Problems = Mapping[Key, tuple]  # (W, H, spec[, G or None[, Q or None]])
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
-# (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below. It bounds a batch, and so
-# what any device has of it; where a CPU is several devices, each takes its matrices one after another (`devices`).
+# (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below, on each device by itself.
 FACTORED_TOGETHER = 2**15
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 

@@ -3,9 +3,11 @@
 A mesh has two axes, `matrices` and `rows`. Arrays carry where they lie, and computation follows them: what is called by way of
 `spread` runs on every device for the matrices that lie there, and no device waits for another. Where a matrix has several devices,
 each holds all of it and does the same as the others, except for what goes `by_rows`: there each does its share of the rows, and
-the shares are gathered. So every number comes of the same operations in the same order as on one device, and codes do not depend on
-how many devices there are, as far as a row of a matrix product does not depend on how many rows the product has (on CPUs it does
-not, from 2 rows on).
+the shares are gathered.
+
+A matrix that is alone on its devices comes out as on one device to the last bit, as far as a row of a product does not depend
+on how many rows the product has (on CPUs it does not). Of a batch each device has fewer matrices than one alone would, and XLA may
+then sum over a matrix in another order: scales can differ in their last bit, and a near tie among codes falls the other way.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from qlr_jax.errors import QLRError
 MATRICES, ROWS = "matrices", "rows"
 LEAST_ROWS = 512  # that are worth a device of their own: eight walks of a trellis, which are searched together
 REPEATED = 0.1  # of a solve, about, is done on every device that a matrix has: factors, scales
+# Where factorizations go one device after another: on a CPU their kernels wait, in the thread pool that its devices share, for work
+# that they put into it, and once as many wait as it has threads they wait for ever (jaxlib 0.10.2, ParallelBatchMap).
+ONE_AFTER_ANOTHER = ("cpu",)
 
 
 def shares(matrices: int, rows: int, devices: int) -> tuple[int, int]:
@@ -99,7 +104,7 @@ def spread(function: Callable[..., Any], factors: bool = False) -> Callable[...,
     Args:
         function: of arrays (b or 1, ...) and whatever is the same for all matrices, by position, and of static values by keyword;
             all its results are (b, ...).
-        factors: whether it factors matrices or solves with factors: on the devices of a CPU that goes one matrix at a time.
+        factors: whether it factors matrices or solves with factors: on the devices of a CPU that goes one device after another.
 
     Example:
         >>> double = spread(jax.jit(lambda x: 2 * x))
@@ -113,36 +118,47 @@ def spread(function: Callable[..., Any], factors: bool = False) -> Callable[...,
         if mesh is None:
             return function(*arguments, **static)
         shared = tuple(mesh_of(leaf) is not None and leaf.sharding.spec[:1] == (MATRICES,) for leaf in leaves)
-        return _spread(function, mesh, tree, shared, tuple(sorted(static.items())), factors)(*leaves)
+        key = function, mesh, tree, shared, tuple(sorted(static.items()))
+        if factors and mesh.devices.flat[0].platform in ONE_AFTER_ANOTHER:
+            return _one_after_another(key, leaves)
+        return _spread(*key)(*leaves)
 
     return call
 
 
 @lru_cache(maxsize=256)
-def _spread(
-    function: Callable[..., Any], mesh: Mesh, tree: Any, shared: tuple[bool, ...], static: tuple, factors: bool
-) -> Callable[..., Any]:
+def _spread(function: Callable[..., Any], mesh: Mesh, tree: Any, shared: tuple[bool, ...], static: tuple) -> Callable[..., Any]:
     """Compiled once for what these are."""
 
-    def of(*leaves: Any) -> Any:
-        return function(*jax.tree.unflatten(tree, leaves), **dict(static))
-
     def of_one_device(*leaves: Any) -> Any:
-        own = [leaf[:, None] for leaf, s in zip(leaves, shared, strict=True) if s]
-        if not factors or not own or len(own[0]) == 1 or mesh.devices.flat[0].platform != "cpu":
-            return of(*leaves)
-        # A batched factorization waits for a thread of the pool that all devices of a CPU share, and as many of them as there are
-        # devices can wait for ever (jaxlib 0.10.2: 8 devices with 2 matrices of 64 components): matrices go one after another.
-
-        def one(entries: list[Array]) -> Any:
-            mine = iter(entries)
-            return of(*(next(mine) if s else leaf for leaf, s in zip(leaves, shared, strict=True)))
-
-        return jax.tree.map(lambda a: a[:, 0], lax.map(one, own))
+        return function(*jax.tree.unflatten(tree, leaves), **dict(static))
 
     specs = tuple(PartitionSpec(MATRICES) if s else PartitionSpec() for s in shared)
     # loops begin with zeros that are the same everywhere, which is what the check would object to
     return jax.jit(jax.shard_map(of_one_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(MATRICES), check_vma=False))
+
+
+def _one_after_another(key: tuple, leaves: list[Any]) -> Any:
+    """What `_spread` does, each device by itself; of those that one matrix has the first, and the others get copies."""
+    function, mesh, tree, _, static = key
+    sharding, found = NamedSharding(mesh, PartitionSpec(MATRICES)), []
+    for device in mesh.devices[:, 0]:
+        own = [_part(leaf, device) for leaf in leaves]
+        found.append(jax.block_until_ready(function(*jax.tree.unflatten(tree, own), **dict(static))))
+
+    def assembled(*parts: Array) -> Array:
+        copies = [jax.device_put(part, device) for part, row in zip(parts, mesh.devices, strict=True) for device in row]
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, copies)
+
+    return jax.tree.map(assembled, *found)
+
+
+def _part(leaf: Any, device: jax.Device) -> Any:
+    """What of a leaf lies on a device; a leaf that was not placed goes anywhere."""
+    if mesh_of(leaf) is None:
+        return leaf
+    return next(shard.data for shard in leaf.addressable_shards if shard.device == device)
 
 
 def by_rows(function: Callable[..., Any], arrays: tuple[Array, ...], count: int, unit: int = 1) -> Any:

@@ -115,8 +115,8 @@ def solve_batch(
 ) -> list[Solution]:
     """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
 
-    The matrices are shared out over the devices of this process, and the rows of each where devices are left over (`devices`);
-    codes are those of one device.
+    The matrices are shared out over the devices of this process, and the rows of each where devices are left over; results are
+    those of one device, for batches up to near ties (`core.devices`).
 
     Args:
         hessians: one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
