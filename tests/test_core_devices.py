@@ -127,7 +127,7 @@ weights = np.random.default_rng(1).standard_normal((16, 64, 64), np.float32)
 found = solve_batch(weights, hessian(64, 0)[None], "int-4/rot+r64@int-4", config=config)
 each = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-8", config=config)
 weights = np.random.default_rng(1).standard_normal((32, 128, 128), np.float32)
-for _ in range(10):
+for _ in range(5):
     found += solve_batch(weights, np.stack([hessian(128, 0)] * 32), "trellis-4", config=config, devices=2)
 print(json.dumps([s.stats["relative_error"] for s in found + each]))
 """
@@ -195,7 +195,7 @@ def test_work_falls_with_the_devices():
 
 def test_factorizations_do_not_wait_for_each_other():
     errors = on_eight(LOOPS)
-    assert len(errors) == 352 and all(0 < error < 0.2 for error in errors)
+    assert len(errors) == 192 and all(0 < error < 0.2 for error in errors)
 
 
 def test_all_devices_at_once_find_what_one_after_another_does():
