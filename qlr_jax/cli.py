@@ -141,6 +141,12 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
     ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option("--coordinator", metavar="HOST:PORT", help="Of process 0, where several processes share this job."),
+    ] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="How many share it.")] = None,
+    process: Annotated[int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need, as qlr plan does.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")] = False,
     as_json: AsJson = False,
@@ -150,6 +156,10 @@ def compress(
     OUT holds the packed weights, the recipe, report.json and report.html. While the job is under way OUT/job holds what is
     finished: after an interruption the same command with --resume goes on from there.
 
+    Several machines that all see MODEL and OUT share a job: the same command on each, with --coordinator, --processes and its own
+    --process. Process 0 calibrates, measures and writes; matrices are solved by all. If one is lost the job ends, what is solved is
+    kept, and --resume goes on with as many as there are.
+
     \b
     Example:
         qlr compress path/to/llama small --budget 2.25bpw --calibration text.txt
@@ -158,6 +168,7 @@ def compress(
         qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
         qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
         qlr compress path/to/llama small --budget 0.3bpw --calibration text.txt --backbone-from path/to/llama-gptq-dense
+        qlr compress path/to/llama small --budget 2bpw --calibration text.txt --coordinator 10.0.0.1:9911 --processes 4 --process 2
     """
     with _clear_errors(as_json):
         from qlr_jax.recipe import Recipe, gathered
@@ -181,8 +192,9 @@ def compress(
         if dry_run:
             return _tell_plan(model, chosen, None, 1, as_json)
 
-        from qlr_jax import job, planning, progress
+        from qlr_jax import distributed, job, planning, progress
 
+        cluster = distributed.join(out, coordinator, processes, process)
         saved = planning.read_table(table) if table else None
         result = job.compress(
             model,
@@ -196,6 +208,7 @@ def compress(
             table=saved,
             constraints=planning.Constraints.parse(lock, at_least, tie, tie_spec),
             resume=resume,
+            cluster=cluster,
         )
         _tell_job(result, as_json)
 
@@ -729,6 +742,8 @@ def _tell_job(result: Any, as_json: bool) -> None:
     """A finished job: the report, where it lies, how to load the model."""
     if as_json:
         return _tell({"out": str(result.out), **result.report}, True, None)
+    if "solved" in result.report:
+        return typer.echo(f"solved {result.report['solved']} matrices for process 0, which writes {result.out}")
     from qlr_jax.report import summary
 
     out = result.out

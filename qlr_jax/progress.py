@@ -227,9 +227,11 @@ class _Logged:
 
 class _LoggedStage:
     def __init__(self, shown: Stage, title: str, log: Callable[[str], None]):
-        self._shown, self._title, self._log = shown, title, log
+        self._shown, self._title, self._log, self._last = shown, title, log, time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self._shown.advance(count, note)
         if note:
-            self._log(f"{self._title}: {note}")
+            now = time.monotonic()
+            self._log(f"{self._title}: {note}, {now - self._last:.1f} s")  # of several that end together, the first has it
+            self._last = now

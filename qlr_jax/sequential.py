@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.calibration.sequential import aimed, moments
+from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.core.solver import Solution
 from qlr_jax.models import Llama, input_of, layer_of
@@ -25,9 +26,9 @@ def solve_sequentially(
     specs: Mapping[str, str],
     tokens: np.ndarray,
     statistics: Statistics,
-    solver: Callable[[dict[tuple[str, str], Any]], dict[tuple[str, str], Solution]],
+    solver: Callable[[dict[tuple[str, str], Any]], Mapping[tuple[str, str], Solution]],
     damping: float,
-) -> dict[tuple[str, str], Solution]:
+) -> LazyMap[tuple[str, str], Solution]:
     """The matrices of one allocation, each solved for W* = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ in the metric E[x̂ x̂ᵀ].
 
     Args:
@@ -45,7 +46,7 @@ def solve_sequentially(
     rope = model.rope(tokens.shape[1])
     original = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
     behind = list(original)
-    found: dict[tuple[str, str], Solution] = {}
+    found: LazyMap[tuple[str, str], Solution] = LazyMap()
     for i in range(model.config.num_hidden_layers):
         block, prefix = model.block(i), f"model.layers.{i}."
         original, known = moments(block, original, behind, rope)
@@ -55,7 +56,7 @@ def solve_sequentially(
             weight = aimed(np.asarray(statistics.weights[name]), *known[local], damping)
             problems[name, specs[name]] = (weight, metrics[local], specs[name], statistics.outputs.get(name), None)
         solved = solver(problems)
-        found |= solved
+        found.update(solved)
         placed = _placed(block, {name.removeprefix(prefix): s.value.dense() for (name, _), s in solved.items()})
         behind = [np.asarray(through(placed, jnp.asarray(y), rope)) for y in behind]
     return found

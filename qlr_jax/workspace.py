@@ -2,11 +2,13 @@
 
     job/begun.json            what the job is of: recipe, model, texts, versions; a job with any other is refused
     job/table.json            the option table, once it is measured
-    job/<kind>/<matrix>.<spec>.safetensors       every solve that is done; kinds are `probe` and `final`
+    job/<kind>/<matrix>.<spec>.safetensors       every solve that is done; kinds are `probe`, `final` and `sequential`
     job/hessians, job/outputs                    H and G, where they are not kept in memory
+    job/report.json           how far the job is: stages, figures so far, a line a matrix
     job/log.txt               one line a matrix and a stage
 
-Every file is written under another name and renamed, so that one that is there is whole.
+Every file is written under another name and renamed, so that one that is there is whole. Solutions are not kept in memory: what
+`solve` returns reads each where it is used.
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,12 +30,13 @@ import numpy as np
 from allocators import OptionTable
 from qlr_jax.core.batch import Problems, solve_many
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.solver import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.export.packed import JOB
 
-BEGUN, TABLE, LOG = "begun.json", "table.json", "log.txt"
+BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
 Key = tuple[str, str]  # matrix, spec
 SAMPLE = 2**16  # bytes at both ends of a file of weights that stand for all of it
 
@@ -87,17 +91,15 @@ class Workspace:
         seed: int,
         config: SolverConfig,
         on_done: Callable[[Key, Solution], None] | None = None,
-    ) -> dict[Key, Solution]:
-        """`solve_many`, of which what is kept is read, and what is new is kept as soon as it is done."""
-        kept = _Kept(self.root / kind)
+    ) -> LazyMap[Key, Solution]:
+        """`solve_many`, of which what is kept is not solved again, and what is new is kept as soon as it is done."""
+        kept = self.kept(kind)
+        solve_many(problems, seed=seed, config=config, on_done=on_done, into=kept)
+        return LazyMap(problems, kept.__getitem__)
 
-        def done(key: Key, solution: Solution) -> None:
-            if key not in kept:
-                self._write(kept.path(key), lambda path: _save(path, solution))
-            if on_done is not None:
-                on_done(key, solution)
-
-        return solve_many(problems, seed=seed, config=config, on_done=done, known=kept)
+    def kept(self, kind: str) -> Kept:
+        """The solutions of one kind, a file each."""
+        return Kept(self, self.root / kind)
 
     def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
         """A function that puts a named array into a file, and gives it back as one that is read where it is used."""
@@ -109,7 +111,7 @@ class Workspace:
                 with temporary.open("wb") as file:
                     np.save(file, np.asarray(array))
 
-            self._write(path, write)
+            self.write(path, write)
             return np.load(path, mmap_mode="r")
 
         return put
@@ -120,7 +122,7 @@ class Workspace:
         if path.is_file():
             return OptionTable.from_json(path.read_bytes())
         table = measure()
-        self._write(path, lambda temporary: temporary.write_text(table.to_json(), encoding="utf-8"))
+        self.write(path, lambda temporary: temporary.write_text(table.to_json(), encoding="utf-8"))
         # as it is read back, so that a job that goes on has the same numbers
         return OptionTable.from_json(table.to_json())
 
@@ -130,6 +132,11 @@ class Workspace:
             with (self.root / LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
+    def tell(self, report: Mapping[str, Any]) -> None:
+        """Put what is known so far where it can be looked at, once anything is kept."""
+        if self.begun:
+            self.write(self.root / REPORT, lambda path: path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+
     def finish(self) -> None:
         """Remove what is no longer needed: all but the log."""
         for path in self.root.glob("*"):
@@ -138,7 +145,8 @@ class Workspace:
             elif path.name != LOG:
                 path.unlink(missing_ok=True)
 
-    def _write(self, path: Path, write: Callable[[Path], Any]) -> None:
+    def write(self, path: Path, write: Callable[[Path], Any]) -> None:
+        """A file inside the workspace, whole or not at all."""
         with enough_space(self.root):
             if not self.begun:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -147,11 +155,11 @@ class Workspace:
             _renamed(path, write)
 
 
-class _Kept(Mapping[Key, Solution]):
-    """The solves of one folder, read when they are asked for."""
+class Kept(MutableMapping[Key, Solution]):
+    """The solutions of one folder, written when they are set and read when they are asked for."""
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, space: Workspace, folder: Path):
+        self._space, self._folder = space, folder
 
     def path(self, key: Key) -> Path:
         name, spec = key
@@ -162,6 +170,12 @@ class _Kept(Mapping[Key, Solution]):
 
     def __getitem__(self, key: Key) -> Solution:
         return _load(self.path(key))
+
+    def __setitem__(self, key: Key, solution: Solution) -> None:
+        self._space.write(self.path(key), lambda path: _save(path, solution))
+
+    def __delitem__(self, key: Key) -> None:
+        self.path(key).unlink()
 
     def __iter__(self) -> Iterator[Key]:
         raise NotImplementedError("what is kept is asked for by key")
@@ -194,7 +208,7 @@ def _load(path: Path) -> Solution:
 
 
 def _renamed(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")  # several machines may write here
     try:
         write(temporary)
         os.replace(temporary, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
 import numpy as np
@@ -30,9 +30,9 @@ def solve_many(
     seed: int = 0,
     config: SolverConfig | None = None,
     on_done: Callable[[Key, Solution], None] | None = None,
-    known: Mapping[Key, Solution] | None = None,
+    into: MutableMapping[Key, Solution] | None = None,
     devices: int | None = None,
-) -> dict[Key, Solution]:
+) -> MutableMapping[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
 
     Where a backbone is given, only factors are solved for (`correction`).
@@ -47,9 +47,13 @@ def solve_many(
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
         on_done: called as soon as a matrix is finished.
-        known: solutions of an earlier run. A batch of which all are known is not solved again; any other is solved whole, because
-            matrices of one batch stop iterating together, so that results are those of a run that nothing interrupted.
+        into: where each solution goes as soon as it is found, e.g. onto a disk; None: a dict. It may hold those of an earlier
+            run: a batch of which all are there is not solved again; any other is solved whole, because matrices of one batch
+            stop iterating together, so that results are those of a run that nothing interrupted.
         devices: how many of this process's devices to use at most; None: all (`solve_batch`).
+
+    Returns:
+        `into`.
 
     Example:
         >>> w = np.eye(32, dtype=np.float32)
@@ -58,7 +62,8 @@ def solve_many(
         (['a', 'b'], True)
     """
     config = config or SolverConfig()
-    solved: dict[Key, Solution] = {}
+    solved: MutableMapping[Key, Solution] = {} if into is None else into
+    done: set[Key] = set()
     whole, problems = problems, _residuals(problems)
 
     def finish(key: Key, solution: Solution | None) -> None:
@@ -66,17 +71,17 @@ def solve_many(
         if backbone is not None:
             solution = joined(backbone, solution, weight, hessian, output)
         assert solution is not None
-        solved[key] = solution
+        done.add(key)
+        if key not in solved:  # of an earlier run: the same
+            solved[key] = solution
         if on_done is not None:
             on_done(key, solution)
 
     def read(keys: list[Key]) -> bool:
-        if known is None or any(key not in known for key in keys):
+        if any(key not in solved for key in keys):
             return False
-        for key in keys:
-            solved[key] = known[key]
-            if on_done is not None:
-                on_done(key, solved[key])
+        for key in keys if on_done is not None else ():
+            on_done(key, solved[key])
         return True
 
     def run(units: list[list[Key]], hessians: np.ndarray | Metric) -> None:
@@ -86,7 +91,7 @@ def solve_many(
         groups = [len(unit) for unit in units]
         found = solve_batch(weights, hessians, spec, outputs=outputs, seed=seed, config=config, groups=groups, devices=devices)
         for key, solution in zip(keys, found, strict=True):
-            if key not in solved:  # a repeat that fills its batch up
+            if key not in done:  # else a repeat that fills its batch up
                 finish(key, solution)
 
     def own(units: list[list[Key]]) -> np.ndarray:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from typing import Any, TypeVar
 
 import numpy as np
 
+Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
 
@@ -41,19 +42,41 @@ class Lazy:
         return np.asarray(self._read(), dtype)
 
 
-class LazyMap(Mapping[str, Value], Generic[Value]):
-    """name -> value, made anew at every access; the names are known beforehand."""
+class LazyMap(MutableMapping[Key, Value]):
+    """key -> value, made anew at every access; the keys are known beforehand, and those of another such map can be added.
 
-    def __init__(self, names: Any, make: Callable[[str], Value]):
-        self._names, self._make = dict.fromkeys(names), make
+    Example:
+        >>> squares = LazyMap([1, 2], lambda i: i * i)
+        >>> squares.update(LazyMap([3], lambda i: 100 * i))
+        >>> dict(squares)
+        {1: 1, 2: 4, 3: 300}
+    """
 
-    def __getitem__(self, name: str) -> Value:
-        if name not in self._names:
-            raise KeyError(name)
-        return self._make(name)
+    def __init__(self, keys: Iterable[Key] = (), make: Callable[[Key], Value] | None = None):
+        assert make is not None or not keys
+        self._makes: dict[Key, Callable[[Key], Value]] = dict.fromkeys(keys, make)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
+    def __getitem__(self, key: Key) -> Value:
+        return self._makes[key](key)
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        self._makes[key] = lambda _: value
+
+    def __delitem__(self, key: Key) -> None:
+        del self._makes[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._makes
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._makes)
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self._makes)
+
+    def update(self, other: Any = (), /, **named: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Add what another mapping holds; nothing of another `LazyMap` is made for that."""
+        if isinstance(other, LazyMap):
+            self._makes |= other._makes
+        else:
+            super().update(other, **named)

@@ -58,6 +58,16 @@ class Solution:
     verdict: Verdict
     stats: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight, as stored."""
+        rows, cols = self.value.shape
+        return 8 * self.value.nbytes / (rows * cols)
+
+    def told(self) -> str:
+        """Spec, bits and error in a few words."""
+        return f"{self.value.spec}: {self.bits:.4g} bits, error {self.stats['relative_error']:.4f}"
+
 
 def solve(
     weight: Any,

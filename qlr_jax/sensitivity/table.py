@@ -157,7 +157,7 @@ def measure(
     seed: int,
     method: str,
     progress: Progress,
-    solver: Callable[..., dict[tuple[str, str], Solution]] = solve_many,
+    solver: Callable[..., Mapping[tuple[str, str], Solution]] = solve_many,
 ) -> Sensitivity:
     """Measure every matrix a little, predict all of its options.
 
@@ -191,7 +191,7 @@ def measure(
     probes = {name: probe(listed) for name, listed in offered.items()}
     problems = {key: found.problem(*key) for key in _anchors(offered, probes)}
     with progress.stage("probing", total=len(problems)) as stage:
-        solved = solver(problems, seed=seed, config=search, on_done=lambda key, _: stage.advance(note=f"{key[0]} {key[1]}"))
+        solved = solver(problems, seed=seed, config=search, on_done=lambda key, s: stage.advance(note=f"{key[0]} {s.told()}"))
     errors = {key: final_error(solution) for key, solution in solved.items()}
     ratios = {}
     for (name, spec), error in errors.items():
