@@ -132,6 +132,7 @@ def test_files_of_the_folder(folders, tmp_path):
         "adapter_model.safetensors",
         "checksums.json",
     }
+    assert "adapter/adapter_model.safetensors" in json.loads((dest / "checksums.json").read_text())["files"]
     tensors, adapter = load_file(dest / "model.safetensors"), load_file(dest / "adapter" / "adapter_model.safetensors")
     for name, matrix in matrices.items():  # in the bytes that an allocation was priced with
         stored = sum(array.nbytes for key, array in {**tensors, **adapter}.items() if f"{name}." in key)

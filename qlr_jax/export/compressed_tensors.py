@@ -22,6 +22,7 @@ from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.quantizers import Integer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
+from qlr_jax.export.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.export.card import CARD, card_text
 from qlr_jax.export.dense import SNIPPET, bytes_of, check_type, dense_entries, with_type
 from qlr_jax.export.files import (
@@ -35,7 +36,6 @@ from qlr_jax.export.files import (
     write_tensors,
 )
 from qlr_jax.export.packed import load, read_config
-from qlr_jax.export.peft import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.export.targets import find_target
 from qlr_jax.models import kind_of, layer_of
 

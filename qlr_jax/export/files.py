@@ -109,9 +109,9 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def write_checksums(folder: Path) -> None:
-    """Write checksums.json: the sha256 of every file in `folder`, and of what a packed folder's config.json says."""
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CHECKSUMS)
-    listed: dict[str, Any] = {"algorithm": "sha256", "files": {p.name: _digest(p) for p in files}}
+    """Write checksums.json: the sha256 of every file in `folder` and below, and of what a packed folder's config.json says."""
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
+    listed: dict[str, Any] = {"algorithm": "sha256", "files": {p.relative_to(folder).as_posix(): _digest(p) for p in files}}
     config = folder / "config.json"
     if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
         listed["config"] = _config_digest(config)
