@@ -6,17 +6,18 @@
     python benchmarks/scaling.py --json scaling.json            all figures, with what they were measured on
 
 `devices`: 32 and 8 matrices (256 × 256; one device solves 8 at a time), which are shared out; one matrix of 4096 rows without and
-with an output Hessian, whose rows are; and the Hessians of a calibration, whose sequences are. Devices are simulated (a CPU that
-calls itself several), so wall time can fall only as far as there are cores. What shows the sharing is the work of one device:
+with an output Hessian, whose rows are; and the Hessians H of inputs and G of outputs of a calibration, whose sequences are. Devices
+are simulated (a CPU that calls itself several), so time is told as that of the processor, all devices together: shared out without
+loss it stays the same, and it is worth little on a busy machine. What shows the sharing is the work of one device:
 arithmetic in the program that each device runs, counted in its jaxpr with every loop taken as often as it runs (XLA's own cost
 analysis counts a loop's body once, and nearly all work is in loops). The ideal is the work of one device divided by the devices;
 `× ideal` says how much more it is, because something is done on every device that a matrix has, or because walks of a trellis are
 searched eight at a time. Bytes are the most that XLA reserves on a device for one of the compiled programs: arguments, results,
 temporary.
 
-`width`: one square matrix with trellis-2 and with int-4g32, no factors: seconds of a second solve (the first compiles), peak memory
-of the process less that of one with a matrix of 64 × 64, and the exponents p of time ∝ widthᵖ and memory ∝ widthᵖ by least squares.
-Expect 2 where the search for codes dominates, toward 3 where products with H do; memory 2.
+`width`: one square matrix with trellis-2 and with int-4g32, no factors: seconds of the processor for a second solve (the first
+compiles), peak memory of the process less that of one with a matrix of 64 × 64, and the exponents p of time ∝ widthᵖ and memory ∝
+widthᵖ by least squares. Expect 2 where the search for codes dominates, toward 3 where products with H do; memory 2.
 
 Every cell runs in a process of its own, BLAS on one thread. W is Gaussian, H the second moment of 256 Gaussian activations.
 """
@@ -46,7 +47,8 @@ CASES = {
     "8 matrices": {"shape": (8, 256, 256), "outputs": False},
     "1 matrix": {"shape": (1, 4096, 256), "outputs": False},
     "1 matrix, G": {"shape": (1, 4096, 128), "outputs": True},
-    "Hessians": {"sequences": 16, "length": 256, "width": 128},
+    "Hessians H": {"of": "inputs", "sequences": 16, "length": 256, "width": 128},
+    "Hessians G": {"of": "outputs", "sequences": 16, "length": 256, "width": 128},
 }
 SPECS = ("trellis-2", "int-4g32")
 MOVES = {
@@ -77,13 +79,13 @@ def hessian(n: int, seed: int = 0) -> np.ndarray:
 
 
 def seconds_of(run: Any, times: int = 2) -> float:
-    """The least of some runs after one that compiles."""
+    """The least processor time of some runs after one that compiles, all threads together."""
     run()
     found = []
     for _ in range(times):
-        start = time.perf_counter()
+        start = time.process_time()
         run()
-        found.append(time.perf_counter() - start)
+        found.append(time.process_time() - start)
     return min(found)
 
 
@@ -152,27 +154,29 @@ def solve_cell(shape: tuple[int, int, int], outputs: bool, count: int, state_bit
     return {"layout": layout, "seconds": seconds} | work
 
 
-def hessian_cell(sequences: int, length: int, width: int, count: int) -> dict[str, Any]:
-    """Hessians of a small model on `count` devices; work is that of one call for one block, by XLA: it holds no loop."""
+def hessian_cell(of: str, sequences: int, length: int, width: int, count: int) -> dict[str, Any]:
+    """Hessians of a small model on `count` devices; work is that of all calls for its blocks, by XLA: they hold no loop."""
     import jax
 
     from qlr_jax.models import Llama, LlamaConfig
 
-    module = importlib.import_module("qlr_jax.calibration.hessians")  # its function has the same name in the package
-
+    called = {"inputs": ("hessians", "hessians", "_advance"), "outputs": ("gradients", "output_hessians", "_pull_back")}
+    name, find, inner = called[of]
+    module = importlib.import_module(f"qlr_jax.calibration.{name}")  # in the package the first's name is its function's
     config = LlamaConfig(vocab_size=64, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=4)
     model, tokens = Llama(config, jax.random.key(0)), np.random.default_rng(0).integers(0, 64, (sequences, length)).astype(np.int32)
-    seconds, programs, real = seconds_of(lambda: module.hessians(model, tokens)), [], module._advance
+    run = lambda: getattr(module, find)(model, tokens, batch=8)  # noqa: E731
+    seconds, programs, real = seconds_of(run), [], getattr(module, inner)
 
-    def watched(*arguments: Any) -> Any:
-        made = real.lower(*arguments).compile()
+    def watched(*arguments: Any, **static: Any) -> Any:
+        made = real.lower(*arguments, **static).compile()
         held = made.memory_analysis()
         size = held.argument_size_in_bytes + held.output_size_in_bytes + held.temp_size_in_bytes
         programs.append({"operations": made.cost_analysis()["flops"], "bytes": size})
-        return real(*arguments)
+        return real(*arguments, **static)
 
-    module._advance = watched
-    module.hessians(model, tokens)
+    setattr(module, inner, watched)
+    run()
     work = {"operations": sum(p["operations"] for p in programs), "bytes": max(p["bytes"] for p in programs)}
     return {"layout": str(count), "seconds": seconds} | work
 
@@ -216,7 +220,7 @@ def exponent(rows: list[dict[str, Any]], of: str) -> float:
 
 def devices_table(counts: list[int], cases: list[str], state_bits: int) -> list[dict[str, Any]]:
     rows = []
-    print(f"\n{'case':<18} {'devices':>7} {'layout':>7} {'work a device':>14} {'× ideal':>8} {'bytes a device':>15} {'wall s':>8}")
+    print(f"\n{'case':<18} {'devices':>7} {'layout':>7} {'work a device':>14} {'× ideal':>8} {'bytes a device':>15} {'cpu s':>8}")
     for case in cases:
         base = None
         for count in counts:
@@ -237,7 +241,7 @@ def devices_table(counts: list[int], cases: list[str], state_bits: int) -> list[
 
 def width_table(widths: list[int], state_bits: int) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     rows, fits = [], {}
-    print(f"\n{'spec':<12} {'width':>6} {'seconds':>9} {'memory':>12} {'error':>8}")
+    print(f"\n{'spec':<12} {'width':>6} {'cpu s':>9} {'memory':>12} {'error':>8}")
     for spec in SPECS:
         own, least = [], cell("width", width=64, spec=spec, state_bits=state_bits)["peak"]
         for width in widths:

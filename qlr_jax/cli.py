@@ -190,7 +190,7 @@ def compress(
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
         chosen = Recipe(**settings)
         if dry_run:
-            return _tell_plan(model, chosen, None, 1, as_json)
+            return _tell_plan(model, chosen, None, processes or 1, out, as_json)
 
         from qlr_jax import distributed, job, planning, progress
 
@@ -228,7 +228,11 @@ def plan(
             help="What it is to run on: 24GiB, 'cpu:24GiB,cores=2' or 'gpu:80GiB,host=512GiB'; this machine where left out.",
         ),
     ] = None,
-    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Machines.")] = 1,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Machines that share the job.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the job would write: its disk must have the room."),
+    ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")] = None,
     include: Annotated[
         list[str] | None,
@@ -254,7 +258,7 @@ def plan(
         from qlr_jax.recipe import DEMO, Recipe, gathered
 
         settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
-        _tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, as_json)
+        _tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
 
 
 @app.command(short_help="What every matrix is sensitive to, as a table.")
@@ -729,12 +733,12 @@ def _tell(result: Mapping[str, Any], as_json: bool, text: Any) -> None:
     typer.echo(json.dumps(_plain(result), ensure_ascii=False) if as_json else text(result))
 
 
-def _tell_plan(model: str, recipe: Any, device: str | None, hosts: int, as_json: bool) -> None:
+def _tell_plan(model: str, recipe: Any, device: str | None, hosts: int, out: Path | None, as_json: bool) -> None:
     from qlr_jax import cost
     from qlr_jax.report.cost import plan_text
 
     config, size = cost.find_config(model)
-    found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size)
+    found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)
     _tell(found.to_dict(), as_json, lambda _: plan_text(found))
 
 

@@ -270,6 +270,7 @@ def _job(
         peak_rss=peak_rss(),
         problem=problem,
         device=jax.devices()[0].device_kind,
+        left_out={"inputs": getattr(statistics.hessians, "left_out", {}), "outputs": getattr(statistics.outputs, "left_out", {})},
     )
     with progress.stage("saving"), enough_space(out):
         report = record.report()

@@ -129,16 +129,24 @@ def calibrate(
 ) -> tuple[sensing.Statistics, Reference]:
     """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text.
 
+    Sequences on which the original is not finite are left out of all of them, and told: `left_out` of both kinds of Hessians
+    (`calibration.Found`) has each with its place.
+
     Args:
         spill: puts Hessians on disk; used where the model streams.
+
+    Raises:
+        QLRError: where there are more of them than 1 %.
     """
     keep = spill if spill is not None and source.streaming else lambda kind: lambda name, array: array
     model, names = source.model, list(source.weights)
     tokens = calibration_tokens(text, source.tokenizer, model, recipe, source.weights)
     if recipe.hessians_from:
-        hessians = calibrating.read_hessians(recipe.hessians_from, {name: w.shape[1] for name, w in source.weights.items()})
+        sizes = {name: w.shape[1] for name, w in source.weights.items()}
+        hessians = calibrating.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
     else:
         hessians = calibrating.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
+        tokens = np.delete(tokens, list(hessians.left_out), axis=0)
     outputs = {}
     needed, room = outputs_bytes(source.weights), OUTPUTS_SHARE * memory()
     if recipe.outputs == "fisher" and needed > room and not (source.streaming and spill):
@@ -157,7 +165,14 @@ def calibrate(
                 progress=stage.advance,
                 keep=lambda name, g: kept(name, checked_hessian(g, len(g), "outputs")),
             )
+        if outputs.left_out:
+            progress.say(f"calibrating: outputs: {outputs.told()}")
     sample = reference(model, spread(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
+    if np.isnan(sample.perplexity):
+        raise QLRError(
+            "the original's logits on the calibration text are not finite, so that nothing can be compared with it; load it in "
+            "float32, check its weights, or give other text"
+        )
     return sensing.Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
@@ -167,7 +182,7 @@ def sense(
     sample: Reference,
     recipe: Recipe,
     progress: Progress,
-    solver: Callable[..., dict[tuple[str, str], Solution]] = solve_many,
+    solver: Callable[..., Mapping[tuple[str, str], Solution]] = solve_many,
 ) -> sensing.Sensitivity:
     """The option table with its damages, and what they follow from."""
     method = recipe.attribution

@@ -175,6 +175,120 @@ def test_hessian_refusals(model, tokens):
         hessians(broken, tokens)
 
 
+# --- what is not finite ----------------------------------------------------------------------------------------------------
+
+BAD = 47  # a word that only sequence 2 of `many` holds
+LEFT = np.arange(128) != 2
+
+
+@pytest.fixture(scope="module")
+def many():
+    rows = np.random.default_rng(4).integers(0, BAD, (128, 6)).astype(np.int32)
+    rows[2, 4] = BAD
+    return rows
+
+
+def broken_at(model, place):
+    """The model with one word that is infinite, or on which the second block overflows on the way up or on the way down."""
+    changed = jax.tree.map(lambda leaf: leaf, model)
+    tensors = changed.tensors()
+
+    def put(name, change):
+        tensors[name].set_value(change(tensors[name].get_value().at))
+
+    if place == "embedding":
+        put("model.embed_tokens.weight", lambda at: at[BAD, 3].set(jnp.inf))
+        return changed
+    # before the second block's MLP only that word has anything in the first channel, and all have something in the second
+    rows = jnp.stack([jnp.where(jnp.arange(48) == BAD, 1.0, 0.0), jnp.ones(48)], axis=1)
+    put("model.embed_tokens.weight", lambda at: at[:, :2].set(rows))
+    for name in ("0.self_attn.o_proj", "0.mlp.down_proj", "1.self_attn.o_proj"):
+        put(f"model.layers.{name}.weight", lambda at: at[:2].set(0.0))
+    put("model.layers.1.mlp.up_proj.weight", lambda at: at[0, 0].set(1e28))
+    if place == "up":  # the word opens a gate that is shut to all others
+        put("model.layers.1.mlp.gate_proj.weight", lambda at: at[0, :2].set(jnp.array([1e28, -1e6])))
+    else:  # half open it lets nothing through; but its gradient is of up's size
+        put("model.layers.1.mlp.gate_proj.weight", lambda at: at[0].set(0.0))
+    return changed
+
+
+@pytest.mark.parametrize("place, where", [("embedding", "0.self_attn.qkv"), ("up", "1.mlp.down_proj")])
+@pytest.mark.parametrize("batch", [8, 48])
+def test_a_sequence_that_is_not_finite_is_in_no_hessian_from_there_on(model, many, place, where, batch):
+    broken = broken_at(model, place)
+    w = np.random.default_rng(5).exponential(size=many.shape).astype(np.float32)
+    found, without = hessians(broken, many, batch=batch, weights=w), hessians(broken, many[LEFT], batch=batch, weights=w[LEFT])
+    assert found.left_out == {2: f"the activations that enter model.layers.{where}"} and not without.left_out
+    assert found.told().startswith("1 of 128 sequences is left out") and without.told() == ""
+    for name, h in found.items():
+        if place == "embedding" or ".1." in name:
+            assert_is(h, without[name])
+        else:  # before that it counts like any other
+            assert np.isfinite(h).all() and not np.allclose(h, without[name], rtol=1e-3)
+
+
+def test_more_than_a_hundredth_of_the_sequences_ends_it(model, many):
+    broken = broken_at(model, "embedding")
+    says = (
+        r"enter model.layers.0.self_attn.qkv are not finite in 1 of 99 sequences \(in all 1.01 % of them are not, and at most 1 %"
+    )
+    with pytest.raises(QLRError, match=says):
+        hessians(broken, many[:99])
+    assert hessians(broken, many[:100]).left_out.keys() == {2}
+    for of in (squared_gradients, output_hessians):
+        with pytest.raises(QLRError, match=r"leave block model.layers.0 are not finite in 1 of 99 sequences"):
+            of(broken, many[:99])
+    alone = np.zeros(many.shape, np.float32)
+    alone[2] = 1
+    with pytest.raises(QLRError, match=r"no token with a weight is left for model.layers.0"):
+        hessians(broken, many, weights=alone)
+
+
+PLACES = {
+    "embedding": "the hidden states that leave block model.layers.0",
+    "up": "the hidden states that leave block model.layers.1",
+    "down": "the gradients at the output of model.layers.1.mlp.gate_proj",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_gradients_leave_out_what_is_not_finite(model, many, place):
+    broken, rest = broken_at(model, place), many[LEFT]
+    squares, without = squared_gradients(broken, many, batch=16), squared_gradients(broken, rest, batch=16)
+    assert squares.left_out == {2: PLACES[place]} and not without.left_out
+    for name, s in squares.items():
+        assert (s[2] == 0).all()
+        np.testing.assert_allclose(s[LEFT], without[name], rtol=1e-4, atol=1e-6 * without[name].max())
+    ordered = np.concatenate([rest, many[2:3]])  # each sequence's labels hang on its place: the rest first
+    g, without = (output_hessians(broken, rows, seed=1, batch=16) for rows in (ordered, rest))
+    assert g.left_out == {127: PLACES[place]} and not without.left_out
+    for name in g:
+        assert_is(g[name], without[name])
+
+
+def test_matrix_hessians_name_what_all_passes_left_out(model, many, oracle):
+    broken = broken_at(model, "up")
+    told = []
+
+    class Told:
+        def stage(self, title, total=None):
+            from qlr_jax.progress import silent
+
+            return silent().stage(title, total)
+
+        def say(self, line):
+            told.append(line)
+
+    names = linear_names(SMALL)
+    found, without = (matrix_hessians(broken, rows, names, "loss", Told()) for rows in (many, many[LEFT]))
+    assert found.left_out == {2: "the hidden states that leave block model.layers.1"} and found.sequences == 128
+    assert told == [
+        "calibrating: 1 of 128 sequences is left out: the hidden states that leave block model.layers.1 are not finite there"
+    ]
+    for name in names:
+        assert_is(found[name], without[name])
+
+
 # --- squared gradients of the end loss -------------------------------------------------------------------------------------
 
 
@@ -208,7 +322,8 @@ def test_output_hessians_equal_explicit_perturbations(model, tokens):
     found = output_hessians(model, tokens, names, seed=3, batch=len(tokens), progress=steps.append)
     assert list(found) == names and steps == [1, 1]
     x = jnp.asarray(tokens)
-    labels = jax.jit(lambda m: jax.random.categorical(jax.random.fold_in(jax.random.key(3), 0), m(x)))(model)
+    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(3), row))(jnp.arange(len(tokens)))  # every sequence its own
+    labels = jax.jit(lambda m: jax.vmap(jax.random.categorical)(keys, m(x)))(model)
     shapes = {}
     jax.eval_shape(lambda: model(x, adjust=lambda name, y: shapes.setdefault(name, y)))
 
@@ -221,7 +336,8 @@ def test_output_hessians_equal_explicit_perturbations(model, tokens):
         g = np.asarray(whole[name], np.float64).reshape(-1, whole[name].shape[-1])
         assert_is(found[name], g.T @ g / tokens.size)
     few = output_hessians(model, tokens, names[-1:], seed=3, batch=2)  # the last batch is filled up, with nothing
-    assert list(few) == names[-1:] and np.isfinite(few[names[-1]]).all()
+    assert list(few) == names[-1:]
+    assert_is(few[names[-1]], found[names[-1]])
 
 
 def test_output_hessians_predict_the_divergence_of_a_small_error(model, tokens):
@@ -253,7 +369,7 @@ def test_squared_gradients_refuse(model, tokens):
     broken = jax.tree.map(lambda leaf: leaf, model)
     down = broken.linears()["model.layers.1.mlp.down_proj"].weight
     down.set_value(down.get_value().at[0, 0].set(jnp.inf))
-    with pytest.raises(QLRError, match=r"gradient at the output of model.layers.0.self_attn.q_proj is not finite"):
+    with pytest.raises(QLRError, match=r"leave block model.layers.1 are not finite in 5 of 5 sequences \(in all 100 % of them"):
         squared_gradients(broken, tokens)
 
 

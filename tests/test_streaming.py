@@ -1,22 +1,26 @@
 """A model whose weights stay on disk: the same numbers, one block in memory at a time."""
 
+import errno
 import gc
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import qlr_jax as qlr
-from qlr_jax import job
+from qlr_jax import job, preparation
 from qlr_jax.calibration import backward as backward_room
-from qlr_jax.calibration import hessians, output_hessians, squared_gradients, standard_library
+from qlr_jax.calibration import hessians, output_hessians, read_hessians, squared_gradients, standard_library
 from qlr_jax.calibration.sequential import aimed, moments
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
-from qlr_jax.models import Llama, LlamaConfig, linear_names, load_model, save_model
+from qlr_jax.models import Llama, LlamaConfig, input_of, linear_names, load_model, save_model
+from qlr_jax.progress import silent
 from qlr_jax.recipe import Recipe
 from qlr_jax.sensitivity import path_shares
 
@@ -63,6 +67,37 @@ def test_statistics_are_the_same(both, monkeypatch):
     monkeypatch.setattr(backward_room, "SPILLED", 0)  # hidden states in a file
     again = output_hessians(streamed, TOKENS, batch=2)
     assert all(np.array_equal(again[name], value) for name, value in got.items())
+    late = [name for name in got if ".2." in name]  # the blocks before them are not gone back to
+    again = output_hessians(streamed, TOKENS, late, batch=2)
+    assert list(again) == late and all(np.array_equal(value, got[name]) for name, value in again.items())
+
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(backward_room.os, "pwrite", full)
+    with pytest.raises(QLRError, match=r"cannot be written to .*\(No space left on device\); free some of it, set TMPDIR"):
+        output_hessians(streamed, TOKENS, batch=2)
+
+
+def test_a_sequence_that_is_not_finite_is_in_no_statistic(folder):
+    """One word is infinite, and one of 128 sequences has it: H, G and the reference are those of the others."""
+    text, told = standard_library("calibration")[:20000], []
+    recipe = Recipe(sequences=128, sequence_length=16, measure_tokens=2048, force=True)
+    source = preparation.open_source(folder, recipe)
+    tokens = preparation.calibration_tokens(text, source.tokenizer, source.model, recipe, source.weights)
+    row, word = next((r, w) for r in range(60, 128) for w in tokens[r] if (tokens == w).any(axis=1).sum() == 1)
+    embedding = source.model.model.embed_tokens.weight
+    embedding.set_value(embedding.get_value().at[word].set(jnp.inf))
+    talks = SimpleNamespace(stage=silent().stage, say=told.append)
+    found, sample = preparation.calibrate(source, text, recipe, talks)
+    rest = np.delete(tokens, row, axis=0)
+    assert found.hessians.left_out == {row: "the activations that enter model.layers.0.self_attn.qkv"}
+    assert len(told) == 1 and "1 of 128 sequences is left out: the activations that enter model.layers.0" in told[0]
+    assert not found.outputs.left_out and np.array_equal(sample.windows, rest) and np.isfinite(sample.logp).all()
+    want = hessians(source.model, rest), output_hessians(source.model, rest, seed=recipe.seed)
+    for name in found.weights:
+        np.testing.assert_allclose(found.hessians[name], want[0][input_of(name)], rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.outputs[name], want[1][name], rtol=1e-4, atol=1e-6 * np.abs(want[1][name]).max())
 
 
 def test_judgements_are_the_same(both):
@@ -140,6 +175,54 @@ def test_moments_behind_compressed_blocks(both):
         np.testing.assert_allclose(own, y.T @ y / len(y), rtol=2e-4, atol=1e-6 * np.abs(own).max())
         np.testing.assert_allclose(cross, x.T @ y / len(y), rtol=2e-4, atol=1e-5 * np.abs(own).max())
     np.testing.assert_allclose(out[0], resident.block(1)(jnp.asarray(states[0]), rope), rtol=1e-5, atol=1e-6)
+
+
+def test_moments_leave_out_sequences_that_are_not_finite(both):
+    resident = both[0]
+    rope, draw = resident.rope(8), np.random.default_rng(3)
+    x, y = (draw.standard_normal((100, 8, 32)).astype(np.float32) for _ in range(2))
+    y[7, 3] = np.nan
+    left = np.arange(100) != 7
+    halves = lambda a: [a[:50], a[50:]]  # noqa: E731
+    _, found = moments(resident.block(0), halves(x), halves(y), rope)
+    _, want = moments(resident.block(0), [x[left]], [y[left]], rope)
+    for name, pair in found.items():
+        for one, other in zip(pair, want[name], strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max())
+    with pytest.raises(QLRError, match="not finite in 1 of 99 sequences, and at most 1 % can be left out"):
+        moments(resident.block(0), [x[:99]], [y[:99]], rope)
+
+
+@pytest.mark.parametrize("form", ["npy", "safetensors", "npz"])
+def test_hessians_made_elsewhere_stay_in_their_files(tmp_path, form):
+    """As far as they lie there as they are used; the others are put where the job keeps its own."""
+    inputs = {"model.layers.0.mlp.gate_up": 6, "model.layers.0.self_attn.qkv": 6, "model.layers.1.self_attn.qkv": 6}
+    arrays, kept = {}, []
+    for i, (name, n) in enumerate(inputs.items()):
+        x = np.random.default_rng(i).standard_normal((20, n))
+        arrays[name] = (x.T @ x).astype(np.float64 if i == 0 else np.float32)
+    arrays["model.layers.1.self_attn.qkv"][0, 1] *= 1 + 1e-6  # not quite symmetric
+    if form == "npy":
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+    elif form == "npz":
+        np.savez(tmp_path / "all.npz", **arrays)
+    else:
+        save_file(arrays, tmp_path / "all.safetensors")
+
+    def keep(name, array):
+        kept.append(name)
+        return array
+
+    names = {"model.layers.0.mlp.up_proj": 6, "model.layers.0.self_attn.q_proj": 6, "model.layers.1.self_attn.q_proj": 6}
+    found = read_hessians(tmp_path, names, keep)
+    mapped = {input_of(name) for name, h in found.items() if isinstance(h.base, np.memmap)}
+    assert mapped == (set() if form == "npz" else {"model.layers.0.self_attn.qkv"})
+    assert set(kept) == set(inputs) - mapped
+    for name, h in found.items():
+        assert h.dtype == np.float32
+        np.testing.assert_allclose(h, arrays[input_of(name)], rtol=2e-6)
+        np.testing.assert_array_equal(h, h.T)
 
 
 def test_the_aim_is_the_least_squares_answer():

@@ -1,5 +1,6 @@
 """Text -> tokens -> Hessians of inputs, plain or weighted by the end loss, and of outputs."""
 
+from qlr_jax.calibration.finite import Found
 from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.imported import read_hessians
@@ -9,6 +10,7 @@ from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_wei
 
 __all__ = [
     "WEIGHTINGS",
+    "Found",
     "calibration_tokens",
     "encode",
     "hessians",

@@ -1,5 +1,7 @@
 """One forward and one backward pass, block by block: what any gradient through a model that barely fits is made of."""
 
+import math
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,65 +10,109 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from qlr_jax.calibration.placement import HERE, Placement
+from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Block, Llama
 
 Rope = tuple[Array, Array]
-SPILLED = 2**30  # bytes of hidden states beyond which they lie in a file
+SPILLED = 2**26  # bytes of hidden states beyond which they lie in a file
 
 
 def backward(
     model: Llama,
     batches: Sequence[np.ndarray],
     forward: Callable[[int, Block, Array, Rope], Array],
-    head_gradient: Callable[[int, Array], Array],
+    head_gradient: Callable[[int, Array], Array | np.ndarray],
     pull_back: Callable[[int, int, Block, Array, Rope, Array], tuple[Array, Any]],
     first: int = 0,
+    *,
+    mended: Callable[[int, int, np.ndarray], np.ndarray] = lambda i, j, x: x,
+    placed: Placement = HERE,
 ) -> Iterator[tuple[int, int, Any]]:
     """From the last block to block `first`, and there batch by batch: (block, batch, what `pull_back` found there).
 
     A block is asked for once on the way up and once on the way down, whatever the number of batches (`Llama.block`): one that lies
     on disk is read twice. Memory is one block, what it keeps for one batch (its forward pass is computed again where it is pulled
-    back), and the hidden states at all block boundaries, which lie in a temporary file where they are many. Give functions that
-    hold no layer number in what they compile, and one compilation serves all blocks.
+    back), and the hidden states at all block boundaries, which the gradients take the place of one after another; where these are
+    many they lie in a temporary file, and memory grows neither with the blocks nor with the batches. Give functions that hold no
+    layer number in what they compile, and one compilation serves all blocks.
 
     Args:
         batches: tokens (batch, time), all of one shape.
         forward: (i, block, x, rope) -> the hidden state that leaves block i.
         head_gradient: (batch's number, the hidden state that leaves the last block) -> the loss's gradient there.
         pull_back: (i, batch's number, block, x, rope, gradient at the block's output) -> (gradient at x, anything).
+        mended: (i, batch's number, the hidden state that leaves block i) -> what goes on in its place.
+        placed: where it runs; a batch has a multiple of its devices.
+
+    Raises:
+        QLRError: no room for the temporary file.
     """
-    layers, rope = model.config.num_hidden_layers, model.rope(batches[0].shape[1])
-    now = [np.asarray(model.embed(jnp.asarray(tokens))) for tokens in batches]
-    with _room((layers - first, len(batches), *now[0].shape), now[0].dtype) as entered:  # what enters each block
+    layers, rope = model.config.num_hidden_layers, placed.copied(model.rope(batches[0].shape[1]))
+    x = np.asarray(model.embed(jnp.asarray(batches[0])))
+    with _room((layers - first + 1, len(batches)), x.shape, x.dtype) as states:  # at [i − first]: what enters block i
+        for j, tokens in enumerate(batches):
+            states[0, j] = np.asarray(model.embed(jnp.asarray(tokens)))
         for i in range(layers):
-            block = model.block(i)
-            for j, x in enumerate(now):
-                if i >= first:
-                    entered[i - first, j] = x
-                now[j] = np.asarray(forward(i, block, jnp.asarray(x), rope))
-        gradients = [np.asarray(head_gradient(j, jnp.asarray(x))) for j, x in enumerate(now)]
+            block, at, to = placed.copied(model.block(i)), max(i - first, 0), max(i + 1 - first, 0)
+            for j in range(len(batches)):
+                states[to, j] = mended(i, j, np.asarray(forward(i, block, placed.spread(states[at, j]), rope)))
+        for j in range(len(batches)):
+            states[layers - first, j] = np.asarray(head_gradient(j, placed.spread(states[layers - first, j])))
         for i in reversed(range(first, layers)):
-            block = model.block(i)
-            for j, gradient in enumerate(gradients):
-                x = jnp.asarray(np.asarray(entered[i - first, j]))
-                pulled, found = pull_back(i, j, block, x, rope, jnp.asarray(gradient))
-                gradients[j] = np.asarray(pulled)
+            block, at = placed.copied(model.block(i)), i - first
+            for j in range(len(batches)):
+                pulled, found = pull_back(i, j, block, placed.spread(states[at, j]), rope, placed.spread(states[at + 1, j]))
+                states[at, j] = np.asarray(pulled)
                 yield i, j, found
 
 
 class _room:
-    """An array for hidden states, in a temporary file where it is large; the file goes with it."""
+    """Arrays of one shape by (slot, batch): in memory, or where they are large in a temporary file that goes with it.
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
-        self._shape, self._dtype = shape, np.dtype(dtype)
+    The file is written and read, not mapped: of a mapped one what was touched counts as this process's memory, and a full disk
+    would kill it.
+    """
 
-    def __enter__(self) -> np.ndarray:
-        if int(np.prod(self._shape)) * self._dtype.itemsize <= SPILLED:
-            self._file = None
-            return np.empty(self._shape, self._dtype)
-        self._file = tempfile.NamedTemporaryFile(prefix="qlr-states-")
-        return np.memmap(self._file, self._dtype, "w+", shape=self._shape)
+    def __init__(self, places: tuple[int, int], shape: tuple[int, ...], dtype: Any):
+        self._places, self._shape, self._dtype = places, shape, np.dtype(dtype)
+        self._size = math.prod(shape) * self._dtype.itemsize
+        self._held: dict[tuple[int, int], np.ndarray] = {}
+
+    def __enter__(self) -> "_room":
+        large = math.prod(self._places) * self._size > SPILLED
+        self._file = tempfile.TemporaryFile(prefix="qlr-states-", buffering=0) if large else None
+        return self
 
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
+
+    def __setitem__(self, place: tuple[int, int], array: np.ndarray) -> None:
+        if self._file is None:
+            self._held[place] = array
+            return
+        left, at = np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, self._at(place)
+        try:
+            while left:
+                done = os.pwrite(self._file.fileno(), left, at)
+                left, at = left[done:], at + done
+        except OSError as error:
+            raise QLRError(
+                f"the hidden states of a backward pass, {math.prod(self._places) * self._size / 1e9:.1f} GB, cannot be written to "
+                f"{tempfile.gettempdir()} ({error.strerror}); free some of it, set TMPDIR, or take fewer tokens (output_tokens, "
+                "measure_tokens)"
+            ) from None
+
+    def __getitem__(self, place: tuple[int, int]) -> np.ndarray:
+        if self._file is None:
+            return self._held[place]
+        array = np.empty(self._shape, self._dtype)
+        left, at = array.view(np.uint8).reshape(-1).data, self._at(place)
+        while left:
+            done = os.preadv(self._file.fileno(), [left], at)
+            left, at = left[done:], at + done
+        return array
+
+    def _at(self, place: tuple[int, int]) -> int:
+        return (place[0] * self._places[1] + place[1]) * self._size

@@ -6,15 +6,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from qlr_jax.calibration.finite import Found, Tally, finite_rows, without
+from qlr_jax.calibration.placement import placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import input_names, input_of, linear_names
 
 Progress = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
+
+LOCAL = ("self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj")
+"""The inputs of a block, in the order in which the forward pass meets them."""
 
 TokenWeights = Float[np.ndarray, "sequences time"]
 """How much every token counts; any scale."""
@@ -29,10 +33,13 @@ def hessians(
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
-) -> dict[str, Float[np.ndarray, "n n"]]:
-    """Second moments of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
+) -> Found:
+    """Second moments (n, n) of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
         H = Σ_t w_t x_t x_tᵀ / Σ_t w_t      over all tokens t, w = 1 unless `weights` are given
+
+    A sequence in which an activation is not finite has weight zero from that block on, and is named in what is returned
+    (`Found.left_out`); where it is more than a hundredth of the sequences, nothing is returned.
 
     The hidden states of all sequences are kept on the host at one block boundary; one compiled function serves all blocks.
     Accumulation is in float32. The sequences of a batch are shared out over the devices of this process, each of which holds the
@@ -47,8 +54,8 @@ def hessians(
         devices: how many of this process's devices to use at most; None: all.
 
     Raises:
-        QLRError: an activation that is not finite, naming its input; weights of another shape, negative or all zero, or for a
-            name that the model does not have; token ids outside the vocabulary.
+        QLRError: activations that are not finite in more than 1 % of the sequences, naming their input; weights of another shape,
+            negative or all zero, or for a name that the model does not have; token ids outside the vocabulary.
 
     Source: CALDERA, section 2; H of QuIP#, section 2.
 
@@ -70,7 +77,7 @@ def hessians(
         for name, given in weights.items()
     }
     # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-    spread, copied, count = _placements(min(devices or len(tokens), len(tokens)))
+    tally, (spread, copied, count) = Tally(len(tokens)), placement(len(tokens), devices)
     batch = -(-min(batch, len(tokens)) // count) * count
     fill = -len(tokens) % batch
     tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
@@ -87,33 +94,51 @@ def hessians(
         here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
         sums: dict[str, Array] = {}
         for j, s in enumerate(starts):
-            shares: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
-            for name, x in here.items():
-                shares[x][name] = spread(w[prefix + name][s : s + batch])
-            y, found = _advance(block, spread(states[j]), rope, shares)
+            y, found, finite = _advance(block, spread(states[j]), rope, _of_block(here, w, prefix, s, batch, spread))
+            bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
+            if any(rows.any() for rows in bad.values()):
+                for name in LOCAL:  # in the order in which the forward pass meets them
+                    tally.add(bad[name], s, f"the activations that enter {prefix}{name}")
+                lost = np.logical_or.reduce(list(bad.values()))
+                states[j] = without(lost, states[j])
+                for share in w.values():
+                    share[s : s + batch][lost] = 0
+                y, found, _ = _advance(block, spread(states[j]), rope, _of_block(here, w, prefix, s, batch, spread))
             states[j] = np.asarray(y)
             sums = {name: sums[name] + h if sums else h for name, h in found.items()}
+        tally.check()
         for name, h in sums.items():
             summed = np.asarray(h, np.float32)
+            if tally.left_out:
+                summed = summed / _left(prefix + name, w[prefix + name])
             if not np.isfinite(summed).all():
                 raise QLRError(
-                    f"activations that enter {prefix}{here[name]} are not finite; "
+                    f"the sum over activations that enter {prefix}{here[name]} is not finite; "
                     "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
                 )
             out[prefix + name] = keep(prefix + name, summed)
         if progress is not None:
             progress(i + 1, model.config.num_hidden_layers)
-    return {name: out[name] for name in weights}  # jit hands dictionaries back sorted by key
+    # jit hands dictionaries back sorted by key
+    return Found({name: out[name] for name in weights}, tally.sequences, tally.left_out)
 
 
-def _placements(most: int) -> tuple[Callable[[Any], Any], Callable[[Any], Any], int]:
-    """How to share sequences out over at most so many devices, how to copy to all of them, and how many they are."""
-    used = jax.local_devices()[:most]
-    if len(used) == 1:
-        return jnp.asarray, lambda tree: tree, 1
-    mesh = jax.make_mesh((len(used),), ("sequences",), axis_types=(AxisType.Auto,), devices=used)
-    shared, everywhere = NamedSharding(mesh, PartitionSpec("sequences")), NamedSharding(mesh, PartitionSpec())
-    return (lambda array: jax.device_put(array, shared)), (lambda tree: jax.device_put(tree, everywhere)), len(used)
+def _of_block(
+    here: Mapping[str, str], w: Mapping[str, np.ndarray], prefix: str, start: int, batch: int, spread: Callable[[Any], Any]
+) -> dict[str, dict[str, Array]]:
+    """What `_advance` takes as shares, of one batch in one block."""
+    found: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
+    for name, x in here.items():
+        found[x][name] = spread(w[prefix + name][start : start + batch])
+    return found
+
+
+def _left(name: str, w: np.ndarray) -> np.float32:
+    """What of the weights is left, which were 1 in all."""
+    left = w.sum(dtype=np.float64)
+    if left <= 0:
+        raise QLRError(f"no token with a weight is left for {name}: the sequences that have one are not finite; give other weights")
+    return np.float32(left)
 
 
 def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:
@@ -160,15 +185,18 @@ def _embed(embedding: Any, tokens: Array) -> Array:
 @jax.jit
 def _advance(
     block: Block, x: Array, rope: tuple[Array, Array], shares: dict[str, dict[str, Array]]
-) -> tuple[Array, dict[str, Array]]:
-    """The block's output, and Σ w x xᵀ for every w in shares[input], by its key; names are local."""
+) -> tuple[Array, dict[str, Array], dict[str, Bool[Array, "batch"]]]:
+    """The block's output, Σ w x xᵀ for every w in shares[input], by its key, and which rows of every input are finite; names are
+    local."""
     found: dict[str, Array] = {}
+    finite: dict[str, Array] = {}
 
     def tap(name: str, value: Array) -> None:
+        finite[name] = finite_rows(value)
         rows = value.astype(jnp.float32).reshape(-1, value.shape[-1])
         for key, w in shares.get(name, {}).items():
             # √w on both sides keeps the sum exactly symmetric and positive semidefinite.
             scaled = rows * jnp.sqrt(w).reshape(-1, 1)
             found[key] = jnp.einsum("ti,tj->ij", scaled, scaled, precision=HIGHEST, preferred_element_type=jnp.float32)
 
-    return block(x, rope, tap=tap), found
+    return block(x, rope, tap=tap), found, finite

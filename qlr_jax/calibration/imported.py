@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,15 @@ from qlr_jax.models.names import input_of
 SUFFIXES = (".safetensors", ".npz", ".npy")
 
 
-def read_hessians(source: str | Path, sizes: Mapping[str, int]) -> dict[str, Float[np.ndarray, "n n"]]:
+def read_hessians(
+    source: str | Path,
+    sizes: Mapping[str, int],
+    keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
+) -> dict[str, Float[np.ndarray, "n n"]]:
     """H = E[x xᵀ] of the input of every linear layer, from files; layers of one input share the array.
+
+    One is read and checked at a time. What a .npy or .safetensors file holds just as it is used, in float32 and exactly symmetric,
+    stays there and is read where it is needed: the files must not change until then. Anything else goes by way of `keep`.
 
     Args:
         source: a file of many arrays, or a folder of files (.safetensors, .npz, .npy). An array is named, or where its file holds
@@ -24,6 +32,7 @@ def read_hessians(source: str | Path, sizes: Mapping[str, int]) -> dict[str, Flo
             layer that reads it (`model.layers.0.self_attn.q_proj`); `.weight` at the end of a name does not matter. Any positive
             scale does: only ratios count.
         sizes: linear layer -> its number of inputs n.
+        keep: (name, H) -> what is returned in its place, e.g. the same on disk.
 
     Raises:
         QLRError: nothing there, a file that cannot be read, an input that no array is for, an array that is not a symmetric
@@ -57,7 +66,12 @@ def read_hessians(source: str | Path, sizes: Mapping[str, int]) -> dict[str, Flo
             raise QLRError(f"{source} has no Hessian of {input_of(name)}, the input of {name}; it has {shown}")
         if given not in read:
             try:
-                read[given] = checked_hessian(_read(*where[given]), size)
+                mapped = _mapped(*where[given])
+                checked = checked_hessian(_read(*where[given]) if mapped is None else mapped, size)
+                if mapped is not None and np.array_equal(mapped, checked):
+                    read[given] = mapped
+                else:
+                    read[given] = keep(given, checked)
             except QLRError as error:
                 raise QLRError(f"{where[given][0]}: {given}: {error}") from None
         found[name] = read[given]
@@ -85,6 +99,27 @@ def _keys(file: Path) -> list[str]:
             return list(handle.keys())
     except Exception as error:  # zipfile, numpy and safetensors raise many kinds
         raise QLRError(f"{file} cannot be read as {file.suffix} ({error}); pass .safetensors, .npz or .npy") from None
+
+
+def _mapped(file: Path, key: str) -> np.ndarray | None:
+    """A float32 array as it lies in its file, of which only what is used is read; None where there is none.
+
+    A plain array, not a np.memmap: that one's `filename` would pass for a file that holds nothing else.
+    """
+    try:
+        if file.suffix == ".npy":
+            array = np.load(file, mmap_mode="r")
+            return array.view(np.ndarray) if array.dtype == np.float32 else None
+        if file.suffix == ".safetensors":
+            with file.open("rb") as opened:
+                length = int.from_bytes(opened.read(8), "little")
+                told = json.loads(opened.read(length))[key]
+            if told["dtype"] == "F32":
+                offset = 8 + length + told["data_offsets"][0]
+                return np.memmap(file, np.float32, "r", offset, tuple(told["shape"])).view(np.ndarray)
+    except Exception:  # `_read` says what is wrong
+        return None
+    return None
 
 
 def _read(file: Path, key: str) -> np.ndarray:

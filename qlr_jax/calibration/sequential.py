@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from qlr_jax.calibration.finite import SHARE, finite_rows
+from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block
 
 Rope = tuple[Array, Array]
@@ -21,32 +23,48 @@ def moments(
 ) -> tuple[list[np.ndarray], Moments]:
     """What enters the linear layers of an original block from both sides of a comparison.
 
+    Sequences in which an activation of either side is not finite are left out.
+
     Args:
         originals, compressed: by batch, the hidden states (batch, time, n) that enter the block in the original model and behind
             the compressed blocks before it.
 
     Returns:
         The hidden states that leave the block in the original model; E[x̂ x̂ᵀ] and E[x x̂ᵀ] by input, x̂ behind compressed blocks.
+
+    Raises:
+        QLRError: where more than 1 % of the sequences would be left out.
     """
     sums: dict[str, tuple[Array, Array]] = {}
-    left, count = [], 0
+    left, count, bad, sequences = [], 0, 0, sum(map(len, originals))
     for x, y in zip(originals, compressed, strict=True):
-        out, found = _pass(block, jnp.asarray(x), jnp.asarray(y), rope)
+        out, found, finite = _pass(block, jnp.asarray(x), jnp.asarray(y), rope)
         left.append(np.asarray(out))
         sums = {
             name: (sums[name][0] + own, sums[name][1] + cross) if sums else (own, cross) for name, (own, cross) in found.items()
         }
-        count += x.shape[0] * x.shape[1]
+        bad += len(x) - int(np.sum(finite))
+        count += int(np.sum(finite)) * x.shape[1]
+    if bad > SHARE * sequences:
+        raise QLRError(
+            f"behind the compressed blocks activations are not finite in {bad} of {sequences} sequences, and at most "
+            f"{100 * SHARE:g} % can be left out; give other calibration text, or sequential: false"
+        )
     return left, {name: (np.asarray(own) / count, np.asarray(cross) / count) for name, (own, cross) in sums.items()}
 
 
 @jax.jit
-def _pass(block: Block, x: Array, y: Array, rope: Rope) -> tuple[Array, dict[str, tuple[Array, Array]]]:
+def _pass(block: Block, x: Array, y: Array, rope: Rope) -> tuple[Array, dict[str, tuple[Array, Array]], Array]:
     taps: list[dict[str, Array]] = [{}, {}]
     out = block(x, rope, tap=taps[0].__setitem__)
     block(y, rope, tap=taps[1].__setitem__)
-    rows = [{name: value.astype(jnp.float32).reshape(-1, value.shape[-1]) for name, value in tap.items()} for tap in taps]
-    return out, {name: (_outer(b, b), _outer(rows[0][name], b)) for name, b in rows[1].items()}
+    finite = jnp.stack([finite_rows(value) for tap in taps for value in tap.values()]).all(axis=0)
+
+    def tokens(value: Array) -> Array:
+        return jnp.where(finite[:, None, None], value.astype(jnp.float32), 0).reshape(-1, value.shape[-1])
+
+    rows = [{name: tokens(value) for name, value in tap.items()} for tap in taps]
+    return out, {name: (_outer(b, b), _outer(rows[0][name], b)) for name, b in rows[1].items()}, finite
 
 
 def _outer(a: Float[Array, "t m"], b: Float[Array, "t n"]) -> Float[Array, "m n"]:

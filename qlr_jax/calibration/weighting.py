@@ -3,8 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
+from qlr_jax.calibration.finite import Found
 from qlr_jax.calibration.gradients import squared_gradients
 from qlr_jax.calibration.hessians import TokenWeights, hessians
 from qlr_jax.core.objective import checked_hessian
@@ -23,8 +24,10 @@ def matrix_hessians(
     weighting: str = "plain",
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
-) -> dict[str, Float[np.ndarray, "n n"]]:
-    """The Hessian in which each linear layer of `names` is compressed, checked; layers that share one share the array.
+) -> Found:
+    """The Hessian (n, n) in which each linear layer of `names` is compressed, checked; layers that share one share the array.
+
+    Sequences in which an activation or a gradient is not finite are left out, told as progress, and named in what is returned.
 
     Args:
         tokens: of calibration text.
@@ -41,20 +44,29 @@ def matrix_hessians(
     """
     if weighting not in WEIGHTINGS:
         raise QLRError(f"weighting {weighting!r} of Hessians is not known; give one of {', '.join(WEIGHTINGS)}")
-    progress, weights = progress or silent(), None
+    progress, weights, tokens = progress or silent(), None, np.asarray(tokens)
+    count, rows, left_out = len(tokens), np.arange(len(tokens)), dict[int, str]()
     if weighting != "plain":
         with progress.stage("calibrating: backward pass", total=model.config.num_hidden_layers) as stage:
             squares = squared_gradients(model, tokens, progress=stage.advance)
-        weights = token_weights({name: squares[name] for name in names}, by_matrix=weighting == "loss-by-matrix")
+        left_out |= squares.left_out
+        rows = np.delete(rows, list(left_out))
+        felt = {name: squares[name][rows] if left_out else squares[name] for name in names}
+        weights = token_weights(felt, by_matrix=weighting == "loss-by-matrix")
     with progress.stage("calibrating", total=model.config.num_hidden_layers) as stage:
         found = hessians(
             model,
-            tokens,
+            tokens[rows],
             weights=weights,
             progress=lambda done, _: stage.advance(note=f"layer {done - 1}"),
             keep=lambda name, h: keep(name, checked_hessian(h, len(h))),
         )
-    return {name: found[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
+    left_out |= {int(rows[row]): place for row, place in found.left_out.items()}
+    by_name = {name: found[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
+    out = Found(by_name, count, left_out)
+    if out.left_out:
+        progress.say(f"calibrating: {out.told()}")
+    return out
 
 
 def token_weights(squares: Mapping[str, TokenWeights], *, by_matrix: bool = False) -> dict[str, TokenWeights]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qlr_jax.cost.counted import Counted
@@ -47,6 +50,30 @@ def short(job: Counted, stages: Sequence[Stage]) -> list[str]:
         told = ", ".join(f"{what} {bytes_ / 1e9:,.1f} GB" for what, bytes_ in largest)
         where = "memory" if side == "host" and job.machine.kind == "cpu" else f"{side} memory"
         found.append(f"{where}: {worst.name} needs {getattr(worst, side) / 1e9:,.1f} GB of {room / 1e9:,.1f} GB ({told})")
+    return found
+
+
+def crowded(disk: Mapping[str, int], out: Path) -> list[str]:
+    """The folders whose disk has too little room for what a job puts there, a sentence each.
+
+    Args:
+        disk: bytes of the output, of job/ and statistics beside it, and of the temporary folder.
+        out: the output folder, which need not exist.
+    """
+    path = out.expanduser().absolute()
+    place, spare = next(p for p in (path, *path.parents) if p.exists()), Path(tempfile.gettempdir())
+    needed = {place: disk["output"] + disk["job"] + disk["statistics"]}
+    if disk["temporary"]:
+        where = place if place.stat().st_dev == spare.stat().st_dev else spare
+        needed[where] = needed.get(where, 0) + disk["temporary"]
+    found = []
+    for folder, size in needed.items():
+        if size > (free := shutil.disk_usage(folder).free):
+            instead = "name an output folder on another disk" if folder == place else "set TMPDIR to a folder on another disk"
+            found.append(
+                f"disk: the job puts {size / 1e9:,.1f} GB into {folder}, whose disk has {free / 1e9:,.1f} GB free; free "
+                f"some of it, or {instead}"
+            )
     return found
 
 

@@ -126,10 +126,11 @@ class Counted:
         return max(1, min(self.recipe.sequences, self.recipe.output_tokens // self.length))
 
     def boundaries(self, sequences: int) -> int:
-        """Bytes of the hidden states that enter all blocks, for a backward pass of so many sequences, its batches filled up."""
+        """Bytes of the hidden states before, between and after all blocks, for a backward pass of so many sequences, its batches
+        filled up; gradients take their places."""
         batch = min(BACKWARD, sequences)
         rows = -(-sequences // batch) * batch
-        return 4 * self.config.num_hidden_layers * rows * self.length * self.config.hidden_size
+        return 4 * (self.config.num_hidden_layers + 1) * rows * self.length * self.config.hidden_size
 
     def in_file(self, sequences: int) -> bool:
         """Whether they lie in a temporary file."""

@@ -24,7 +24,7 @@ class Machine:
         memory: bytes of one device; of a CPU the machine's own.
         host: bytes of a host's own memory; the same as `memory` of a CPU.
         cores: of a host.
-        hosts: machines; a job runs in one process today, so more than one changes nothing.
+        hosts: machines that share the solves (`distributed`), a process each; the first does all else.
 
     Example:
         >>> Machine.parse("cpu:24GiB,cores=2")

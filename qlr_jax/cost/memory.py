@@ -111,9 +111,7 @@ def _measure(job: Counted) -> Iterator[Part]:
     one = 4 * (6 * m * n + 8 * n * n + (8 * m * m if job.outputs else 0))
     yield Part("measure: spectra", "one matrix, its H and G and their factors", device=one)
     yield Part("measure: probes", "the largest batch of a solve", *solving(job))
-    yield Part("measure: probes", "solutions of the probes, packed", host=probed(job))
     stage, method, layers = "measure: attribution", job.recipe.attribution, job.config.num_hidden_layers
-    yield Part(stage, "solutions of the probes, packed", host=probed(job))
     if method == "path":
         errors = 4 * job.linear // layers
         # two blocks' errors while one gives way to the next; in a pass the moved weights and their gradients, and a copy
@@ -132,7 +130,6 @@ def _measure(job: Counted) -> Iterator[Part]:
 
 def _solve(job: Counted) -> Iterator[Part]:
     yield Part("solve", "the largest batch of a solve", *solving(job))
-    yield Part("solve", "solutions of three plans, packed", host=3 * packed(job), kept=True)
 
 
 def _judge(job: Counted) -> Iterator[Part]:
@@ -158,14 +155,13 @@ def _judge(job: Counted) -> Iterator[Part]:
 
 
 def _states(job: Counted, stage: str, tokens: int) -> Part:
-    """`models.forward.logits` holds what enters and what leaves a block."""
-    return Part(stage, "hidden states of all windows", host=8 * tokens * job.config.hidden_size)
+    """What `models.forward.logits` holds."""
+    return Part(stage, "hidden states of all windows", host=4 * tokens * job.config.hidden_size)
 
 
 def _backward(job: Counted, stage: str, sequences: int) -> Iterator[Part]:
     """What `calibration.backward` holds."""
     config, batch = job.config, min(BACKWARD, sequences) * job.length
-    yield Part(stage, "hidden states of all sequences and their gradients", host=8 * sequences * job.length * config.hidden_size)
     if job.in_file(sequences):
         yield Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
     else:

@@ -33,8 +33,8 @@ def notes(job: Counted) -> list[str]:
         )
     if job.machine.hosts > 1:
         found.append(
-            f"a job runs in one process today: {job.machine.hosts - 1} of {job.machine.hosts} hosts would idle, and what one host "
-            "needs is all of the above"
+            f"{job.machine.hosts} hosts share the solves, as --coordinator, --processes, --process say; the first does all else, "
+            "and its memory is what is told. How evenly they end has not been measured on real machines"
         )
     return found
 
@@ -49,10 +49,8 @@ def _on_disk(job: Counted) -> list[str]:
         )
     if job.streaming:
         times = sum(reads(job).values())
-        found += [
+        found.append(
             f"the weights are read about {times} times ({2e-9 * times * job.linear:,.0f} GB of bf16): the seconds hold "
-            "their conversion, but not the disk's own time, which has not been measured",
-            "solutions of the probes, and then of three plans, are held in memory at their compressed size; they alone grow with "
-            "the number of layers",
-        ]
+            "their conversion, but not the disk's own time, which has not been measured"
+        )
     return found

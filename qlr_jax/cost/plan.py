@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
-from qlr_jax.cost.advice import refusals, remedies, short
+from qlr_jax.cost.advice import crowded, refusals, remedies, short
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.machine import Machine
 from qlr_jax.cost.memory import probed, temporary
@@ -43,7 +44,7 @@ class Plan:
         disk: bytes of the original, of the output, while it lasts of finished matrices in job/ and of statistics there, and of
             the temporary folder.
         seconds, cpu_seconds: of all stages, refining aside; `refine_seconds`: what that may add.
-        fits: whether it can run as it is: memory, budget and all that would be refused.
+        fits: whether it can run as it is: memory, budget, the disk where it is known, and all that would be refused.
         problems: why not, a sentence each; remedies: what would make it run; notes: what else one should know.
     """
 
@@ -81,12 +82,21 @@ class Plan:
         }
 
 
-def plan_job(config: LlamaConfig, recipe: Recipe, machine: Machine, *, model: str = "", original_bytes: int | None = None) -> Plan:
+def plan_job(
+    config: LlamaConfig,
+    recipe: Recipe,
+    machine: Machine,
+    *,
+    model: str = "",
+    original_bytes: int | None = None,
+    out: str | Path | None = None,
+) -> Plan:
     """What a job needs of a machine.
 
     Args:
         model: its name, to be shown.
         original_bytes: of its files, where they are here; two bytes a parameter where not given.
+        out: the folder that the job would write, on this machine; its disk must have the room then. It need not exist.
 
     Raises:
         QLRError: patterns that leave no matrix, or backbones that fit none.
@@ -107,6 +117,8 @@ def plan_job(config: LlamaConfig, recipe: Recipe, machine: Machine, *, model: st
     needed = budget["limit_bytes"] or budget["least_bytes"]
     plans = 3 * needed + (probed(job) if recipe.target == "qlr" else needed)
     statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
+    if machine.hosts > 1:
+        statistics = job.hessians + job.outputs  # where all hosts read them
     original = 2 * parameter_count(config) if original_bytes is None else original_bytes
     disk = {
         "original": original,
@@ -115,6 +127,7 @@ def plan_job(config: LlamaConfig, recipe: Recipe, machine: Machine, *, model: st
         "statistics": statistics,
         "temporary": temporary(job),
     }
+    full = crowded(disk, Path(out)) if out is not None else []
     return Plan(
         model=model,
         machine=machine,
@@ -132,8 +145,8 @@ def plan_job(config: LlamaConfig, recipe: Recipe, machine: Machine, *, model: st
         # a trial that is under way is not broken off
         refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refine else 0.0,
         rates=rates,
-        fits=not (lacking or refused),
-        problems=(*lacking, *refused),
+        fits=not (lacking or refused or full),
+        problems=(*lacking, *full, *refused),
         remedies=tuple(remedies(job) if lacking or refusals(job) else ()),
         notes=tuple(notes(job)),
     )

@@ -11,11 +11,12 @@ from qlr_jax.cost.rates import RATES, Work
 from qlr_jax.cost.work import work
 
 MEMORY_ERROR = 0.3  # of the peak, found on real jobs
+SHARED = ("measure: probes", "solve")  # among hosts; the rest is the first one's alone
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one stage of a job needs: bytes at its highest, seconds of the processor and on the wall."""
+    """What one stage of a job needs: bytes at its highest, seconds of all processors together and on the wall."""
 
     name: str
     host: int
@@ -40,7 +41,11 @@ def find_stages(job: Counted) -> tuple[Stage, ...]:
         kept_host += sum(part.host for part in own if part.kept)
         kept_device += sum(part.device for part in own if part.kept)
         host, device = (host + device, host + device) if cpu else (host, device)
-        found.append(Stage(name, host, device, rates.cpu(amount), rates.wall(amount, job.machine.cores), tuple(own)))
+        hosts = job.machine.hosts if name in SHARED else 1
+        once = Work(compiled=amount.compiled)  # by every host
+        divided = amount + once * -1
+        wall = rates.wall(once, job.machine.cores) + rates.wall(divided, job.machine.cores) / hosts
+        found.append(Stage(name, host, device, rates.cpu(divided + once * hosts), wall, tuple(own)))
     return tuple(found)
 
 

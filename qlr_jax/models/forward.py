@@ -34,7 +34,8 @@ def logits(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) -> It
     states = [np.asarray(model.embed(jnp.asarray(tokens))) for tokens in batches]
     for i in range(model.config.num_hidden_layers):
         block = model.block(i)
-        states = [np.asarray(through(block, jnp.asarray(x), rope)) for x in states]
+        for j, x in enumerate(states):  # one by one: two sets of hidden states are never held
+            states[j] = np.asarray(through(block, jnp.asarray(x), rope))
     return (headed(top, jnp.asarray(x)) for x in states)
 
 

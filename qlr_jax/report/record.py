@@ -55,6 +55,7 @@ class Record:
     peak_rss: int
     problem: allocators.Problem
     device: str
+    left_out: Mapping[str, Mapping[int, str]]
 
     def files(self, report: dict[str, Any]) -> dict[str, str]:
         """Name -> text of the files that lie beside the weights."""
@@ -102,6 +103,7 @@ class Record:
             "agreement": {name: c.agreement for name, c in everyone.items()},
             "calibration_kl": {name: c.kl for name, c in self.judged.items()},
             "delivered": self.delivered,
+            "left_out": {kind: {str(row): where for row, where in rows.items()} for kind, rows in self.left_out.items()},
             "refined": self._refined(),
             "fit": self._fit(),
             "spectra": self._spectra(),

@@ -1,0 +1,93 @@
+"""Sequences with an activation or a gradient that is not finite: left out and told, and too many of them an end of the job."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from qlr_jax.errors import QLRError
+
+SHARE = 0.01  # of the sequences may be left out; where there are more, the model is wrong and not the text
+
+
+class Found(dict[str, np.ndarray]):
+    """Name -> array, and which sequences are left out.
+
+    A sequence is in all arrays up to the block where it stops being finite (counted in the direction of the pass), and in none
+    from there on; every array is the mean over the sequences that are in it.
+
+    Attributes:
+        sequences: how many were given.
+        left_out: row -> where it was first not finite, e.g. "the activations that enter model.layers.3.mlp.down_proj".
+
+    Example:
+        >>> found = Found({"a": np.eye(2)}, 200, {17: "the activations that enter model.layers.3.mlp.down_proj"})
+        >>> list(found), found.told()
+        (['a'], '1 of 200 sequences is left out: the activations that enter model.layers.3.mlp.down_proj are not finite there')
+    """
+
+    def __init__(self, arrays: Mapping[str, np.ndarray], sequences: int, left_out: Mapping[int, str]):
+        super().__init__(arrays)
+        self.sequences, self.left_out = sequences, dict(sorted(left_out.items()))
+
+    def told(self) -> str:
+        """One line on what is left out and why; empty where nothing is."""
+        if not self.left_out:
+            return ""
+        count, places = len(self.left_out), [place for place, _ in Counter(self.left_out.values()).most_common()]
+        more = f" (and {len(places) - 1} more)" if len(places) > 1 else ""
+        verb = "is" if count == 1 else "are"
+        return f"{count} of {self.sequences} sequences {verb} left out: {places[0]}{more} are not finite there"
+
+
+class Tally:
+    """What is left out of one pass so far.
+
+    Attributes:
+        left_out: as of `Found`.
+    """
+
+    def __init__(self, sequences: int):
+        self.sequences, self.left_out = sequences, dict[int, str]()
+
+    def add(self, rows: Bool[np.ndarray, "batch"], start: int, place: str) -> None:
+        """Of the sequences from `start` on, those that are True in `rows` are not finite at `place`; repeats do not count."""
+        for row in (start + np.flatnonzero(rows)).tolist():
+            if row < self.sequences:
+                self.left_out.setdefault(row, place)
+
+    def check(self) -> None:
+        """Raises QLRError where more than `SHARE` of the sequences are left out."""
+        count = len(self.left_out)
+        if count <= SHARE * self.sequences:
+            return
+        place, most = Counter(self.left_out.values()).most_common(1)[0]
+        share = 100 * count / self.sequences
+        raise QLRError(
+            f"{place} are not finite in {most} of {self.sequences} sequences (in all {share:.3g} % of them are not, and at most "
+            f"{100 * SHARE:g} % can be left out); check the checkpoint, load it in float32, or give other calibration text"
+        )
+
+
+def finite_rows(x: Array) -> Bool[Array, "batch"]:
+    """Which rows (batch, ...) have a finite sum of squares: no NaN, no infinity, nothing whose square overflows."""
+    return jnp.isfinite(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=tuple(range(1, x.ndim))))
+
+
+def finite_on_host(x: np.ndarray) -> Bool[np.ndarray, "batch"]:
+    """Which rows (batch, ...) have a finite sum: no NaN and no infinity."""
+    with np.errstate(all="ignore"):
+        return np.isfinite(np.sum(x, axis=tuple(range(1, x.ndim)), dtype=np.float32))
+
+
+def without(rows: Bool[np.ndarray, "batch"], x: np.ndarray) -> np.ndarray:
+    """A copy of x (batch, ...) that is zero where `rows` is True; x itself where it nowhere is."""
+    if not rows.any():
+        return x
+    kept = np.array(x)
+    kept[rows] = 0
+    return kept
