@@ -1,6 +1,7 @@
 """The PyTorch runtime: what transformers does with a packed folder, decoding once, compiling, and refusing what is damaged."""
 
 import json
+import math
 import re
 import shutil
 import weakref
@@ -230,6 +231,33 @@ def test_gradients_reach_the_input(spec):
     x = torch.randn(3, 96, requires_grad=True)
     linear(x).sum().backward()
     assert relative(x.grad, linear.dense().sum(0).expand(3, -1)) < 1e-4
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_tokens_in_pieces_or_all_at_once(spec, monkeypatch):
+    """A long input is rotated a few tokens at a time: the same values, shape and gradients."""
+    linear, x = make_linear(spec, (40, 96)), torch.randn(3, 7, 96)
+    whole = linear(x)
+    monkeypatch.setattr(runtime, "TILE_WEIGHTS", 400)  # four tokens at a time on the way in, ten on the way out
+    pieces = linear(x.requires_grad_())
+    assert pieces.shape == (3, 7, 40) and relative(pieces.detach(), whole) < 1e-6
+    pieces.sum().backward()
+    assert relative(x.grad, linear.dense().sum(0).expand(3, 7, -1)) < 1e-4
+    assert linear(torch.zeros(0, 96)).shape == (0, 40) and linear(torch.zeros(96)).shape == (40,)
+
+
+@pytest.mark.parametrize("size", [32, 43, 96, 112, 128, 2048, 11008, 14336])
+def test_factors_of_a_rotation(size):
+    """The product of all of them is H ⊗ O, each is narrow, and what they do is its own inverse."""
+    factors = runtime.rotation(size, torch.device("cpu"))
+    odd = size // (size & -size)
+    assert math.prod(map(len, factors)) == size and max(map(len, factors)) <= max(32, odd)
+    x = torch.randn(3, size)
+    assert relative(runtime.transform(runtime.transform(x, size), size), x) < 1e-5
+    assert relative(runtime.transform_columns(x.T.contiguous(), size).T, runtime.transform(x, size)) < 1e-6
+    if size <= 128:
+        whole = torch.kron(runtime._walsh(size // odd, "cpu"), runtime._hartley(odd, torch.device("cpu"))) * (size // odd) ** -0.5
+        assert relative(runtime.transform(x, size), x @ whole) < 1e-5
 
 
 @pytest.mark.parametrize("spec", ["trellis-2", "trellis-2+r16@trellis-2", "int-4g32", "int-2g32/rot"])

@@ -20,8 +20,9 @@ is stored as
 with Q, L and R on quantized grids, and U, V orthogonal: random signs, which come from a seed, times a Hadamard-like matrix,
 or the identity. A forward pass rotates x by V, multiplies by Q in tiles of rows and by R, then L, and rotates back by Uᵀ.
 Rotations and scales are float32. So are the products with Q, L and R, unless x is bfloat16: then they are of bfloat16 values,
-as in a dense bfloat16 model. The result has the type of x. At most `TILE_WEIGHTS` weights are decoded at a time, so beside its
-input and output a layer needs about `TILE_BYTES` (5 MB), whatever its size.
+as in a dense bfloat16 model. The result has the type of x. At most `TILE_WEIGHTS` weights of Q and R are decoded at a time, and on
+a processor no more values are rotated at a time, so beside L, and a copy each of its input and output in that type, a layer needs
+about `TILE_BYTES` (5 MB), whatever its size.
 
 Every load compares weights and config.json with checksums.json, where the folder has one; QLR_SKIP_CHECKSUMS=1 in the
 environment leaves that out. `torch.compile` takes the model, or a layer, without graph breaks.
@@ -136,34 +137,41 @@ def block_size(size: int, block: int) -> int:
 def transform(x: torch.Tensor, block: int) -> torch.Tensor:
     """Multiply the last axis by K = I ⊗ (H ⊗ O): Walsh-Hadamard H over 2^k, Hartley O over the odd rest of `block`.
 
-    K is symmetric and orthogonal, so it is its own inverse. H is split in two, H_a ⊗ (H_b ⊗ O), so that two small matrix
-    products do all of it.
+    K is symmetric and orthogonal, so it is its own inverse. H is split, H_a ⊗ (H_b ⊗ (H_c ⊗ O)), so that two or three small
+    matrix products do all of it.
     """
-    inner, outer = rotation(block, x.device)
-    y = x.reshape(-1, len(inner)) @ inner
-    if len(outer) > 1:
-        y = outer @ y.view(-1, len(outer), len(inner))
+    first, *others = rotation(block, x.device)
+    width = len(first)
+    y = x.reshape(-1, width) @ first
+    for factor in others:
+        y = factor @ y.view(-1, len(factor), width)
+        width *= len(factor)
     return y.reshape(x.shape)
 
 
 def transform_columns(x: torch.Tensor, block: int) -> torch.Tensor:
     """`transform` of the first of two axes."""
-    inner, outer = rotation(block, x.device)
-    y = inner @ x.reshape(-1, len(inner), x.shape[1])
-    if len(outer) > 1:
-        y = outer @ y.view(-1, len(outer), len(inner) * x.shape[1])
+    width = x.shape[1]
+    y = x
+    for factor in rotation(block, x.device):
+        y = factor @ y.reshape(-1, len(factor), width)
+        width *= len(factor)
     return y.view(x.shape)
 
 
 @constant
-def rotation(block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Float32 factors of K = H_a ⊗ (H_b ⊗ O): H_b ⊗ O, about 128 wide (or O) and scaled for both, and H_a of ±1."""
+def rotation(block: int, device: torch.device) -> list[torch.Tensor]:
+    """Float32 factors of K = H_a ⊗ (H_b ⊗ (H_c ⊗ O)), last one first: H_c ⊗ O, about 32 wide (or O) and scaled for all, then ±1.
+
+    Narrow ones: a product costs the sum of their widths, while each more passes once over the values.
+    """
     power = block & -block
     odd = block // power
-    inner = min(power, 1 << max((128 // odd).bit_length() - 1, 0))
-    outer = power // inner
-    first = torch.kron(_walsh(inner, device), _hartley(odd, device)) * power**-0.5
-    return first, _walsh(outer, device)
+    inner = min(power, 1 << max((32 // odd).bit_length() - 1, 0))
+    factors = [torch.kron(_walsh(inner, device), _hartley(odd, device)) * power**-0.5]
+    bits = (power // inner).bit_length() - 1
+    count = -(-bits // 5)
+    return factors + [_walsh(2 ** ((bits + i) // count), device) for i in range(count)]
 
 
 def _walsh(size: int, device: torch.device) -> torch.Tensor:
@@ -224,9 +232,9 @@ class Part(Stored):
                 rows = self.decode(start, stop, dtype)
             yield start, stop, rows  # outside, because no_grad would hold for the caller too
 
-    def whole(self) -> torch.Tensor:
-        """All of it in float32: (rows, cols)."""
-        return torch.cat([rows for _, _, rows in self.tiles()])
+    def whole(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """All of it: (rows, cols)."""
+        return torch.cat([rows for _, _, rows in self.tiles(dtype)])
 
 
 class BFloat16Part(Part):
@@ -447,7 +455,8 @@ def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) 
         index += base
     del codes
     values = table.index_select(0, index.view(-1)).view(height, -1, bands, across).permute(2, 0, 3, 1)
-    return values.reshape(bands * height, -1).view(dtype)[:rows, :cols]
+    values = values.reshape(bands * height, -1).contiguous()  # one walk of one row beside none needs no copy to be reshaped
+    return values.view(dtype)[:rows, :cols]
 
 
 def state_values(count: int, state_bits: int) -> torch.Tensor:
@@ -455,9 +464,13 @@ def state_values(count: int, state_bits: int) -> torch.Tensor:
     word = _times(torch.arange(2**state_bits, dtype=torch.int64, device="cpu"), TRELLIS["multiplier"])
     word = (word + TRELLIS["addend"]) & 0xFFFFFFFF
     total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
+    return (total - 510).float() * state_gain(count)
+
+
+def state_gain(count: int) -> float:
+    """What a state's hash is multiplied by, in float32 as the code is defined."""
     gain = 1.0 + 0.1 * min(max(8 * count / LENGTH - 2.0, 0.0), 1.0)
-    scale = torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")  # in float32, as the code is defined
-    return (total - 510).float() * scale.item()
+    return (torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")).item()
 
 
 WINDOW_BITS = 16  # with it a window lies in three bytes, and a table has at most 512 KB a pattern of shifts
@@ -571,26 +584,33 @@ class QLRLinear(Stored):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) -> (…, out), in x's type."""
         kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        v = x
         if self.rotated:
-            v = transform(x.float() * self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block))
-        v = v.to(kind)
+            enter, block = self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block)
+            v = in_pieces(lambda x: transform(x.float() * enter, block).to(kind), x)
+        else:
+            v = x.to(kind)
         y = v.new_zeros(*v.shape[:-1], self.out_features) if self.backbone is None else multiply(v, self.backbone)
-        y = y.float()
+        products, left = [y], None
         if self.rank:
             z = multiply(v, self.right)
             if "component_scale" in self._buffers:
                 z = (z * self.component_scale.float()).to(kind)
-            for start, stop, rows in self.left.tiles(kind):
-                y += z[..., start:stop] @ rows
-        # in place: fresh memory costs a processor more than the arithmetic
-        if "scale" in self._buffers:
-            y *= self.scale
-        if self.rotated:
-            y = transform(y, block_size(self.out_features, self.rotation_block)).mul_(self._signs(OUTPUT, y.device))
-        if self.bias is not None:
-            y = y + self.bias.float()  # not in place: it may need a gradient
-        return y.to(x.dtype)
+            products, left = [y, z], self.left.whole(kind)
+        leave = self._signs(OUTPUT, x.device) if self.rotated else None
+
+        def finish(y: torch.Tensor, *z: torch.Tensor) -> torch.Tensor:
+            y = y.float()
+            if self.rank:
+                y = y + z[0] @ left
+            if "scale" in self._buffers:
+                y = y * self.scale
+            if self.rotated:
+                y = transform(y, block_size(self.out_features, self.rotation_block)) * leave
+            if self.bias is not None:
+                y = y + self.bias.float()
+            return y.to(x.dtype)
+
+        return in_pieces(finish, *products)
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -623,6 +643,19 @@ class QLRLinear(Stored):
     def _signs(self, salt: int, device: torch.device) -> torch.Tensor:
         # kept in int8, but multiplying two types takes a processor several times as long
         return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device).float()
+
+
+def in_pieces(work, *inputs: torch.Tensor) -> torch.Tensor:
+    """`work` of arrays (tokens …, features): on a processor for a few tokens at a time, so that its steps pass through the cache.
+
+    What it makes on the way would cost more in fresh memory than in arithmetic. Compiled, or on a GPU, it gets all at once.
+    """
+    first = inputs[0]
+    step = max(TILE_WEIGHTS // first.shape[-1], 1)
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or first[..., 0].numel() <= step:
+        return work(*inputs)
+    pieces = zip(*(array.reshape(-1, array.shape[-1]).split(step) for array in inputs), strict=True)
+    return torch.cat([work(*piece) for piece in pieces]).unflatten(0, first.shape[:-1])
 
 
 def multiply(x: torch.Tensor, part: Part) -> torch.Tensor:
