@@ -29,7 +29,7 @@ import numpy as np
 
 import allocators
 from qlr_jax import calibration, evaluation, job
-from qlr_jax.adaptation import AdaptConfig, adapt, teacher_logits
+from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.calibration.text import split_of
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.export.packed import load, read_matrices, save_packed
@@ -38,7 +38,7 @@ from qlr_jax.preparation import BUNDLED, calibrate, open_source, sense, spread
 from qlr_jax.progress import plain
 from qlr_jax.recipe import DEMO
 
-WINDOW, BATCH = 256, 8
+WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,23 @@ class Row:
     text: str = "calibration"
 
 
+FREE = ("norms", "scales", "embeddings")  # stored already: no byte
 ROWS = {
     "norms": Row("2.0bpw", {"train": ("norms",)}),
-    "free": Row("2.0bpw", {"train": ("norms", "scales")}),
-    "same": Row("2.0bpw"),
+    "vectors": Row("2.0bpw", {"train": ("norms", "scales")}),
+    "embeddings": Row("2.0bpw", {"train": ("embeddings",)}),
+    "free": Row("2.0bpw", {"train": FREE}),
+    "free-full-kl": Row("2.0bpw", {"train": FREE, "top": None}),
+    "same": Row("2.0bpw", {"train": (*FREE, "factors")}),
+    "same-phases": Row("2.0bpw", {"train": (*FREE, "factors"), "reround": None}),
     "fresh-0.1": Row("1.9bpw", {"fresh": "0.1bpw"}),
     "fresh-0.2": Row("1.8bpw", {"fresh": "0.2bpw"}),
     "fresh-0.2-own-grid": Row("1.8bpw", {"fresh": "0.2bpw", "fresh_grid": "same"}),
-    "bf16": Row("2.0bpw", {"factors": "bf16"}),
-    "free-more-text": Row("2.0bpw", {"train": ("norms", "scales")}, "train"),
+    "bf16": Row("2.0bpw", {"train": (*FREE, "factors"), "factors": "bf16"}),
+    "free-more-text": Row("2.0bpw", {"train": FREE}, "train"),
     "fresh-0.2-more-text": Row("1.8bpw", {"fresh": "0.2bpw"}, "train"),
-    "headers": Row("2.0bpw", {"train": ("norms", "scales"), "loss": "text"}, "headers"),
-    "headers-mix": Row("2.0bpw", {"train": ("norms", "scales"), "loss": "mix"}, "headers"),
+    "headers": Row("2.0bpw", {"train": FREE, "loss": "text"}, "headers"),
+    "headers-mix": Row("2.0bpw", {"train": FREE, "loss": "mix"}, "headers"),
 }
 
 
@@ -102,14 +107,14 @@ def sequences(text: str, split: str) -> np.ndarray:
 def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Adapt once, save, read back, measure."""
     original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
-    rows = spread(sequences(row.text, "training"), WINDOW * args.steps * BATCH)  # no more than are read
+    rows = spread(sequences(row.text, "training"), WINDOW * min(args.sequences, args.steps * args.batch))
     training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][:48]
     held_out = evaluation.reference(original, spread(sequences(row.text, "heldout"), args.tokens))
-    config = AdaptConfig(**{"steps": args.steps, "batch": BATCH, "compute": "bf16", **row.settings})
+    looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing
+    config = AdaptConfig(**{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings})
     before = evaluation.divergence(model.densified(), held_out)
     start, used = time.perf_counter(), time.process_time()
-    kept = [teacher_logits(original, part, config.top, progress=progress) for part in (training, stopping)]
-    found = adapt(model, training, config, teacher=kept[0], held_out=stopping, held_out_teacher=kept[1], progress=progress)
+    found = adapt(model, training, config, teacher=original, held_out=stopping, progress=progress)
     seconds, used = time.perf_counter() - start, time.process_time() - used
     out = work / f"{name}-{time.time_ns()}"
     save_packed(out, found.value, found.matrices, source=work / row.budget)
@@ -150,6 +155,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(ROWS), default=list(ROWS))
     parser.add_argument("--list", action="store_true", help="print the rows and end")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--sequences", type=int, default=4096, help="of the text, at most: the original runs over each once")
     parser.add_argument("--tokens", type=int, default=16384, help="of held-out text, for the figures")
     parser.add_argument("--work", type=Path, default=Path("adaptation-work"))
     parser.add_argument("--out", type=Path, default=Path("adaptation.json"))

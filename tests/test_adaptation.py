@@ -13,11 +13,12 @@ import pytest
 import qlr_jax as qlr
 from qlr_jax.adaptation import AdaptConfig, TeacherLogits, Verdict, adapt, adapting, teacher_logits
 from qlr_jax.adaptation import checkpoint as saving
-from qlr_jax.adaptation.config import fresh_bytes
+from qlr_jax.adaptation.config import TRAINABLE, fresh_bytes
 from qlr_jax.adaptation.fresh import fresh_factors
 from qlr_jax.adaptation.losses import kl_loss, text_loss, top_kl_loss
-from qlr_jax.adaptation.student import bf16_product, dense, logits, packed_matrices, take_apart
-from qlr_jax.adaptation.train import Text, mean_loss, order, rates, trainer, weight_gradients
+from qlr_jax.adaptation.rounding import round_left, round_right, shifts
+from qlr_jax.adaptation.student import TABLES, bf16_product, dense, logits, packed_matrices, take_apart
+from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trainer, weight_gradients
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
@@ -92,7 +93,8 @@ def held_out():
 
 
 def settings(**changes):
-    given = {"steps": 6, "batch": 4, "evaluate_every": 2, "learning_rate": 0.02, "vector_rate": 0.005, "top": None} | changes
+    given = {"steps": 6, "batch": 4, "evaluate_every": 2, "learning_rate": 0.02, "vector_rate": 0.005, "top": None}
+    given |= {"reround": None} | changes
     return AdaptConfig(**given)
 
 
@@ -154,6 +156,7 @@ MOVES = {
     "factors": {"left", "right", "component_scale"},
     "norms": set(),
     "scales": {"scale", "component_scale", "backbone.scales"},
+    "embeddings": set(),
 }
 
 
@@ -170,8 +173,69 @@ def test_only_what_is_named_moves(packed, original, tokens, train):
     assert moved == MOVES[train]
     same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.norms.items()]
     assert not any(same) if train == "norms" else all(same)
-    for name in ("model.embed_tokens.weight", "lm_head.weight", f"{LAYER}mlp.down_proj.weight"):
-        np.testing.assert_array_equal(found.value.tensors()[name].get_value(), packed.tensors()[name].get_value())
+    kept = packed.tensors()[f"{LAYER}mlp.down_proj.weight"].get_value()
+    np.testing.assert_array_equal(found.value.tensors()[f"{LAYER}mlp.down_proj.weight"].get_value(), kept)
+    same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.embeddings.items()]
+    assert len(same) == 2 and (not any(same) if train == "embeddings" else all(same))
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def with_table(request):
+    """A model whose embedding bf16 holds, tied or not; its compressed form."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        tie_word_embeddings=request.param == "tied",
+    )
+    model = Llama(config, jax.random.key(1))
+    for name, param in model.tensors().items():
+        value = param.get_value() * (8 if param.get_value().ndim > 1 else 1)
+        param.set_value(value.astype(jnp.bfloat16).astype(jnp.float32) if name in TABLES else value)
+    return model, compressed(model, {f"{LAYER}mlp.gate_proj": "int-2g16", f"{LAYER}mlp.up_proj": "int-2g16"})
+
+
+def test_embeddings_are_learned_and_those_of_unseen_tokens_stay(with_table):
+    model, packed = with_table
+    tokens = np.random.default_rng(2).integers(0, 40, (12, 10))
+    config = settings(train=("embeddings",), top=4, steps=8, batch=12, embedding_rate=0.02)
+    teacher = teacher_logits(model, tokens, 4)
+    found = adapt(packed, tokens, config, teacher=teacher)
+    assert found.verdict is Verdict.IMPROVED and found.stats["after"] < 0.95 * found.stats["before"]
+    assert found.stats["bytes"] == found.stats["bytes_before"]
+    assert set(found.embeddings) == set(TABLES if model.lm_head is not None else TABLES[:1])
+    assert found.stats["trained"] == sum(a.size for a in found.embeddings.values())
+    read, told = set(tokens.ravel()), set(teacher.ids.ravel().tolist())
+    for name, array in found.embeddings.items():
+        np.testing.assert_array_equal(array, array.astype(jnp.bfloat16).astype(array.dtype))
+        moved = set(np.flatnonzero(np.any(array != packed.tensors()[name].get_value(), axis=1)).tolist())
+        # an untied embedding has no gradient where a token is not read; the head has one wherever the teacher names it
+        assert moved and moved <= (read if name == TABLES[0] and model.lm_head is not None else read | told)
+    assert len(read | told) < 64
+
+
+def test_gradients_of_a_tied_embedding_are_those_of_both_uses(with_table):
+    _, packed = with_table
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, 64, (3, 8)))
+    student, values, frame = take_apart(packed, ("embeddings",), None, {})
+
+    def loss(values):
+        return jnp.mean(jnp.square(logits(student, frame, values, tokens, exact_product)))
+
+    gradient, step = jax.grad(loss)(values), 1e-3
+    for name in student.tables:
+        along = jax.random.normal(jax.random.key(4), values[name]["table"].shape)
+        ends = [loss(values | {name: values[name] | {"table": values[name]["table"] + s * step * along}}) for s in (1, -1)]
+        slope = float(ends[0] - ends[1]) / (2 * step)
+        assert float(jnp.sum(gradient[name]["table"] * along)) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+
+
+def test_a_rare_token_moves_less_than_a_common_one():
+    second = jnp.asarray([[1.0, 1.0], [1e-4, 1e-4], [0.0, 0.0]])
+    trust = np.asarray(_trust(second))[:, 0]
+    assert trust[0] > 0.8 and trust[1] < 0.05 and trust[2] == 0
 
 
 def test_first_components_alone(packed, original, tokens):
@@ -197,6 +261,50 @@ def test_another_grid_for_all_factors(packed, original, tokens, grid):
         wanted = dataclasses.replace(spec, left=grid, right=grid) if spec.rank else spec
         assert matrix.spec == wanted and matrix.nbytes == wanted.nbytes(matrix.shape)
     assert found.stats["bytes"] == sum(m.nbytes for m in found.matrices.values())
+
+
+def test_shifted_factors_are_those_that_rounding_gives(zoo, tokens):
+    student, values, frame = take_apart(zoo, ("factors",), None, {})
+    rng = np.random.default_rng(0)
+    for name, site in student.sites.items():
+        if not site.rank:
+            continue
+        noise = {k: values[name][k] * (1 + 0.1 * rng.normal(size=values[name][k].shape)) for k in ("left", "right", "component")}
+        own = {k: jnp.asarray(v, jnp.float32) for k, v in (values[name] | noise).items()}
+        hessian = np.eye(site.layout.shape[1], dtype=np.float32)
+        got = own | shifts(site, own, hessian, {})
+        right, _ = round_right(site, own, hessian)
+        both, codes = round_left(site, right, hessian)
+        want = dense(site, both, frame.linears()[name].weight.get_value())
+        np.testing.assert_allclose(dense(site, got, frame.linears()[name].weight.get_value()), want, atol=1e-4)
+        again = right | shifts(site, right | {"right.shift": 1.0}, hessian, {"right.codes": 0})
+        np.testing.assert_allclose(dense(site, again, frame.linears()[name].weight.get_value()), want, atol=1e-4)
+        assert not shifts(site, both, hessian, {"right.codes": 0, **codes})["left.shift"].any()
+        fresh = shifts(site, own | {"left": 0 * own["left"]}, hessian, {})
+        assert not fresh["left.shift"].any()
+
+
+def test_factors_are_trained_rounded_and_resumed(packed, original, tokens, held_out, tmp_path, monkeypatch):
+    config = settings(train=("factors",), reround=2, steps=6, evaluate_every=2)
+    run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
+    whole, save = run(tmp_path / "whole"), saving.save
+
+    def saved(*given):
+        save(*given)
+        raise Interrupted
+
+    monkeypatch.setattr(saving, "save", saved)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "begun")
+    monkeypatch.setattr(saving, "save", save)
+    again = run(tmp_path / "begun")
+    assert again.stats["history"] == whole.stats["history"]
+    assert whole.stats["bytes"] == whole.stats["bytes_before"]
+    # what it was judged by in training is what is stored
+    looks = [e["held_out"] for e in whole.stats["history"] if "held_out" in e]
+    assert {e["phase"] for e in whole.stats["history"]} == {"all"} and len(looks) == 4
+    if whole.verdict is not Verdict.NOT_IMPROVED:
+        assert whole.stats["after"] == pytest.approx(min(looks), rel=1e-2)  # component scales are stored in float16
 
 
 # --- losses and teachers ---------------------------------------------------------------------------------------------------
@@ -263,7 +371,7 @@ class Interrupted(Exception):
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(packed, original, tokens, held_out, tmp_path, monkeypatch):
-    config = settings(steps=8, evaluate_every=2)
+    config = settings(steps=8, evaluate_every=2, train=TRAINABLE)
     run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole = run(tmp_path / "whole")
     save = saving.save
@@ -384,11 +492,13 @@ def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
     ("changes", "says"),
     [
         ({"loss": "mse"}, "loss 'mse' is not known; pass text, kl or mix"),
-        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms or scales"),
+        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms, scales or embeddings"),
         ({"train": ()}, "nothing is to be trained"),
         ({"steps": 0}, "steps 0 is out of range; pass 1 to"),
         ({"weight": 2.0}, "weight 2.0 is out of range"),
         ({"rank": 0}, "rank 0 is too small"),
+        ({"reround": 0}, "reround 0 is too small"),
+        ({"embedding_rate": 0.0}, "embedding_rate 0.0 is out of range"),
         ({"rank": 4, "factors": "bf16"}, "rank 4 keeps the other components"),
         ({"rank": 4, "fresh": "1kB"}, "fresh '1kB' adds components"),
         ({"factors": "none"}, "cannot be stored as none"),

@@ -19,7 +19,9 @@ from qlr_jax.models import Llama, LlamaConfig, save_model
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
 )
-FEW = AdaptConfig(train=("norms", "scales"), steps=4, batch=2, vector_rate=3e-2, evaluate_every=2, compute="float32", devices=1)
+FEW = AdaptConfig(
+    train=("norms", "scales", "embeddings"), steps=4, batch=2, vector_rate=3e-2, evaluate_every=2, compute="float32", devices=1
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +61,33 @@ def test_a_folder_is_adapted(folders, tmp_path):
     assert np.isfinite(np.asarray(logits)).all()
     settings = json.loads((tmp_path / "dest" / "config.json").read_text())["quantization_config"]["settings"]
     assert settings["base_model"] == str(folders / "model")  # so that qlr evaluate finds it
+
+
+def test_trained_embeddings_are_in_the_folder_in_pytorch_and_in_what_is_exported(folders, tmp_path):
+    import torch
+    from safetensors.numpy import load_file
+    from transformers import AutoModelForCausalLM
+
+    import qlr_jax.export.torch_runtime  # noqa: F401
+    from qlr_jax.export import export_dense, export_peft
+
+    config, dest = AdaptConfig(**{**vars(FEW), "train": ("embeddings",)}), tmp_path / "dest"
+    told = tuning.adapt(folders / "out", dest, [folders / "text.txt"], config, judged_tokens=512)
+    assert told["trained"] == ["embeddings"] and told["after"]["kl"] < told["before"]["kl"]
+    old, new = (qlr.load(folder).tensors() for folder in (folders / "out", dest))
+    export_dense(dest, tmp_path / "dense")
+    export_peft(dest, tmp_path / "peft")
+    exported = [load_file(tmp_path / name / "model.safetensors") for name in ("dense", "peft")]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        before, after = (np.asarray(tensors[name].get_value()) for tensors in (old, new))
+        assert not np.array_equal(before, after)
+        for tensors in exported:
+            np.testing.assert_array_equal(tensors[name].astype(np.float32), after)
+    tokens = np.arange(12)[None]
+    with torch.no_grad():
+        got = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32)(torch.from_numpy(tokens)).logits.numpy()
+    want = np.asarray(qlr.load(dest)(tokens))
+    assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 
 def test_without_the_original_text_alone(folders, tmp_path):
@@ -102,7 +131,7 @@ def test_command(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(tuning, "adapt", lambda *args, **kwargs: seen.update(args=args, **kwargs) or told)
     result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--text", "t.txt", "--held-out", "other.txt", "--steps", "7"])
     assert result.exit_code == 0, result.output
-    assert seen["args"][3].train == ("norms", "scales") and seen["args"][3].steps == 7
+    assert seen["args"][3].train == ("norms", "scales", "embeddings") and seen["args"][3].steps == 7
     assert "25.0 % of the KL is won back in 7 steps" in result.stdout and "written: d" in result.stdout
     result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--factors", "trellis-4", "--json"])
     assert json.loads(result.stdout)["steps"] == 7 and "factors" in seen["args"][3].train

@@ -21,8 +21,8 @@ from qlr_jax.adaptation import rounding
 from qlr_jax.adaptation.config import AdaptConfig, fresh_bytes
 from qlr_jax.adaptation.fresh import fresh_factors
 from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
-from qlr_jax.adaptation.phases import SIDES, State, plan_phases, round_sides, run_phase
-from qlr_jax.adaptation.student import Student, Values, packed_matrices, take_apart
+from qlr_jax.adaptation.phases import SIDES, State, coarse, plan_phases, round_sides, run_phase, shifting
+from qlr_jax.adaptation.student import TABLES, Student, Values, packed_matrices, table, take_apart
 from qlr_jax.adaptation.train import Text, joined, mean_loss, trainer, weight_gradients
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.errors import QLRError
@@ -51,7 +51,7 @@ class Adapted:
     """What `adapt` returns.
 
     Attributes:
-        value: the adapted model, packed: QLRMatrix values of the new specs inside, new norms (representable in bf16).
+        value: the adapted model, packed: QLRMatrix values of the new specs inside, new norms and embeddings (as bf16 holds them).
         verdict: how it ended.
         stats: `before`, `after`: the loss, nats a token, of what was and is stored, on held-out text (on the first training
             sequences where none was given); `bits_per_weight_before`, `bits_per_weight`; `bytes_before`, `bytes`; `trained`, how
@@ -73,6 +73,11 @@ class Adapted:
         """The weights of all norms by tensor name."""
         return {n: p.get_value() for n, p in self.value.tensors().items() if n.endswith("norm.weight")}
 
+    @property
+    def embeddings(self) -> dict[str, jax.Array]:
+        """The embedding and, where it is not tied, lm_head by tensor name, (vocab, hidden)."""
+        return {n: p.get_value() for n, p in self.value.tensors().items() if n in TABLES}
+
 
 def adapt(
     model: Llama,
@@ -87,10 +92,11 @@ def adapt(
 ) -> Adapted:
     """Train the small parts of a compressed model on text, its backbone's codes frozen, and store them on their grids again.
 
-        minimise over L, R, scales, norms:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
+        minimise over L, R, scales, norms, embeddings:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
 
-    Low-bit factors are trained in three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, the
-    scales and norms trained on. What is judged is the model as it will be stored.
+    Low-bit factors are trained rounded, with straight-through gradients, and rounded anew every `reround` steps; or, without it, in
+    three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, all else trained on. What is judged is
+    the model as it will be stored.
 
     Args:
         model: a compressed model, packed (what `qlr.load` returns).
@@ -132,7 +138,7 @@ def adapt(
     phases, first = plan_phases(student, values, config), run["phase"]
     tools = trainer(student, frame, phases[0].trained, text, config)
     rounded: rounding.Rounded = {}
-    stopped = False
+    reround, stopped = config.reround is not None and coarse(student, config), False
     with progress.stage("adapting", total=sum(phase.steps for phase in phases)) as stage:
         for number, phase in enumerate(phases[first:], first):
             resumed = found is not None and number == first
@@ -142,12 +148,16 @@ def adapt(
             elif number:
                 values, rounded = round_sides(student, values, rounded, hessians, phase.rounded)
                 run |= {"phase": number, "step": 0, "best": None, "since": 0}
+            shift = None
+            if reround:
+                shift = shifting(student, rounded, hessians)
+                values = values if resumed else shift(values, values)
             trained, fixed, optimizer = tools.init(values)
             state = State(trained, fixed, trained, optimizer, rounded, run)
             if resumed:
                 state.best, state.optimizer = trees["best"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
                 stage.advance(run["step"] + sum(before.steps for before in phases[:first]))
-            stopped |= run_phase(state, tools, phase, text, others, config, folder, stage)
+            stopped |= run_phase(state, tools, phase, text, others, config, folder, stage, shift)
             values = joined(state.best, fixed)
     history = run["history"]
     values, rounded = round_sides(student, values, rounded, hessians, SIDES)
@@ -235,7 +245,7 @@ def _assembled(
     rounded: rounding.Rounded,
     train: tuple[str, ...],
 ) -> Llama:
-    """The model as it is stored: packed matrices in place, norms as bf16 holds them."""
+    """The model as it is stored: packed matrices in place, norms and embeddings as bf16 holds them."""
     adapted: Llama = jax.tree.map(lambda leaf: leaf, model)
     linears, tensors = adapted.linears(), adapted.tensors()
     for name, matrix in originals.items():
@@ -244,6 +254,9 @@ def _assembled(
     for name in student.norms if "norms" in train else ():
         kind = tensors[name].get_value().dtype
         tensors[name].set_value(values[name]["norm"].astype(jnp.bfloat16).astype(kind))
+    for name in student.tables:
+        kind = tensors[name].get_value().dtype
+        tensors[name].set_value(table(values[name]).astype(jnp.bfloat16).astype(kind))
     return adapted
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from qlr_jax.core.quantizers import Nothing, parse_quantizer
 from qlr_jax.errors import QLRError
 
-TRAINABLE = ("factors", "norms", "scales")
+TRAINABLE = ("factors", "norms", "scales", "embeddings")
 LOSSES = ("text", "kl", "mix")
 COMPUTE = ("float32", "bf16")
 FRESH_GRID = "trellis-4"
@@ -21,6 +21,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "accumulate": (1, 2**20),
     "learning_rate": (1e-8, 10.0),
     "vector_rate": (1e-8, 10.0),
+    "embedding_rate": (1e-8, 10.0),
     "warmup": (0.0, 0.9),
     "clip": (1e-6, 1e9),
     "evaluate_every": (1, 10**8),
@@ -34,8 +35,10 @@ class AdaptConfig:
     """What is trained, on which loss, how long, and how the result is stored.
 
     Attributes:
-        train: of "factors" (L and R), "norms" (weights of RMSNorm, stored in bf16 as before) and "scales" (g, component scales and
-            the group scales of integer and normal-float backbones): all but the factors' own bits cost nothing.
+        train: of "factors" (L and R), "norms" (weights of RMSNorm, stored in bf16 as before), "scales" (g, component scales and
+            the group scales of integer and normal-float backbones) and "embeddings" (the embedding and, where it is not tied,
+            lm_head, stored in bf16 as before): all but the factors' own bits cost nothing. Embeddings take 24 bytes of memory a
+            number while they are trained.
         rank: only the first so many components of every matrix, the largest ones; None: all.
         fresh: new components, given to the matrices whose gradient asks for them: all that they may add, in bits a compressed
             weight ("0.05bpw") or bytes ("20kB").
@@ -48,10 +51,13 @@ class AdaptConfig:
         batch, accumulate: sequences of one pass, and passes that one step adds up.
         learning_rate: peak of the factors', in units of their size.
         vector_rate: peak of norms and scales, which are near 1.
+        embedding_rate: peak of the embeddings', in units of their size; rows of rare tokens go slower.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.
         evaluate_every: steps between looks at held-out text.
         patience: looks without a gain after which a phase ends; the best is kept in any case.
+        reround: where factors are rounded to few bits, train on them rounded, with straight-through gradients, and round them anew
+            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on.
         compute: "bf16" multiplies in bfloat16 and adds in float32, "float32" all of it.
         remat: compute a block's activations again in the backward pass: less memory, a third more time.
         devices: how many share a batch; None: as many as this process has and divide it.
@@ -69,7 +75,7 @@ class AdaptConfig:
         qlr_jax.errors.QLRError: loss 'mse' is not known; pass text, kl or mix
     """
 
-    train: tuple[str, ...] = TRAINABLE
+    train: tuple[str, ...] = ("factors", "norms", "scales")
     rank: int | None = None
     fresh: str | None = None
     fresh_grid: str = FRESH_GRID
@@ -82,10 +88,12 @@ class AdaptConfig:
     accumulate: int = 1
     learning_rate: float = 5e-3
     vector_rate: float = 3e-3
+    embedding_rate: float = 5e-3
     warmup: float = 0.05
     clip: float = 1.0
     evaluate_every: int = 50
     patience: int = 4
+    reround: int | None = 25
     compute: str = "float32"
     remat: bool = False
     devices: int | None = None
@@ -104,7 +112,7 @@ class AdaptConfig:
                 raise QLRError(f"{name!r} cannot be trained; pass {_listed(TRAINABLE)}")
         if not self.train:
             raise QLRError(f"nothing is to be trained; pass one or more of {_listed(TRAINABLE)}")
-        for name in ("rank", "top", "devices"):
+        for name in ("rank", "top", "devices", "reround"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise QLRError(f"{name} {value} is too small; pass at least 1, or leave it out")
         for name, grid in (("factors", self.factors), ("fresh_grid", self.fresh_grid)):

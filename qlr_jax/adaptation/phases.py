@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,11 +48,14 @@ def run_phase(
     config: AdaptConfig,
     folder: Path | None,
     stage: Stage,
+    shift: Callable[[Values, Values], Values] | None = None,
 ) -> bool:
-    """One phase, from where `state` is; True if it ended early."""
+    """One phase, from where `state` is; True if it ended early. `shift` (trained, fixed) -> fixed rounds the factors anew."""
     run, taken = state.run, config.batch * config.accumulate
 
     def look() -> None:
+        if shift is not None:  # so that what is judged, and kept, is what rounding gives
+            state.fixed = shift(state.trained, state.fixed)
         found = tools.judge(state.trained, state.fixed, others)
         run["history"].append({"phase": phase.name, "step": run["step"], "held_out": found})
         better = run["best"] is None or found < run["best"]
@@ -70,6 +73,8 @@ def run_phase(
                 f"the loss is {loss} at step {run['step']} of phase {phase.name!r}; pass a lower learning_rate or vector_rate"
             )
         run["step"] += 1
+        if shift is not None and config.reround and run["step"] % config.reround == 0:
+            state.fixed = shift(state.trained, state.fixed)
         run["history"].append({"phase": phase.name, "step": run["step"], "loss": loss})
         due = run["step"] % config.evaluate_every == 0 or run["step"] == phase.steps
         if others is None:
@@ -100,7 +105,7 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
     trained = {(n, k) for n, k in trained if k != "component" or student.sites[n].spec.component_scales}
     if not trained:
         raise QLRError(f"this model has nothing of {', '.join(config.train)} to train; pass fresh, or train norms and scales")
-    if not coarse(student, config):
+    if not coarse(student, config) or config.reround:
         return [Phase("all", 0, config.steps, (), trained)]
     plans = [("all", trained), ("left", {t for t in trained if t[1] != "right"})]
     if rest := {t for t in trained if t[1] not in SIDES}:
@@ -108,6 +113,19 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
     steps = [max(1, round(SHARES[name] * config.steps)) for name, _ in plans[1:]]
     steps = [max(1, config.steps - sum(steps)), *steps]
     return [Phase(n, sum(steps[:i]), steps[i], SIDES[:i], t) for i, (n, t) in enumerate(plans)]
+
+
+def shifting(student: Student, rounded: rounding.Rounded, hessians: Mapping[str, np.ndarray]) -> Callable[[Values, Values], Values]:
+    """The function that rounds what is trained of the factors anew: (trained, fixed) -> fixed with new shifts."""
+
+    def shift(trained: Values, fixed: Values) -> Values:
+        values, fixed = joined(trained, fixed), dict(fixed)
+        for name, site in student.sites.items():
+            if site.rank:
+                fixed[name] = fixed[name] | rounding.shifts(site, values[name], hessians[name], rounded.get(name, {}))
+        return fixed
+
+    return shift
 
 
 def coarse(student: Student, config: AdaptConfig) -> bool:

@@ -63,6 +63,23 @@ def round_left(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> 
     return {**values, **new}, _codes("left", codes, scales)
 
 
+def shifts(site: Site, values: Mapping[str, Array], hessian: np.ndarray, rounded: Mapping[str, Array]) -> dict[str, Array]:
+    """What rounding adds to L and R as they are now, 0 where a side is on its grid: `<side>.shift`, for factors to be added to.
+
+    Held fixed over some steps it makes the loss that of rounded factors, and its gradient theirs: a straight-through estimator
+    (arXiv 1308.3432) that need not round at every step.
+    """
+    plain = {k: v for k, v in values.items() if not k.endswith(".shift")}
+    right = plain if "right.codes" in rounded else round_right(site, plain, hessian)[0]
+    left = right if "left.codes" in rounded else round_left(site, right, hessian)[0]
+    size = (right["component"] / plain["component"])[:, None]
+    scale = (left["unit"] * left["component"] / (plain["unit"] * right["component"]))[:, None]
+    # a fresh component is 0 at first, and its rounding 0 / 0
+    live = jnp.any(plain["left"] != 0, axis=1, keepdims=True)
+    found = jnp.where(live, left["left"] * scale, plain["left"])
+    return {"right.shift": right["right"] * size - plain["right"], "left.shift": found - plain["left"]}
+
+
 def _metric(site: Site, hessian: np.ndarray) -> Array:
     return turned(hessian, site.sides[1] if site.rotated else None)
 

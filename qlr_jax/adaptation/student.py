@@ -4,7 +4,8 @@ Every matrix is held in the form in which it is stored, so that what training mo
 
     W = ρ · (B + c · Uᵀ L diag(σ) R V)      B = g · Uᵀ Q V (m, n), decoded once;  L (m, k), R (k, n) in the rotated basis
 
-and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token.
+and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token. An
+embedding is held as u · T, u a power of two near its size; a tied one is one array with two uses.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama, Product, exact_product
+from qlr_jax.models.llama import dense as as_array
 
 Values = dict[str, dict[str, Array]]
 """Name of a matrix or a norm -> its arrays by name; one tree holds what is trained and what is not."""
 
+TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 NEW_SIZE = 0.1  # of fresh factors' product in units of g: about what a 2-bit backbone leaves to correct
 
 
@@ -61,6 +64,7 @@ class Student:
 
     sites: Mapping[str, Site]
     norms: tuple[str, ...]
+    tables: tuple[str, ...] = ()
 
 
 def packed_matrices(model: Llama) -> dict[str, QLRMatrix]:
@@ -108,7 +112,14 @@ def take_apart(
             linear.weight.set_value(value.dense())
     norms = tuple(name for name in frame.tensors() if name.endswith("norm.weight"))
     values |= {name: {"norm": frame.tensors()[name].get_value().astype(jnp.float32)} for name in norms}
-    return Student(sites, norms), values, frame
+    tables = tuple(name for name in TABLES if name in frame.tensors()) if "embeddings" in train else ()
+    for name in tables:
+        weight = as_array(frame.tensors()[name].get_value(), jnp.float32)
+        size = jnp.sqrt(jnp.mean(jnp.square(weight)))
+        # a power of two, so that a row that is not trained comes back to the bit
+        unit = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1.0))))
+        values[name] = {"table": weight / unit, "unit": unit}
+    return Student(sites, norms, tables), values, frame
 
 
 def _part(
@@ -160,7 +171,8 @@ def _unrotate(weight: Array, site: Site) -> Array:
 
 def factors(site: Site, values: Mapping[str, Array]) -> tuple[Float[Array, "m k"], Float[Array, "k n"]]:
     """(L', R') in the basis of W, L' with all scales but ρ."""
-    left, right = values["left"] * (values["unit"] * values["component"])[:, None], values["right"]
+    left, right = (values[side] + values.get(f"{side}.shift", 0.0) for side in ("left", "right"))
+    left = left * (values["unit"] * values["component"])[:, None]
     if site.rotated:
         (u, ub), (v, vb) = site.sides
         left, right = hadamard.unrotate(left, u, ub), hadamard.unrotate(right, v, vb)
@@ -203,16 +215,23 @@ def logits(
                 linear.product = partial(_apply, student.sites.get(name), own.get(name, {}), product)
         return block(x, rope)
 
+    frame = jax.tree.map(lambda leaf: leaf, frame)
+    for name in student.tables:
+        frame.tensors()[name].set_value(table(values[name]))
     x = frame.embed(tokens)
     for i, block in enumerate(frame.model.layers):
         prefix = f"model.layers.{i}."
         own = {name: part for name, part in values.items() if name.startswith(prefix)}
         call = partial(run, prefix=prefix)
         x = (jax.checkpoint(call) if remat else call)(block, x, own)
-    head: Llama = jax.tree.map(lambda leaf: leaf, frame)
-    head.product = product
-    head.model.norm.weight.set_value(values["model.norm.weight"]["norm"])
-    return head.head(x)
+    frame.product = product
+    frame.model.norm.weight.set_value(values["model.norm.weight"]["norm"])
+    return frame.head(x)
+
+
+def table(values: Mapping[str, Array]) -> Float[Array, "vocab n"]:
+    """An embedding or lm_head as it is being trained."""
+    return values["unit"] * values["table"]
 
 
 def _apply(site: Site | None, values: Mapping[str, Array], product: Product, x: Array, base: Array) -> Array:

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.student import PRODUCTS, Student, Values, logits
-from qlr_jax.core.typing import Array
+from qlr_jax.core.typing import Array, Bool, Float
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 
@@ -27,8 +27,10 @@ KINDS: Mapping[str, str] = {  # what of a matrix or norm belongs to what `train`
     "gain": "scales",
     "component": "scales",
     "groups": "scales",
+    "table": "embeddings",
 }
 Teacher = Llama | TeacherLogits | None
+RARE = 1.0  # how much of the mean second moment is added to that of an embedding's row
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], ste
     rise = min(max(1, round(config.warmup * steps)), steps)
     share = float(optax.warmup_cosine_decay_schedule(0.0, 1.0, rise, steps + 1)(step + 1))
     peak = {"factors": config.learning_rate, "norms": config.vector_rate, "scales": config.vector_rate}
+    peak["embeddings"] = config.embedding_rate
     return {n: {k: np.float32(share * peak[KINDS[k]] if (n, k) in names else 0.0) for k in own} for n, own in trained.items()}
 
 
@@ -153,6 +156,35 @@ def weight_gradients(model: Llama, text: Text, config: AdaptConfig) -> dict[str,
     return sums
 
 
+def seen_tokens(text: Text, vocab: int) -> Bool[np.ndarray, "vocab"]:
+    """Which tokens the text holds, or its teacher's kept logits: the rows of all others stay, since nothing is known of them.
+
+    Example:
+        >>> seen_tokens(Text(np.array([[1, 3]]), None), 5).tolist()
+        [False, True, False, True, False]
+    """
+    seen = np.zeros(vocab, bool)
+    seen[text.tokens] = True
+    if isinstance(text.teacher, TeacherLogits):
+        for ids in text.teacher.ids:  # all at once would be copied to indices of 8 bytes
+            seen[ids] = True
+    return seen
+
+
+def _of_tables(values: Values, change: Callable[[str, Array], Array]) -> Values:
+    """The tree with `change` made to its embeddings."""
+    return {n: {k: change(n, v) if k == "table" else v for k, v in own.items()} for n, own in values.items()}
+
+
+def _trust(second: Float[Array, "vocab n"]) -> Float[Array, "vocab 1"]:
+    """How far Adam's step is gone along in every row of an embedding: less where gradients were small against the others'.
+
+    Adam makes steps of one size of any gradient, so that a row seen twice would move as far on noise as the commonest on evidence.
+    """
+    row = jnp.mean(second, axis=1, keepdims=True)
+    return jnp.sqrt(row / jnp.maximum(row + RARE * jnp.mean(row), 1e-30))
+
+
 @dataclass(frozen=True)
 class Trainer:
     """Compiled functions of a training, the same for all its phases.
@@ -176,6 +208,7 @@ def trainer(student: Student, frame: Llama, names: set[tuple[str, str]], text: T
     everywhere, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
     resident = text.teacher if isinstance(text.teacher, Llama) else None
     frame, resident = jax.device_put((frame, resident), everywhere)
+    seen = seen_tokens(text, frame.config.vocab_size)[:, None]
 
     def loss(trained: Values, fixed: Values, frame: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
         scores = logits(student, frame, joined(trained, fixed), part[0], product, config.remat)
@@ -193,7 +226,9 @@ def trainer(student: Student, frame: Llama, names: set[tuple[str, str]], text: T
         sums, _ = jax.lax.scan(add, zero, parts)
         value, gradient = jax.tree.map(lambda a: a / config.accumulate, sums)
         gradient = jax.tree.map(lambda g, rate: g * (rate > 0), gradient, rates)
+        gradient = _of_tables(gradient, lambda n, g: g * seen)
         changes, state = adam.update(gradient, state)
+        changes = _of_tables(changes, lambda n, change: change * _trust(state[1].nu[n]["table"]))
         return jax.tree.map(lambda p, rate, change: p - rate * change, trained, rates, changes), state, value
 
     evaluate = jax.jit(loss)
