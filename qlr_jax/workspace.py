@@ -16,12 +16,13 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class Workspace:
 
     root: Path
     facts: Mapping[str, Any]
+    _mapped: list[Any] = field(default_factory=list, repr=False)
 
     @classmethod
     def open(cls, out: Path, facts: Mapping[str, Any], resume: bool) -> Workspace:
@@ -112,9 +114,16 @@ class Workspace:
                     np.save(file, np.asarray(array))
 
             self.write(path, write)
-            return np.load(path, mmap_mode="r")
+            array = np.load(path, mmap_mode="r")
+            self._mapped.append(array)
+            return array
 
         return put
+
+    def _let_go(self) -> None:
+        """Pages of spilled arrays that were read count as this process's memory until they are given back; they are read again."""
+        for array in self._mapped if hasattr(mmap, "MADV_DONTNEED") else ():  # not on Windows
+            array._mmap.madvise(mmap.MADV_DONTNEED)
 
     def table(self, measure: Callable[[], OptionTable]) -> OptionTable:
         """The option table that is kept, or the one measured now."""
@@ -127,7 +136,8 @@ class Workspace:
         return OptionTable.from_json(table.to_json())
 
     def log(self, line: str) -> None:
-        """Add a line to the log, once anything is kept."""
+        """Add a line to the log, once anything is kept: a matrix or a stage is done."""
+        self._let_go()
         if self.root.is_dir():
             with (self.root / LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")

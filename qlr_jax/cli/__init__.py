@@ -1,0 +1,26 @@
+"""The commands of `qlr`: they parse, call and print; what is heavy loads inside them."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from qlr_jax.cli import making, choosing, using  # isort: skip  in the order in which --help shows their commands
+from qlr_jax.cli.shell import app
+
+__all__ = ["app", "choosing", "main", "making", "using"]
+
+
+def main() -> None:
+    """The console script `qlr`: a usage error is one sentence (an object with --json) and status 2."""
+    try:
+        status = app(standalone_mode=False)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of typer's
+            raise
+        as_json = "--json" in sys.argv
+        if as_json:
+            print(json.dumps({"error": error.format_message()}))
+        error.show()
+        status = getattr(error, "exit_code", 2)
+    sys.exit(status)

@@ -1,0 +1,5 @@
+"""`python -m qlr_jax.cli`."""
+
+from qlr_jax.cli import main
+
+main()

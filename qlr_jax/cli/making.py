@@ -1,0 +1,299 @@
+"""Commands that begin with an original model: demo, compress, plan, sensitivity."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qlr_jax.cli.options import AsJson, AtLeast, Force, HessiansFrom, Lock, RecipeFile, Target, TieBackbone, TieSpec
+from qlr_jax.cli.shell import app, clear_errors, command, tell, text_of
+from qlr_jax.errors import QLRError
+
+
+@app.command(short_help="The bundled model, end to end, in minutes.")
+def demo(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the compressed model goes.")] = Path("qlr-demo"),
+    budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
+    as_json: AsJson = False,
+) -> None:
+    """Compress the bundled Llama end to end, in minutes on two CPU cores, without network.
+
+    The model was trained on Python's standard library; the library of this machine calibrates it and evaluates it.
+
+    \b
+    Example:
+        qlr demo
+        qlr demo --out small --budget 3bpw
+    """
+    with clear_errors(as_json):
+        from qlr_jax import job, progress
+
+        tell_job(job.demo(out, budget=budget, progress=progress.choose(as_json), command=command()), as_json)
+
+
+@app.command(short_help="A Llama model under a memory budget.")
+def compress(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, or its name on the hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed model; new or empty.")],
+    budget: Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")] = None,
+    calibration: Annotated[
+        list[Path] | None, typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat.")
+    ] = None,
+    recipe: RecipeFile = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Compress only such layers, e.g. '*.mlp.*'; may repeat."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave such layers as they are; may repeat.")
+    ] = None,
+    evaluate_on: Annotated[
+        list[Path] | None, typer.Option("--evaluate-on", metavar="FILE", help="Held-out text to measure on; may repeat.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of rotations and samples; the same seed gives the same model.")
+    ] = None,
+    state_bits: Annotated[
+        int | None, typer.Option("--state-bits", help="Of the trellis, 6 to 16: more is better and slower.")
+    ] = None,
+    target: Target = None,
+    backbone_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--backbone-from",
+            metavar="DIR",
+            help="Dense weights that another method made of MODEL: they are Q, only L R is fitted, and the budget is its own.",
+        ),
+    ] = None,
+    hessians: HessiansFrom = None,
+    table: Annotated[
+        Path | None, typer.Option("--table", metavar="TABLE", help="What qlr sensitivity wrote for this model: not measured again.")
+    ] = None,
+    lock: Lock = None,
+    at_least: AtLeast = None,
+    tie: TieBackbone = None,
+    tie_spec: TieSpec = None,
+    sequential: Annotated[
+        bool | None,
+        typer.Option(
+            "--sequential/--parallel",
+            help="Solve what is delivered again, every block behind the compressed ones before it, and keep it where KL falls.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
+    ] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option("--coordinator", metavar="HOST:PORT", help="Of process 0, where several processes share this job."),
+    ] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="How many share it.")] = None,
+    process: Annotated[int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need, as qlr plan does.")] = False,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compress a Llama model under a memory budget into a folder that PyTorch and JAX load.
+
+    OUT holds the packed weights, the recipe, report.json and report.html. While the job is under way OUT/job holds what is
+    finished: after an interruption the same command with --resume goes on from there.
+
+    Several machines that all see MODEL and OUT share a job: the same command on each, with --coordinator, --processes and its own
+    --process. Process 0 calibrates, measures and writes; matrices are solved by all. If one is lost the job ends, what is solved is
+    kept, and --resume goes on with as many as there are.
+
+    \b
+    Example:
+        qlr compress path/to/llama small --budget 2.25bpw --calibration text.txt
+        qlr compress path/to/llama small --budget 900MB --calibration a.txt --calibration b.txt --evaluate-on heldout.txt
+        qlr compress path/to/llama small --recipe small/recipe.yaml --seed 1
+        qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
+        qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
+        qlr compress path/to/llama small --budget 0.3bpw --calibration text.txt --backbone-from path/to/llama-gptq-dense
+        qlr compress path/to/llama small --budget 2bpw --calibration text.txt --coordinator 10.0.0.1:9911 --processes 4 --process 2
+    """
+    with clear_errors(as_json):
+        from qlr_jax.recipe import Recipe, gathered
+
+        settings = gathered(
+            recipe,
+            budget=budget,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            state_bits=state_bits,
+            target=target,
+            backbone_from=text_of(backbone_from),
+            hessians_from=text_of(hessians),
+            sequential=sequential,
+            force=force or None,
+        )
+        if "budget" not in settings:
+            raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
+        chosen = Recipe(**settings)
+        if dry_run:
+            return tell_plan(model, chosen, None, processes or 1, out, as_json)
+
+        from qlr_jax import distributed, job, planning, progress
+
+        cluster = distributed.join(out, coordinator, processes, process)
+        saved = planning.read_table(table) if table else None
+        result = job.compress(
+            model,
+            out,
+            budget=chosen.budget,
+            calibration=list(calibration) if calibration else None,
+            recipe=chosen,
+            progress=progress.choose(as_json),
+            command=command(),
+            evaluate_on=list(evaluate_on) if evaluate_on else None,
+            table=saved,
+            constraints=planning.Constraints.parse(lock, at_least, tie, tie_spec),
+            resume=resume,
+            cluster=cluster,
+        )
+        tell_job(result, as_json)
+
+
+@app.command(short_help="What a job would need: sizes, memory, time, disk.")
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, 'bundled', or a known name such as Llama-2-70B."),
+    ],
+    budget: Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="[KIND:]SIZE",
+            help="What it is to run on: 24GiB, 'cpu:24GiB,cores=2' or 'gpu:80GiB,host=512GiB'; this machine where left out.",
+        ),
+    ] = None,
+    hosts: Annotated[int, typer.Option("--hosts", min=1, help="Machines that share the job.")] = 1,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where the job would write: its disk must have the room."),
+    ] = None,
+    recipe: RecipeFile = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option("--include", metavar="PATTERN", help="Compress only such layers, e.g. '*.mlp.*'; may repeat."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
+    ] = None,
+    state_bits: Annotated[
+        int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: time grows with 2^bits.")
+    ] = None,
+    target: Target = None,
+    as_json: AsJson = False,
+) -> None:
+    """Tell from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
+
+    \b
+    Example:
+        qlr plan Llama-2-70B --budget 2.25bpw --device cpu:2TB,cores=64
+        qlr plan path/to/llama --budget 900MB --device 24GiB
+    """
+    with clear_errors(as_json):
+        from qlr_jax.recipe import DEMO, Recipe, gathered
+
+        settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
+        tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
+
+
+@app.command(short_help="What every matrix is sensitive to, as a table.")
+def sensitivity(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, its name on the hub, or 'bundled'.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat. 'bundled' needs none."),
+    ] = None,
+    recipe: RecipeFile = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Measure only such layers, e.g. '*.mlp.*'; may repeat.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
+    ] = None,
+    matrix: Annotated[
+        str | None,
+        typer.Option("--matrix", metavar="NAME", help="Draw its error against bits; else that of the most sensitive matrix."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Of rotations and samples; the same seed gives the same table.")
+    ] = None,
+    target: Target = None,
+    hessians: HessiansFrom = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how much the error of every matrix matters, and write the table of all options that allocations are made from.
+
+    OUT holds table.json, for qlr allocate and qlr frontier, sensitivity.html and its pictures. Nothing is compressed.
+
+    \b
+    Example:
+        qlr sensitivity bundled measured
+        qlr sensitivity path/to/llama measured --calibration text.txt
+        qlr sensitivity path/to/llama measured --calibration text.txt --matrix model.layers.3.mlp.down_proj
+        qlr allocate measured --budget 2.25bpw --budget 3bpw
+    """
+    with clear_errors(as_json):
+        from qlr_jax.recipe import DEMO, Recipe, gathered
+
+        settings = gathered(
+            recipe,
+            include=include,
+            exclude=exclude,
+            seed=seed,
+            target=target,
+            hessians_from=text_of(hessians),
+            force=force or None,
+        )
+        chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
+
+        from qlr_jax import job, progress
+        from qlr_jax.report.sensitivity import sensitivity_text
+
+        result = job.sensitivity(
+            model,
+            out,
+            calibration=list(calibration) if calibration else None,
+            recipe=chosen,
+            matrix=matrix,
+            progress=progress.choose(as_json),
+            command=command(),
+        )
+        tell(result, as_json, sensitivity_text)
+
+
+def tell_plan(model: str, recipe: Any, device: str | None, hosts: int, out: Path | None, as_json: bool) -> None:
+    from qlr_jax import cost
+    from qlr_jax.report.cost import plan_text
+
+    config, size = cost.find_config(model)
+    found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)
+    tell(found.to_dict(), as_json, lambda _: plan_text(found))
+
+
+def tell_job(result: Any, as_json: bool) -> None:
+    """A finished job: the report, where it lies, how to load the model."""
+    if as_json:
+        return tell({"out": str(result.out), **result.report}, True, None)
+    if "solved" in result.report:
+        return typer.echo(f"solved {result.report['solved']} matrices for process 0, which writes {result.out}")
+    from qlr_jax.report import summary
+
+    out = result.out
+    typer.echo(summary(result.report))
+    typer.echo(f"""
+report:   {Path(out) / "report.html"}
+JAX:      import qlr_jax as qlr; model = qlr.load({str(out)!r}); logits = model(tokens)
+PyTorch:  AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)""")

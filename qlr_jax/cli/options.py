@@ -1,0 +1,50 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+Saved = Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")]
+Lock = Annotated[
+    list[str] | None,
+    typer.Option("--lock", metavar="PATTERN=SPEC", help="Such matrices keep this spec, e.g. '*v_proj=trellis-4'; may repeat."),
+]
+AtLeast = Annotated[
+    list[str] | None,
+    typer.Option("--at-least", metavar="PATTERN=BITS", help="Such matrices store so many bits per weight or more; may repeat."),
+]
+TieBackbone = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tie",
+        metavar="PATTERN,PATTERN",
+        help="Matrices with the same text for * take the same backbone, e.g. '*q_proj,*k_proj'; may repeat.",
+    ),
+]
+TieSpec = Annotated[
+    list[str] | None,
+    typer.Option("--tie-spec", metavar="PATTERN,PATTERN", help="As --tie, the whole spec with its rank; may repeat."),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="Format to compress for: qlr (packed), compressed-tensors or gguf. Only what it holds is offered, at its bytes.",
+    ),
+]
+HessiansFrom = Annotated[
+    Path | None,
+    typer.Option("--hessians", metavar="PATH", help="Hessians made elsewhere, a folder or a file of .safetensors or .npz."),
+]
+HeldOut = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out UTF-8 text; may repeat.")]
+Original = Annotated[
+    Path | None, typer.Option("--original", metavar="MODEL", help="Folder of the original, for the divergence from it.")
+]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")]
+Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")]
+Force = Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")]

@@ -1,0 +1,73 @@
+"""The application, and what all commands share: errors as one sentence, results as text or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qlr_jax.errors import QLRError
+
+app = typer.Typer(
+    name="qlr",
+    help="Compress a Llama model as Q + L R: rank and bits of every matrix are chosen together under a memory budget.\n\n"
+    "Start with: qlr demo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+@contextmanager
+def clear_errors(as_json: bool) -> Iterator[None]:
+    """A user's mistake becomes one sentence on stderr and status 1, an interruption status 130; bugs keep their traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail("interrupted; nothing more is running", as_json, 130)
+    except ValueError as error:
+        from allocators.errors import AllocationError
+
+        if not isinstance(error, QLRError | AllocationError):
+            raise
+        fail(str(error), as_json, 1)
+
+
+def fail(sentence: str, as_json: bool, status: int) -> None:
+    typer.echo(f"qlr: {sentence}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"error": sentence}))
+    raise typer.Exit(status)
+
+
+def tell(result: Mapping[str, Any], as_json: bool, text: Any) -> None:
+    typer.echo(json.dumps(plain(result), ensure_ascii=False) if as_json else text(result))
+
+
+def plain(value: Any) -> Any:
+    """`value` as strict JSON has it: numpy scalars become numbers, paths text, NaN and infinity null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy
+        return plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def command() -> str:
+    return shlex.join(["qlr", *sys.argv[1:]])
+
+
+def text_of(path: Path | None) -> str | None:
+    return None if path is None else str(path)
