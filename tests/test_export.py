@@ -365,6 +365,7 @@ def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
     import qlr_jax.export.torch_runtime as runtime
 
     out, _, _ = folders["untied"]
+    runtime.register()  # a folder's own runtime, loaded by another test, has taken its place
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     assert isinstance(loaded, runtime.QLRForCausalLM)
     with torch.no_grad():

@@ -95,7 +95,7 @@ def check_names(folder: Path, found: set[str], expected: set[str]) -> None:
 
 
 def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """For every tensor below `folder` a function that reads it. Files are opened here, so a damaged one fails early."""
+    """For every tensor below `folder` a function that reads it. Files are looked into here, so a damaged one fails early."""
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -114,20 +114,21 @@ def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
             hint = f" (found {other[0]}; only safetensors are read)" if other else ""
             raise QLRError(f"{path} does not exist{hint}; give a folder with model.safetensors or all shards of its index")
         try:
-            handle = safe_open(path, framework="numpy")
-            for name in handle.keys():  # noqa: SIM118  safe_open is no mapping
-                readers[name] = _reader(handle, name, path)
+            with safe_open(path, framework="numpy") as handle:
+                readers |= {name: _reader(name, path) for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
         except (SafetensorError, OSError) as error:
             raise QLRError(f"{path} is truncated or no safetensors file ({error}); get it again") from None
     return readers
 
 
-def _reader(handle: Any, name: str, path: Path) -> Callable[[], np.ndarray]:
-    from safetensors import SafetensorError
+def _reader(name: str, path: Path) -> Callable[[], np.ndarray]:
+    from safetensors import SafetensorError, safe_open
 
     def read() -> np.ndarray:
         try:
-            return handle.get_tensor(name)
+            # opened anew: what of a mapped file was read counts as this process's memory until it is closed
+            with safe_open(path, framework="numpy") as handle:
+                return handle.get_tensor(name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise QLRError(f"{path}: tensor {name} cannot be read ({error})") from None
 
