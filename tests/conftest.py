@@ -54,3 +54,24 @@ def block_ldl():
         return f, d
 
     return factor
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The folder of a Llama of two blocks with random weights and the bundled model's tokenizer."""
+    import jax
+
+    from qlr_jax.models import Llama, LlamaConfig, save_model
+    from qlr_jax.preparation import BUNDLED
+
+    folder = tmp_path_factory.mktemp("tiny")
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=BUNDLED)
+    return folder

@@ -12,7 +12,6 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
@@ -22,8 +21,6 @@ from qlr_jax.core.batch import batches
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.distributed import Cluster, Together, cost, gather, join, share
 from qlr_jax.errors import QLRError
-from qlr_jax.models import Llama, LlamaConfig, save_model
-from qlr_jax.preparation import BUNDLED
 from qlr_jax.recipe import Recipe
 from qlr_jax.workspace import Workspace
 
@@ -71,18 +68,10 @@ def port():
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
+def inputs(tiny, tmp_path_factory):
     """A model, a recipe and a text."""
     folder = tmp_path_factory.mktemp("inputs")
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    save_model(Llama(config, jax.random.key(0)), folder / "tiny", tokenizer_from=BUNDLED)
+    (folder / "tiny").symlink_to(tiny)
     (folder / "recipe.yaml").write_text(RECIPE.to_yaml())
     (folder / "text.txt").write_text(standard_library("calibration")[:20000], encoding="utf-8")
     return folder

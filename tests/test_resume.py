@@ -14,7 +14,6 @@ import pytest
 from qlr_jax import job, workspace
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
-from qlr_jax.models import Llama, LlamaConfig, save_model
 from qlr_jax.recipe import Recipe
 
 RECIPE = Recipe(
@@ -41,21 +40,6 @@ def quick_compilation():
     yield
     jax.clear_caches()
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=job.BUNDLED)
-    return folder
 
 
 @pytest.fixture(scope="module")

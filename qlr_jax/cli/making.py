@@ -7,7 +7,20 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, AtLeast, Force, HessiansFrom, Lock, RecipeFile, Target, TieBackbone, TieSpec
+from qlr_jax.cli.options import (
+    AsJson,
+    AtLeast,
+    Exclude,
+    Force,
+    HessiansFrom,
+    Include,
+    Lock,
+    RecipeFile,
+    StateBits,
+    Target,
+    TieBackbone,
+    TieSpec,
+)
 from qlr_jax.cli.shell import app, clear_errors, command, tell, text_of
 from qlr_jax.errors import QLRError
 
@@ -42,22 +55,15 @@ def compress(
         list[Path] | None, typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat.")
     ] = None,
     recipe: RecipeFile = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option("--include", metavar="PATTERN", help="Compress only such layers, e.g. '*.mlp.*'; may repeat."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave such layers as they are; may repeat.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     evaluate_on: Annotated[
         list[Path] | None, typer.Option("--evaluate-on", metavar="FILE", help="Held-out text to measure on; may repeat.")
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Of rotations and samples; the same seed gives the same model.")
     ] = None,
-    state_bits: Annotated[
-        int | None, typer.Option("--state-bits", help="Of the trellis, 6 to 16: more is better and slower.")
-    ] = None,
+    state_bits: StateBits = None,
     target: Target = None,
     backbone_from: Annotated[
         Path | None,
@@ -178,16 +184,9 @@ def plan(
         typer.Option("--out", metavar="DIR", help="Where the job would write: its disk must have the room."),
     ] = None,
     recipe: RecipeFile = None,
-    include: Annotated[
-        list[str] | None,
-        typer.Option("--include", metavar="PATTERN", help="Compress only such layers, e.g. '*.mlp.*'; may repeat."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
-    ] = None,
-    state_bits: Annotated[
-        int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: time grows with 2^bits.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    state_bits: StateBits = None,
     target: Target = None,
     as_json: AsJson = False,
 ) -> None:
@@ -216,12 +215,8 @@ def sensitivity(
         typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat. 'bundled' needs none."),
     ] = None,
     recipe: RecipeFile = None,
-    include: Annotated[
-        list[str] | None, typer.Option("--include", metavar="PATTERN", help="Measure only such layers, e.g. '*.mlp.*'; may repeat.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave out such layers; may repeat.")
-    ] = None,
+    include: Include = None,
+    exclude: Exclude = None,
     matrix: Annotated[
         str | None,
         typer.Option("--matrix", metavar="NAME", help="Draw its error against bits; else that of the most sensitive matrix."),

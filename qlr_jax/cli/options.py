@@ -48,3 +48,12 @@ Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows o
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")]
+Include = Annotated[
+    list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only such linear layers, e.g. '*.mlp.*'; may repeat.")
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option("--exclude", metavar="PATTERN", help="Leave such linear layers as they are; may repeat.")
+]
+StateBits = Annotated[
+    int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: more is better, and time grows with 2^bits.")
+]
