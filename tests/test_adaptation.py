@@ -19,6 +19,8 @@ from qlr_jax.adaptation.losses import kl_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.rounding import round_left, round_right, shifts
 from qlr_jax.adaptation.student import TABLES, bf16_product, dense, logits, packed_matrices, take_apart
 from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trainer, weight_gradients
+from qlr_jax.core import hadamard
+from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
@@ -156,6 +158,7 @@ MOVES = {
     "factors": {"left", "right", "component_scale"},
     "norms": set(),
     "scales": {"scale", "component_scale", "backbone.scales"},
+    "signs": {"output_signs", "input_signs"},
     "embeddings": set(),
 }
 
@@ -168,7 +171,7 @@ def test_only_what_is_named_moves(packed, original, tokens, train):
     moved = set()
     for name, matrix in packed_matrices(packed).items():
         for key, array in found.matrices[name].arrays.items():
-            if np.asarray(array).tobytes() != np.asarray(matrix.arrays[key]).tobytes():
+            if key not in matrix.arrays or np.asarray(array).tobytes() != np.asarray(matrix.arrays[key]).tobytes():
                 moved.add(key if key == "backbone.scales" else key.split(".")[0])
     assert moved == MOVES[train]
     same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.norms.items()]
@@ -236,6 +239,36 @@ def test_a_rare_token_moves_less_than_a_common_one():
     second = jnp.asarray([[1.0, 1.0], [1e-4, 1e-4], [0.0, 0.0]])
     trust = np.asarray(_trust(second))[:, 0]
     assert trust[0] > 0.8 and trust[1] < 0.05 and trust[2] == 0
+
+
+def test_trained_signs_are_stored_counted_and_trained_again(packed, original, tokens):
+    first = adapt(packed, tokens, settings(train=("signs",), steps=5, batch=12), teacher=original)
+    matrices = packed_matrices(first.value)
+    extra = {n: 2 * sum(m.shape) if m.spec.rotated else 0 for n, m in matrices.items()}
+    assert sum(m.layout.signs for m in matrices.values()) == 3 and all(m.layout.signs == m.spec.rotated for m in matrices.values())
+    assert all(m.nbytes == m.spec.nbytes(m.shape) + extra[n] for n, m in matrices.items())
+    assert first.stats["bytes"] - first.stats["bytes_before"] == sum(extra.values())
+    for matrix in matrices.values():  # diag(a) Kᵀ (Q + L diag(s) R) K diag(b), by its own formula
+        if matrix.layout.signs:
+            (u, _), (v, _) = hadamard.sides(matrix.shape, matrix.layout.seed, matrix.layout.rotation_block)
+            seeded = QLRMatrix(matrix.arrays, dataclasses.replace(matrix.layout, signs=False)).dense()
+            a, b = (np.asarray(matrix.arrays[f"{side}_signs"], np.float64) for side in ("output", "input"))
+            np.testing.assert_allclose(matrix.dense(), (a * u)[:, None] * np.asarray(seeded) * (b * v), atol=1e-5)
+            assert 0 < np.abs(a * u - 1).max() < 0.2
+    # what stays as it is keeps its signs; fresh factors begin at no change in their basis too
+    student, values, frame = take_apart(first.value, ("factors",), None, fresh := fresh_factors(matrices, {
+        n: np.asarray(m.dense()) for n, m in matrices.items()}, 400, None))  # fmt: skip
+    got, want = logits(student, frame, values, jnp.asarray(tokens), exact_product), first.value(jnp.asarray(tokens))
+    assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+    for name, right in fresh.items():
+        turned = hadamard.unrotate(right, *matrices[name].sides[1]) if matrices[name].spec.rotated else right
+        basis = np.linalg.svd(np.asarray(matrices[name].dense(), np.float64))[2][: len(right)]
+        assert np.linalg.norm(np.asarray(turned) @ basis.T) == pytest.approx(np.linalg.norm(turned), rel=1e-2)
+    second = adapt(first.value, tokens, settings(train=("factors", "scales"), steps=5, batch=12), teacher=original)
+    assert second.stats["after"] < second.stats["before"] == pytest.approx(first.stats["after"], rel=1e-5)
+    for name, matrix in packed_matrices(second.value).items():
+        for side in ("output_signs", "input_signs") if matrix.layout.signs else ():
+            np.testing.assert_array_equal(matrix.arrays[side], matrices[name].arrays[side])
 
 
 def test_first_components_alone(packed, original, tokens):
@@ -492,7 +525,7 @@ def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
     ("changes", "says"),
     [
         ({"loss": "mse"}, "loss 'mse' is not known; pass text, kl or mix"),
-        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms, scales or embeddings"),
+        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms, scales, signs or embeddings"),
         ({"train": ()}, "nothing is to be trained"),
         ({"steps": 0}, "steps 0 is out of range; pass 1 to"),
         ({"weight": 2.0}, "weight 2.0 is out of range"),

@@ -146,8 +146,9 @@ def test_torch_decodes_as_dense(index, monkeypatch):
 
     monkeypatch.setattr(modeling_qlr, "TILE_WEIGHTS", 1000)  # several tiles, the last one partial
     (block, state_bits), shape = SETTINGS[index % 3], (41, 96)  # rotations over 41 and 96 or 3 times 32
-    matrix = random_matrix(DECODED[index], shape, seed=2**31 + 7, rotation_block=block, state_bits=state_bits)
-    linear = modeling_qlr.QLRLinear(matrix.layout.spec, shape, 2**31 + 7, block, state_bits)
+    signs = index % 2 == 0 and Spec.parse(DECODED[index]).rotated  # stored or made from the seed
+    matrix = random_matrix(DECODED[index], shape, seed=2**31 + 7, rotation_block=block, state_bits=state_bits, signs=signs)
+    linear = modeling_qlr.QLRLinear(matrix.layout.spec, shape, 2**31 + 7, block, state_bits, signs)
     state = {k: to_torch(v) for k, v in matrix.arrays.items()}
     assert {k: (v.shape, v.dtype) for k, v in linear.state_dict().items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
     linear.load_state_dict(state)

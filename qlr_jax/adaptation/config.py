@@ -10,7 +10,7 @@ from typing import Any
 from qlr_jax.core.quantizers import Nothing, parse_quantizer
 from qlr_jax.errors import QLRError
 
-TRAINABLE = ("factors", "norms", "scales", "embeddings")
+TRAINABLE = ("factors", "norms", "scales", "signs", "embeddings")
 LOSSES = ("text", "kl", "mix")
 COMPUTE = ("float32", "bf16")
 FRESH_GRID = "trellis-4"
@@ -36,9 +36,10 @@ class AdaptConfig:
 
     Attributes:
         train: of "factors" (L and R), "norms" (weights of RMSNorm, stored in bf16 as before), "scales" (g, component scales and
-            the group scales of integer and normal-float backbones) and "embeddings" (the embedding and, where it is not tied,
-            lm_head, stored in bf16 as before): all but the factors' own bits cost nothing. Embeddings take 24 bytes of memory a
-            number while they are trained.
+            the group scales of integer and normal-float backbones), "signs" (the sign vectors of the rotations, relaxed to real
+            numbers and then stored in float16, 16 / m + 16 / n bits a weight of a matrix (m, n)) and "embeddings" (the embedding
+            and, where it is not tied, lm_head, stored in bf16 as before): all but factors and signs cost no byte. Embeddings take
+            24 bytes of memory a number while they are trained.
         rank: only the first so many components of every matrix, the largest ones; None: all.
         fresh: new components, given to the matrices whose gradient asks for them: all that they may add, in bits a compressed
             weight ("0.05bpw") or bytes ("20kB").
@@ -50,7 +51,7 @@ class AdaptConfig:
         steps: of the optimizer, all phases together.
         batch, accumulate: sequences of one pass, and passes that one step adds up.
         learning_rate: peak of the factors', in units of their size.
-        vector_rate: peak of norms and scales, which are near 1.
+        vector_rate: peak of norms, scales and signs, which are near 1 (signs: near 1 of what they were).
         embedding_rate: peak of the embeddings', in units of their size; rows of rare tokens go slower.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.

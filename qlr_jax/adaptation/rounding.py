@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.adaptation.student import Site
+from qlr_jax.adaptation.student import RELAXED, Site
 from qlr_jax.core.factors import Factors, pack_factors
 from qlr_jax.core.factors import round_left as left_on_grid
 from qlr_jax.core.factors import round_right as right_on_grid
@@ -35,7 +35,7 @@ def round_right(site: Site, values: Mapping[str, Array], hessian: np.ndarray) ->
         The arrays with R rounded, and its codes and scales.
     """
     quantizer, rank = site.spec.factor_quantizers(site.layout.state_bits)[1], site.rank
-    factor = ldl(_metric(site, hessian)[None], DAMPING, column_block(quantizer))
+    factor = ldl(_metric(site, values, hessian)[None], DAMPING, column_block(quantizer))
     wanted = jnp.pad(values["right"], ((0, _padded(site) - rank), (0, 0)))[None]
     found, codes, scales = right_on_grid(wanted, factor, quantizer.family(), quantizer.data(), False)
     size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if quantizer.unit else jnp.ones((rank,))
@@ -50,7 +50,7 @@ def round_left(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> 
     """
     (quantizer, of_right), rank = site.spec.factor_quantizers(site.layout.state_bits), site.rank
     right, more = values["right"], _padded(site) - site.rank
-    metric = jnp.pad(right @ _metric(site, hessian) @ right.T, ((0, more), (0, more)))
+    metric = jnp.pad(right @ _metric(site, values, hessian) @ right.T, ((0, more), (0, more)))
     wanted = jnp.pad((values["left"] * (values["unit"] * values["component"])[:, None]).T, ((0, 0), (0, more)))
     mask = (jnp.arange(rank + more) < rank).astype(jnp.float32)
     own = not (quantizer.unit or of_right.unit)  # both grids have scales, so s is not stored
@@ -80,7 +80,10 @@ def shifts(site: Site, values: Mapping[str, Array], hessian: np.ndarray, rounded
     return {"right.shift": right["right"] * size - plain["right"], "left.shift": found - plain["left"]}
 
 
-def _metric(site: Site, hessian: np.ndarray) -> Array:
+def _metric(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> Array:
+    """H of what R is multiplied with, in the basis in which it is stored."""
+    if "columns" in values:
+        hessian = hessian * np.outer(values["columns"], values["columns"])
     return turned(hessian, site.sides[1] if site.rotated else None)
 
 
@@ -100,6 +103,9 @@ def stored(matrix: QLRMatrix, site: Site, values: Mapping[str, Array], rounded: 
     if site.groups:
         scales = np.asarray(matrix.arrays["backbone.scales"], np.float32) * np.asarray(values["groups"])
         arrays["backbone.scales"] = scales.astype(np.float16)
+    if site.layout.signs:
+        for name, relaxed, (sign, _) in zip(("output_signs", "input_signs"), RELAXED, site.sides, strict=True):
+            arrays[name] = (sign * np.asarray(values[relaxed])).astype(np.float16)
     if not Spec.parse(site.layout.spec).rank:
         return QLRMatrix(arrays, site.layout)
     kept = {k: np.asarray(v) for k, v in matrix.arrays.items() if k.startswith(("left.", "right.", "component"))}

@@ -4,8 +4,9 @@ Every matrix is held in the form in which it is stored, so that what training mo
 
     W = ρ · (B + c · Uᵀ L diag(σ) R V)      B = g · Uᵀ Q V (m, n), decoded once;  L (m, k), R (k, n) in the rotated basis
 
-and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token. An
-embedding is held as u · T, u a power of two near its size; a tied one is one array with two uses.
+and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token. Sign
+vectors that are real numbers are those of the seed times a (m,) and b (n,): diag(a) W diag(b), and y = a ∘ W (b ∘ x). An embedding
+is held as u · T, u a power of two near its size; a tied one is one array with two uses.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ Values = dict[str, dict[str, Array]]
 """Name of a matrix or a norm -> its arrays by name; one tree holds what is trained and what is not."""
 
 TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+RELAXED = ("rows", "columns")
 NEW_SIZE = 0.1  # of fresh factors' product in units of g: about what a 2-bit backbone leaves to correct
 
 
@@ -55,6 +57,7 @@ class Site:
 
     @property
     def sides(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+        """Those of the seed; what stored signs are times them is `rows` and `columns` among the values."""
         return hadamard.sides(self.layout.shape, self.layout.seed, self.layout.rotation_block)
 
 
@@ -103,9 +106,7 @@ def take_apart(
     frame: Llama = jax.tree.map(lambda leaf: leaf, model)
     linears = frame.linears()
     for name, matrix in packed_matrices(model).items():
-        sites[name], values[name], base = _part(
-            name, matrix, rank, fresh.get(name), fresh_grid if name in fresh else grid, "scales" in train
-        )
+        sites[name], values[name], base = _part(name, matrix, rank, fresh.get(name), fresh_grid if name in fresh else grid, train)
         linears[name].weight.set_value(base)
     for linear in linears.values():  # a matrix kept in bf16 is decoded as well
         if hasattr(value := linear.weight.get_value(), "dense"):
@@ -123,7 +124,7 @@ def take_apart(
 
 
 def _part(
-    name: str, matrix: QLRMatrix, rank: int | None, fresh: Array | None, grid: str | None, scales: bool
+    name: str, matrix: QLRMatrix, rank: int | None, fresh: Array | None, grid: str | None, train: Iterable[str]
 ) -> tuple[Site, dict[str, Array], Array]:
     layout, spec = matrix.layout, matrix.spec
     held = spec.rank if rank is None else min(spec.rank, rank)
@@ -134,8 +135,12 @@ def _part(
             raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
     if added or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + added, grid)
-    groups = scales and "backbone.scales" in matrix.arrays
+    groups = "scales" in train and "backbone.scales" in matrix.arrays
     values: dict[str, Array] = {"gain": jnp.ones(())}
+    if spec.rotated and ("signs" in train or layout.signs):
+        layout = replace(layout, signs=True)
+        of_seed = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
+        values |= {name: jnp.asarray(now * was) for name, (now, _), (was, _) in zip(RELAXED, matrix.sides, of_seed, strict=True)}
     left, right = (f.astype(jnp.float32) for f in matrix.factors()) if spec.rank else (None, None)
     if held:
         # R's rows of size 1; what they lose is L's. One unit a matrix keeps the components' sizes to each other
@@ -195,7 +200,8 @@ def dense(site: Site, values: Mapping[str, Array], base: Array) -> Float[Array, 
     if site.rank:
         left, right = factors(site, values)
         total = total + jnp.matmul(left, right, precision="highest")
-    return values["gain"] * total
+    total = values["gain"] * total
+    return values["rows"][:, None] * total * values["columns"] if "rows" in values else total
 
 
 def logits(
@@ -237,11 +243,13 @@ def table(values: Mapping[str, Array]) -> Float[Array, "vocab n"]:
 def _apply(site: Site | None, values: Mapping[str, Array], product: Product, x: Array, base: Array) -> Array:
     if site is None:
         return product(x, base)
+    if "columns" in values:
+        x = x * values["columns"]
     y = product(x, backbone(site, values, base))
     if site.rank:
         left, right = factors(site, values)
         y = y + product(product(x, right), left)
-    return values["gain"] * y
+    return values["gain"] * (values["rows"] * y if "rows" in values else y)
 
 
 def _fast(pattern: str, a: Array, b: Array) -> Array:

@@ -27,6 +27,8 @@ KINDS: Mapping[str, str] = {  # what of a matrix or norm belongs to what `train`
     "gain": "scales",
     "component": "scales",
     "groups": "scales",
+    "rows": "signs",
+    "columns": "signs",
     "table": "embeddings",
 }
 Teacher = Llama | TeacherLogits | None
@@ -97,8 +99,8 @@ def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], ste
     """The rate of every array in one of `steps` steps: a linear rise and a cosine fall, 0 only for what is not in `names`."""
     rise = min(max(1, round(config.warmup * steps)), steps)
     share = float(optax.warmup_cosine_decay_schedule(0.0, 1.0, rise, steps + 1)(step + 1))
-    peak = {"factors": config.learning_rate, "norms": config.vector_rate, "scales": config.vector_rate}
-    peak["embeddings"] = config.embedding_rate
+    peak = dict.fromkeys(("norms", "scales", "signs"), config.vector_rate)
+    peak |= {"factors": config.learning_rate, "embeddings": config.embedding_rate}
     return {n: {k: np.float32(share * peak[KINDS[k]] if (n, k) in names else 0.0) for k in own} for n, own in trained.items()}
 
 

@@ -177,7 +177,11 @@ def adapt(
     ] = None,
     train: Annotated[
         list[str] | None,
-        typer.Option("--train", metavar="PART", help="factors, norms, scales or embeddings; may repeat. Default: all but factors."),
+        typer.Option(
+            "--train",
+            metavar="PART",
+            help="factors, norms, scales, signs or embeddings; may repeat. Default: norms, scales, embeddings.",
+        ),
     ] = None,
     loss: Annotated[str, typer.Option("--loss", help="kl (to the original), text (next token) or mix.")] = "kl",
     factors: Annotated[

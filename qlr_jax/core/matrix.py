@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
@@ -25,6 +26,7 @@ class Layout:
         seed: of the rotation's signs.
         rotation_block: 0 for full-width rotations, else the block of a block-diagonal one.
         state_bits: of trellis codes.
+        signs: whether the rotations' sign vectors are stored, relaxed to real numbers, in place of those that the seed makes.
     """
 
     spec: str
@@ -32,6 +34,7 @@ class Layout:
     seed: int = 0
     rotation_block: int = 0
     state_bits: int = DEFAULT_STATE_BITS
+    signs: bool = False
 
 
 @jax.tree_util.register_pytree_with_keys_class
@@ -44,6 +47,7 @@ class QLRMatrix:
         left.*, right.*                                      Lᵀ (rank, m) and R (rank, n), one row a component
         component_scale                                      s, float16 (rank,)
         scale                                                g, float32 (1,)
+        output_signs, input_signs                            diagonals of U (m,) and V (n,), float16; only where `layout.signs`
 
     Example:
         >>> import numpy as np, qlr_jax as qlr
@@ -72,6 +76,14 @@ class QLRMatrix:
         """The arrays of `backbone`, `left` or `right`, by their own names."""
         return {key.split(".", 1)[1]: value for key, value in self.arrays.items() if key.startswith(name + ".")}
 
+    @property
+    def sides(self) -> tuple[tuple[Array | np.ndarray, int], tuple[Array | np.ndarray, int]]:
+        """(signs, block) of U and of V: `hadamard.unrotate` with them leads back to the basis of W, real numbers among them too."""
+        (u, u_block), (v, v_block) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
+        if self.layout.signs:
+            u, v = (self.arrays[name].astype(jnp.float32) for name in ("output_signs", "input_signs"))
+        return (u, u_block), (v, v_block)
+
     def backbone(self) -> Array:
         """g · Q (m, n) in the rotated basis."""
         rows, cols = self.shape
@@ -93,7 +105,7 @@ class QLRMatrix:
         left, right = self.factors()
         if not self.spec.rotated:
             return left, right
-        (u, ub), (v, vb) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
+        (u, ub), (v, vb) = self.sides
         return hadamard.unrotate(left.T, u, ub).T, hadamard.unrotate(right, v, vb)
 
     def dense(self) -> Array:
@@ -104,13 +116,13 @@ class QLRMatrix:
             total = total + jnp.matmul(left, right, precision="highest")
         if not self.spec.rotated:
             return total
-        (u, ub), (v, vb) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
+        (u, ub), (v, vb) = self.sides
         return hadamard.unrotate(hadamard.unrotate(total, v, vb).T, u, ub).T
 
     def without_factors(self) -> QLRMatrix:
         """The backbone alone, as a matrix of its own."""
         text = str(replace(self.spec, rank=0, left="", right=""))
-        kept = {k: v for k, v in self.arrays.items() if k == "scale" or k.startswith("backbone.")}
+        kept = {k: v for k, v in self.arrays.items() if not k.startswith(("left.", "right.", "component_"))}
         return QLRMatrix(kept, replace(self.layout, spec=text))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:

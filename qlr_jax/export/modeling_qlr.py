@@ -49,7 +49,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 4  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 5  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that a tile's steps pass through a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak of a tile while it is decoded, its values and those of the tile before included
@@ -548,16 +548,26 @@ class QLRLinear(Stored):
     """y = W x with W packed.
 
     Args:
-        spec, shape, seed, rotation_block, state_bits: as config.json records them for each matrix.
+        spec, shape, seed, rotation_block, state_bits, signs: as config.json records them for each matrix.
 
     Buffers, named as the tensors in the file: backbone.codes, backbone.scales, backbone.zeros, left.*, right.*,
-    component_scale (rank,) float16, scale (1,) float32; which of them are there follows from the spec.
+    component_scale (rank,) float16, scale (1,) float32, output_signs (out,) and input_signs (in,) float16; which of them are there
+    follows from the spec, and the last two from `signs`: sign vectors trained as real numbers, in place of those of the seed.
     """
 
     scale: torch.Tensor
     component_scale: torch.Tensor
 
-    def __init__(self, spec: str, shape: tuple[int, int], seed: int = 0, rotation_block: int = 0, state_bits: int = 12, **_):
+    def __init__(
+        self,
+        spec: str,
+        shape: tuple[int, int],
+        seed: int = 0,
+        rotation_block: int = 0,
+        state_bits: int = 12,
+        signs: bool = False,
+        **_,
+    ):
         super().__init__()
         match = _SPEC.fullmatch(spec)
         if not match:
@@ -577,6 +587,9 @@ class QLRLinear(Stored):
             self.right = make_part(right, self.rank, cols, height, state_bits)
             if self.left.unit or self.right.unit:
                 self.store("component_scale", (self.rank,), torch.float16)
+        if signs:
+            self.store("output_signs", (rows,), torch.float16)
+            self.store("input_signs", (cols,), torch.float16)
 
     def extra_repr(self) -> str:
         return f"{self.out_features} × {self.in_features}, {self.spec}"
@@ -641,6 +654,9 @@ class QLRLinear(Stored):
             yield start, stop, rows * self.scale if "scale" in self._buffers else rows
 
     def _signs(self, salt: int, device: torch.device) -> torch.Tensor:
+        stored = self._buffers.get("output_signs" if salt == OUTPUT else "input_signs")
+        if stored is not None:
+            return stored.float()
         # kept in int8, but multiplying two types takes a processor several times as long
         return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device).float()
 

@@ -35,7 +35,7 @@ from qlr_jax.models.folder import check_names, open_tensors
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
-RUNTIME_VERSION = 4  # of the runtime that is written along: an older one refuses the folder
+RUNTIME_VERSION = 5  # of the runtime that is written along: an older one refuses the folder
 _SAMPLE = Spec.parse("trellis-2+r256@trellis-2")
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
@@ -195,6 +195,8 @@ def array_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         found["component_scale"] = ((spec.rank,), np.dtype(np.float16))
     if spec.has_scale:
         found["scale"] = ((1,), np.dtype(np.float32))
+    if layout.signs:
+        found |= {"output_signs": ((rows,), np.dtype(np.float16)), "input_signs": ((cols,), np.dtype(np.float16))}
     return found
 
 
@@ -234,7 +236,7 @@ def _config(
     settings: Mapping[str, Any] | None,
     extra: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    fields = ("spec", "shape", "seed", "rotation_block", "state_bits")
+    fields = ("spec", "shape", "seed", "rotation_block", "state_bits", "signs")
     quantization: dict[str, Any] = {"quant_method": "qlr", "format_version": FORMAT_VERSION}
     quantization |= {"runtime_version": RUNTIME_VERSION, "qlr_version": qlr_jax.__version__}
     if settings:
