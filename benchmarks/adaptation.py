@@ -57,6 +57,9 @@ ROWS = {
     "embeddings": Row("2.0bpw", {"train": ("embeddings",)}),
     "free": Row("2.0bpw", {"train": FREE}),
     "free-full-kl": Row("2.0bpw", {"train": FREE, "top": None}),
+    "backbone": Row("2.0bpw", {"train": (*FREE, "backbone")}),
+    "all": Row("2.0bpw", {"train": (*FREE, "factors", "backbone")}),
+    "signs": Row("2.0bpw", {"train": (*FREE, "signs")}),
     "same": Row("2.0bpw", {"train": (*FREE, "factors")}),
     "same-phases": Row("2.0bpw", {"train": (*FREE, "factors"), "reround": None}),
     "fresh-0.1": Row("1.9bpw", {"fresh": "0.1bpw"}),
@@ -64,6 +67,8 @@ ROWS = {
     "fresh-0.2-own-grid": Row("1.8bpw", {"fresh": "0.2bpw", "fresh_grid": "same"}),
     "bf16": Row("2.0bpw", {"train": (*FREE, "factors"), "factors": "bf16"}),
     "free-more-text": Row("2.0bpw", {"train": FREE}, "train"),
+    "backbone-more-text": Row("2.0bpw", {"train": (*FREE, "backbone")}, "train"),
+    "all-more-text": Row("2.0bpw", {"train": (*FREE, "factors", "backbone")}, "train"),
     "fresh-0.2-more-text": Row("1.8bpw", {"fresh": "0.2bpw"}, "train"),
     "headers": Row("2.0bpw", {"train": FREE, "loss": "text"}, "headers"),
     "headers-mix": Row("2.0bpw", {"train": FREE, "loss": "mix"}, "headers"),
@@ -104,6 +109,11 @@ def sequences(text: str, split: str) -> np.ndarray:
     return evaluation.windows(content, load_tokenizer(BUNDLED), WINDOW)
 
 
+def given(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE -> settings, numbers where they are such."""
+    return {name: json.loads(value) for name, value in (text.split("=", 1) for text in texts)}
+
+
 def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Adapt once, save, read back, measure."""
     original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
@@ -111,7 +121,7 @@ def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, 
     training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][:48]
     held_out = evaluation.reference(original, spread(sequences(row.text, "heldout"), args.tokens))
     looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing
-    config = AdaptConfig(**{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings})
+    config = AdaptConfig(**{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings, **given(args.set)})
     before = evaluation.divergence(model.densified(), held_out)
     start, used = time.perf_counter(), time.process_time()
     found = adapt(model, training, config, teacher=original, held_out=stopping, progress=progress)
@@ -157,6 +167,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--sequences", type=int, default=4096, help="of the text, at most: the original runs over each once")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of every row, e.g. backbone_rate=0.01")
     parser.add_argument("--tokens", type=int, default=16384, help="of held-out text, for the figures")
     parser.add_argument("--work", type=Path, default=Path("adaptation-work"))
     parser.add_argument("--out", type=Path, default=Path("adaptation.json"))

@@ -16,11 +16,13 @@ from qlr_jax.adaptation import checkpoint as saving
 from qlr_jax.adaptation.config import TRAINABLE, fresh_bytes
 from qlr_jax.adaptation.fresh import fresh_factors
 from qlr_jax.adaptation.losses import kl_loss, text_loss, top_kl_loss
-from qlr_jax.adaptation.rounding import round_left, round_right, shifts
-from qlr_jax.adaptation.student import TABLES, bf16_product, dense, logits, packed_matrices, take_apart
+from qlr_jax.adaptation.rounding import round_left, round_right, shifts, stored
+from qlr_jax.adaptation.student import TABLES, _part, bf16_product, dense, logits, packed_matrices, take_apart
 from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trainer, weight_gradients
 from qlr_jax.core import hadamard
+from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.regrid import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
@@ -155,18 +157,20 @@ def test_codes_stay_byte_for_byte_and_bytes_are_those_of_the_spec(adapted, zoo):
 
 
 MOVES = {
-    "factors": {"left", "right", "component_scale"},
+    "factors": {"left", "right"},
     "norms": set(),
     "scales": {"scale", "component_scale", "backbone.scales"},
     "signs": {"output_signs", "input_signs"},
     "embeddings": set(),
+    "backbone": {"backbone"},
 }
 
 
 @pytest.mark.parametrize("train", list(MOVES))
 def test_only_what_is_named_moves(packed, original, tokens, train):
     # every norm moves by more than half of what bf16 resolves at 1
-    found = adapt(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02), teacher=original)
+    more = {"reround": 2, "backbone_rate": 0.02} if train == "backbone" else {}
+    found = adapt(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02, **more), teacher=original)
     assert found.verdict is not Verdict.NOT_IMPROVED
     moved = set()
     for name, matrix in packed_matrices(packed).items():
@@ -317,8 +321,47 @@ def test_shifted_factors_are_those_that_rounding_gives(zoo, tokens):
         assert not fresh["left.shift"].any()
 
 
-def test_factors_are_trained_rounded_and_resumed(packed, original, tokens, held_out, tmp_path, monkeypatch):
-    config = settings(train=("factors",), reround=2, steps=6, evaluate_every=2)
+@pytest.mark.parametrize("spec", ["trellis-1.5+r8@trellis-2", "e8-2+r4@e8-3", "int-3g16a+r8@bf16", "nf-2/rot+r4@trellis-2"])
+def test_what_does_not_move_is_rounded_to_itself(spec):
+    rng = np.random.default_rng(0)
+    matrix = qlr.solve(rng.standard_normal((64, 128)), None, spec, state_bits=6, iterations=1, seed=3).value
+    site, values, _ = _part("", matrix, None, None, None, ("factors", "backbone"))
+    h, g = (np.cov(rng.standard_normal((size, 4 * size))).astype(np.float32) for size in (128, 64))
+    grid = Regrid.of(matrix, adapting._metric(h, None, matrix.layout, INPUT), adapting._metric(g, None, matrix.layout, OUTPUT))
+    rounded, right = round_right(site, values, h)
+    rounded, left = round_left(site, rounded, h)
+    again = stored(matrix, site, rounded, {**right, **left}, grid)
+    kept = ("backbone", "left", "right", "component_scale") if all(site.on_grid) else ("backbone",)
+    for key in (key for key in matrix.arrays if key.startswith(kept)):
+        np.testing.assert_array_equal(again.arrays[key], matrix.arrays[key], strict=True)
+    np.testing.assert_allclose(dense(site, values | {"body.shift": 0.0}, jnp.zeros(())), matrix.dense(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["self_attn.v_proj", "self_attn.q_proj", "self_attn.o_proj"])
+def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
+    """Against float64: what is found lies on the grid, and is felt no more than what plain rounding to it would give."""
+    matrix, rng = packed_matrices(packed)[LAYER + kind], np.random.default_rng(0)
+    m, n = matrix.shape
+    h, g = (np.cov(rng.standard_normal((size, 4 * size))) + 0.1 * np.eye(size) for size in (n, m))
+    made = lambda *metrics: Regrid.of(matrix, *(adapting._metric(a, None, matrix.layout, side) for side, a in enumerate(metrics)))  # noqa: E731
+    grid = made(h, g)
+    body = np.asarray(matrix.without_factors().dense(), np.float64) / float(grid.scale)
+    wanted = body + 0.3 * body.std() * rng.standard_normal((m, n))
+    found, codes = grid.round(jnp.asarray(wanted, jnp.float32))
+    arrays = {k: v for k, v in matrix.arrays.items() if k == "scale"} | grid.pack(codes)
+    again = QLRMatrix(arrays, matrix.without_factors().layout)
+    np.testing.assert_allclose(again.dense(), found * grid.scale, atol=1e-5)
+    assert not np.array_equal(arrays["backbone.codes"], matrix.arrays["backbone.codes"])
+    felt = lambda e: np.trace(g @ e @ h @ e.T)  # noqa: E731
+    plain = made(np.eye(n), np.eye(m)).round(jnp.asarray(wanted, jnp.float32))[0]
+    ours, others, still = (felt(wanted - np.asarray(x, np.float64)) for x in (found, plain, body))
+    print(kind, ours / still, others / still)
+    assert ours < 0.98 * others and ours < still
+
+
+@pytest.mark.parametrize("train", [("factors",), ("factors", "backbone")])
+def test_factors_are_trained_rounded_and_resumed(packed, original, tokens, held_out, tmp_path, monkeypatch, train):
+    config = settings(train=train, reround=2, steps=6, evaluate_every=2, backbone_rate=0.02)
     run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole, save = run(tmp_path / "whole"), saving.save
 
@@ -404,7 +447,7 @@ class Interrupted(Exception):
 
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(packed, original, tokens, held_out, tmp_path, monkeypatch):
-    config = settings(steps=8, evaluate_every=2, train=TRAINABLE)
+    config = settings(steps=8, evaluate_every=2, train=TRAINABLE[:-1])
     run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole = run(tmp_path / "whole")
     save = saving.save
@@ -525,7 +568,7 @@ def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
     ("changes", "says"),
     [
         ({"loss": "mse"}, "loss 'mse' is not known; pass text, kl or mix"),
-        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms, scales, signs or embeddings"),
+        ({"train": ("codes",)}, "'codes' cannot be trained; pass factors, norms, scales, signs, embeddings or backbone"),
         ({"train": ()}, "nothing is to be trained"),
         ({"steps": 0}, "steps 0 is out of range; pass 1 to"),
         ({"weight": 2.0}, "weight 2.0 is out of range"),

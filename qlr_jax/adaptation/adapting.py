@@ -24,7 +24,12 @@ from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
 from qlr_jax.adaptation.phases import SIDES, State, coarse, plan_phases, round_sides, run_phase, shifting
 from qlr_jax.adaptation.student import TABLES, Student, Values, packed_matrices, table, take_apart
 from qlr_jax.adaptation.train import Text, joined, mean_loss, trainer, weight_gradients
-from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.hadamard import INPUT, OUTPUT
+from qlr_jax.core.matrix import Layout, QLRMatrix
+from qlr_jax.core.metric import Metric
+from qlr_jax.core.regrid import Regrid
+from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, input_of
 from qlr_jax.progress import Progress, silent
@@ -90,13 +95,14 @@ def adapt(
     checkpoint: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Adapted:
-    """Train the small parts of a compressed model on text, its backbone's codes frozen, and store them on their grids again.
+    """Train parts of a compressed model on text, and store them on their grids again.
 
-        minimise over L, R, scales, norms, embeddings:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
+        minimise over L, R, scales, signs, norms, embeddings, Q:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
 
     Low-bit factors are trained rounded, with straight-through gradients, and rounded anew every `reround` steps; or, without it, in
-    three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, all else trained on. What is judged is
-    the model as it will be stored.
+    three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, all else trained on. A backbone keeps
+    its codes unless it is asked for; then it is trained rounded as well, its codes found anew in the metrics H and G that the text
+    gives, its scales as they are. What is judged is the model as it will be stored.
 
     Args:
         model: a compressed model, packed (what `qlr.load` returns).
@@ -111,7 +117,8 @@ def adapt(
         QLRError: a model with nothing packed, tokens that do not fit it, a loss without its teacher, a checkpoint of other
             settings, a loss that is no number.
 
-    Source: LoRA, arXiv 2106.09685; from a compressed backbone: CALDERA, arXiv 2405.18886, section 4; LQ-LoRA, arXiv 2311.12023.
+    Source: LoRA, arXiv 2106.09685; from a compressed backbone: CALDERA, arXiv 2405.18886, section 4; LQ-LoRA, arXiv 2311.12023;
+        codes trained as well: PV-Tuning, arXiv 2405.14852 (the way in which they change here is ours).
 
     Example:
         adapted = adapt(qlr.load("out"), tokens, AdaptConfig(loss="kl"), teacher=load_model("original"), held_out=others)
@@ -128,8 +135,7 @@ def adapt(
             gradients = weight_gradients(model, text.part(GRADIENT_TOKENS // text.tokens.shape[1]), config)
             fresh = fresh_factors(originals, gradients, budget, fresh_grid, seed=config.seed)
     student, values, frame = take_apart(model, config.train, config.rank, fresh, grid, fresh_grid)
-    rounds = "factors" in config.train and any(site.rank for site in student.sites.values())
-    hessians = _metrics(model, student, text.tokens, progress) if rounds else {}
+    hessians, regrids = _metrics(model, originals, student, values, text.tokens, config, progress)
 
     folder = Path(checkpoint).expanduser() if checkpoint else None
     fingerprint = _fingerprint(originals, text.tokens, config)
@@ -138,7 +144,7 @@ def adapt(
     phases, first = plan_phases(student, values, config), run["phase"]
     tools = trainer(student, frame, phases[0].trained, text, config)
     rounded: rounding.Rounded = {}
-    reround, stopped = config.reround is not None and coarse(student, config), False
+    reround, stopped = config.reround is not None and (coarse(student, config) or bool(regrids)), False
     with progress.stage("adapting", total=sum(phase.steps for phase in phases)) as stage:
         for number, phase in enumerate(phases[first:], first):
             resumed = found is not None and number == first
@@ -150,7 +156,7 @@ def adapt(
                 run |= {"phase": number, "step": 0, "best": None, "since": 0}
             shift = None
             if reround:
-                shift = shifting(student, rounded, hessians)
+                shift = shifting(student, rounded, hessians, regrids)
                 values = values if resumed else shift(values, values)
             trained, fixed, optimizer = tools.init(values)
             state = State(trained, fixed, trained, optimizer, rounded, run)
@@ -163,7 +169,7 @@ def adapt(
     values, rounded = round_sides(student, values, rounded, hessians, SIDES)
 
     with progress.stage("judging what is stored"):
-        adapted = _assembled(model, student, originals, values, rounded, config.train)
+        adapted = _assembled(model, student, originals, values, rounded, regrids, config.train)
         judged = others or text.part(JUDGED_ROWS)
         before, after = mean_loss(model, judged, config), mean_loss(adapted, judged, config)
     verdict = Verdict.STOPPED_EARLY if stopped else Verdict.IMPROVED
@@ -228,13 +234,43 @@ def _checked(model: Llama, tokens: Any, name: str) -> np.ndarray:
     return tokens.astype(np.int32)
 
 
-def _metrics(model: Llama, student: Student, tokens: np.ndarray, progress: Progress) -> dict[str, np.ndarray]:
-    """H of the inputs of every matrix that has factors, on the text that is adapted to."""
-    names = [name for name, site in student.sites.items() if site.rank]
-    rows = tokens[: max(1, METRIC_TOKENS // tokens.shape[1])]
-    with progress.stage("metrics of the factors"):
-        found = calibration.hessians(model.densified(), rows)
-    return {name: found[input_of(name)] for name in names}
+def _metrics(
+    model: Llama,
+    originals: Mapping[str, QLRMatrix],
+    student: Student,
+    values: Values,
+    tokens: np.ndarray,
+    config: AdaptConfig,
+    progress: Progress,
+) -> tuple[dict[str, np.ndarray], dict[str, Regrid]]:
+    """On the text that is adapted to: H of the inputs of matrices whose factors are rounded, and the grids of trained backbones."""
+    factors = [name for name, site in student.sites.items() if site.rank and "factors" in config.train]
+    bodies = [name for name in student.sites if "body" in values[name]]
+    if not factors and not bodies:
+        return {}, {}
+    dense, rows, outputs = model.densified(), tokens[: max(1, METRIC_TOKENS // tokens.shape[1])], {}
+    with progress.stage("metrics: inputs"):
+        inputs = calibration.hessians(dense, rows)
+    if bodies:
+        with progress.stage("metrics: outputs", total=model.config.num_hidden_layers) as stage:
+            outputs = calibration.output_hessians(dense, rows, bodies, seed=config.seed, progress=stage.advance)
+    regrids: dict[str, Regrid] = {}
+    shared: dict[Any, Metric] = {}
+    for name in bodies:
+        layout, own, of = originals[name].layout, values[name], input_of(name)
+        key = of, layout.seed, layout.rotation_block, student.sites[name].rotated, name if "columns" in own else ""
+        if key not in shared:
+            shared[key] = _metric(inputs[of], own.get("columns"), layout, INPUT)
+        regrids[name] = Regrid.of(originals[name], shared[key], _metric(outputs[name], own.get("rows"), layout, OUTPUT))
+    return {name: inputs[input_of(name)] for name in factors}, regrids
+
+
+def _metric(hessian: np.ndarray, relaxed: Any, layout: Layout, side: int) -> Metric:
+    """H or G as Q feels it, behind signs that are real numbers where there are such."""
+    if relaxed is not None:
+        hessian = hessian * np.outer(relaxed, relaxed)
+    config = SolverConfig(rotation_block=layout.rotation_block)
+    return Metric.make(np.asarray(hessian)[None], layout.seed, config, Spec.parse(layout.spec).rotated, side)
 
 
 def _assembled(
@@ -243,13 +279,14 @@ def _assembled(
     originals: Mapping[str, QLRMatrix],
     values: Values,
     rounded: rounding.Rounded,
+    regrids: Mapping[str, Regrid],
     train: tuple[str, ...],
 ) -> Llama:
     """The model as it is stored: packed matrices in place, norms and embeddings as bf16 holds them."""
     adapted: Llama = jax.tree.map(lambda leaf: leaf, model)
     linears, tensors = adapted.linears(), adapted.tensors()
     for name, matrix in originals.items():
-        new = rounding.stored(matrix, student.sites[name], values[name], rounded.get(name, {}))
+        new = rounding.stored(matrix, student.sites[name], values[name], rounded.get(name, {}), regrids.get(name))
         linears[name].weight.set_value(jax.tree.map(jnp.asarray, new))
     for name in student.norms if "norms" in train else ():
         kind = tensors[name].get_value().dtype

@@ -10,7 +10,7 @@ from typing import Any
 from qlr_jax.core.quantizers import Nothing, parse_quantizer
 from qlr_jax.errors import QLRError
 
-TRAINABLE = ("factors", "norms", "scales", "signs", "embeddings")
+TRAINABLE = ("factors", "norms", "scales", "signs", "embeddings", "backbone")
 LOSSES = ("text", "kl", "mix")
 COMPUTE = ("float32", "bf16")
 FRESH_GRID = "trellis-4"
@@ -22,6 +22,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "learning_rate": (1e-8, 10.0),
     "vector_rate": (1e-8, 10.0),
     "embedding_rate": (1e-8, 10.0),
+    "backbone_rate": (1e-8, 10.0),
     "warmup": (0.0, 0.9),
     "clip": (1e-6, 1e9),
     "evaluate_every": (1, 10**8),
@@ -39,7 +40,8 @@ class AdaptConfig:
             the group scales of integer and normal-float backbones), "signs" (the sign vectors of the rotations, relaxed to real
             numbers and then stored in float16, 16 / m + 16 / n bits a weight of a matrix (m, n)) and "embeddings" (the embedding
             and, where it is not tied, lm_head, stored in bf16 as before): all but factors and signs cost no byte. Embeddings take
-            24 bytes of memory a number while they are trained.
+            24 bytes of memory a number while they are trained. And "backbone": Q, rounded anew on its own grid, at no byte, for 28
+            bytes of memory a weight.
         rank: only the first so many components of every matrix, the largest ones; None: all.
         fresh: new components, given to the matrices whose gradient asks for them: all that they may add, in bits a compressed
             weight ("0.05bpw") or bytes ("20kB").
@@ -53,12 +55,14 @@ class AdaptConfig:
         learning_rate: peak of the factors', in units of their size.
         vector_rate: peak of norms, scales and signs, which are near 1 (signs: near 1 of what they were).
         embedding_rate: peak of the embeddings', in units of their size; rows of rare tokens go slower.
+        backbone_rate: peak of the backbone's, in units of the spread of its grid.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.
         evaluate_every: steps between looks at held-out text.
         patience: looks without a gain after which a phase ends; the best is kept in any case.
         reround: where factors are rounded to few bits, train on them rounded, with straight-through gradients, and round them anew
-            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on.
+            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on. A trained backbone
+            is rounded anew in this way too.
         compute: "bf16" multiplies in bfloat16 and adds in float32, "float32" all of it.
         remat: compute a block's activations again in the backward pass: less memory, a third more time.
         devices: how many share a batch; None: as many as this process has and divide it.
@@ -90,6 +94,7 @@ class AdaptConfig:
     learning_rate: float = 5e-3
     vector_rate: float = 3e-3
     embedding_rate: float = 5e-3
+    backbone_rate: float = 3e-3
     warmup: float = 0.05
     clip: float = 1.0
     evaluate_every: int = 50
@@ -116,6 +121,8 @@ class AdaptConfig:
         for name in ("rank", "top", "devices", "reround"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise QLRError(f"{name} {value} is too small; pass at least 1, or leave it out")
+        if "backbone" in self.train and self.reround is None:
+            raise QLRError("a backbone is trained rounded; pass reround, the steps after which it is rounded anew, e.g. 25")
         for name, grid in (("factors", self.factors), ("fresh_grid", self.fresh_grid)):
             if grid != "same" and isinstance(parse_quantizer(grid), Nothing):
                 raise QLRError(f"{name} cannot be stored as none; pass same, bf16, or a grid such as trellis-4")

@@ -13,6 +13,7 @@ from qlr_jax.adaptation import checkpoint, rounding
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.student import Student, Values
 from qlr_jax.adaptation.train import KINDS, Text, Trainer, joined, order, rates
+from qlr_jax.core.regrid import Regrid
 from qlr_jax.errors import QLRError
 from qlr_jax.progress import Stage
 
@@ -105,7 +106,7 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
     trained = {(n, k) for n, k in trained if k != "component" or student.sites[n].spec.component_scales}
     if not trained:
         raise QLRError(f"this model has nothing of {', '.join(config.train)} to train; pass fresh, or train norms and scales")
-    if not coarse(student, config) or config.reround:
+    if not coarse(student, config) or config.reround:  # a backbone is trained with reround alone
         return [Phase("all", 0, config.steps, (), trained)]
     plans = [("all", trained), ("left", {t for t in trained if t[1] != "right"})]
     if rest := {t for t in trained if t[1] not in SIDES}:
@@ -115,14 +116,18 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
     return [Phase(n, sum(steps[:i]), steps[i], SIDES[:i], t) for i, (n, t) in enumerate(plans)]
 
 
-def shifting(student: Student, rounded: rounding.Rounded, hessians: Mapping[str, np.ndarray]) -> Callable[[Values, Values], Values]:
-    """The function that rounds what is trained of the factors anew: (trained, fixed) -> fixed with new shifts."""
+def shifting(
+    student: Student, rounded: rounding.Rounded, hessians: Mapping[str, np.ndarray], regrids: Mapping[str, Regrid]
+) -> Callable[[Values, Values], Values]:
+    """The function that rounds what is trained of factors and backbones anew: (trained, fixed) -> fixed with new shifts."""
 
     def shift(trained: Values, fixed: Values) -> Values:
         values, fixed = joined(trained, fixed), dict(fixed)
         for name, site in student.sites.items():
-            if site.rank:
+            if name in hessians:
                 fixed[name] = fixed[name] | rounding.shifts(site, values[name], hessians[name], rounded.get(name, {}))
+            if name in regrids:
+                fixed[name] = fixed[name] | {"body.shift": rounding.body_shift(values[name], regrids[name])}
         return fixed
 
     return shift

@@ -19,6 +19,7 @@ from qlr_jax.core.ldlq import column_block
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import ldl, turned
+from qlr_jax.core.regrid import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
@@ -37,8 +38,10 @@ def round_right(site: Site, values: Mapping[str, Array], hessian: np.ndarray) ->
     quantizer, rank = site.spec.factor_quantizers(site.layout.state_bits)[1], site.rank
     factor = ldl(_metric(site, values, hessian)[None], DAMPING, column_block(quantizer))
     wanted = jnp.pad(values["right"], ((0, _padded(site) - rank), (0, 0)))[None]
-    found, codes, scales = right_on_grid(wanted, factor, quantizer.family(), quantizer.data(), False)
-    size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if quantizer.unit else jnp.ones((rank,))
+    given = jnp.ones((1, _padded(site), 1)) if site.on_grid[1] else None
+    found, codes, scales = right_on_grid(wanted, factor, quantizer.family(), quantizer.data(), False, given)
+    free = quantizer.unit and not site.on_grid[1]
+    size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if free else jnp.ones((rank,))
     return {**values, "right": found[0, :rank], "component": values["component"] * size}, _codes("right", codes, scales)
 
 
@@ -51,15 +54,17 @@ def round_left(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> 
     (quantizer, of_right), rank = site.spec.factor_quantizers(site.layout.state_bits), site.rank
     right, more = values["right"], _padded(site) - site.rank
     metric = jnp.pad(right @ _metric(site, values, hessian) @ right.T, ((0, more), (0, more)))
-    wanted = jnp.pad((values["left"] * (values["unit"] * values["component"])[:, None]).T, ((0, 0), (0, more)))
+    sizes = values["unit"] * values["component"]
+    wanted = jnp.pad((values["left"] * sizes[:, None]).T, ((0, 0), (0, more)))
+    given = jnp.pad(sizes, (0, more), constant_values=1.0)[None, None] if site.on_grid[0] else None
     mask = (jnp.arange(rank + more) < rank).astype(jnp.float32)
     own = not (quantizer.unit or of_right.unit)  # both grids have scales, so s is not stored
     found, component, codes, scales = left_on_grid(
-        wanted[None], metric[None], mask, quantizer.family(), quantizer.data(), own, False, False
+        wanted[None], metric[None], mask, quantizer.family(), quantizer.data(), own, False, False, given
     )
     component = component[0, :rank]
     unit = jnp.sqrt(jnp.mean(jnp.square(component)))
-    new = {"left": (found[0, :, :rank] / component).T, "unit": unit, "component": component / unit}
+    new = {"left": (found[0, :, :rank] / component).T, "unit": jnp.full((rank,), unit), "component": component / unit}
     return {**values, **new}, _codes("left", codes, scales)
 
 
@@ -95,10 +100,19 @@ def _padded(site: Site) -> int:
 ROUNDERS = {"right": round_right, "left": round_left}
 
 
-def stored(matrix: QLRMatrix, site: Site, values: Mapping[str, Array], rounded: Mapping[str, Array]) -> QLRMatrix:
-    """The matrix as it is saved: Q's codes byte for byte, new scales, and the rounded factors where there are any."""
+def body_shift(values: Mapping[str, Array], regrid: Regrid) -> Array:
+    """What rounding adds to a trained backbone B / g as it is now, to be held fixed over some steps as `shifts` are."""
+    return regrid.round(values["body"])[0] - values["body"]
+
+
+def stored(
+    matrix: QLRMatrix, site: Site, values: Mapping[str, Array], rounded: Mapping[str, Array], regrid: Regrid | None = None
+) -> QLRMatrix:
+    """The matrix as it is saved: Q's codes, byte for byte where it was not trained, new scales, and the rounded factors."""
     before = float(np.asarray(matrix.arrays["scale"])[0])
     arrays = {k: v for k, v in matrix.arrays.items() if k.startswith("backbone.")}
+    if regrid is not None:
+        arrays |= regrid.pack(regrid.round(values["body"])[1])
     arrays["scale"] = np.array([before * float(values["gain"])], np.float32)
     if site.groups:
         scales = np.asarray(matrix.arrays["backbone.scales"], np.float32) * np.asarray(values["groups"])

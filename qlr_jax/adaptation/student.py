@@ -6,7 +6,8 @@ Every matrix is held in the form in which it is stored, so that what training mo
 
 and applied as y = ρ · (x Bᵀ + (x R'ᵀ) L'ᵀ) with (L', R') = (c UᵀL diag(σ), R V), which costs k (m + n) products a token. Sign
 vectors that are real numbers are those of the seed times a (m,) and b (n,): diag(a) W diag(b), and y = a ∘ W (b ∘ x). An embedding
-is held as u · T, u a power of two near its size; a tied one is one array with two uses.
+is held as u · T, u a power of two near its size; a tied one is one array with two uses. A trained backbone is held as B / g in real
+numbers, and beside them what rounding adds.
 """
 
 from __future__ import annotations
@@ -39,11 +40,18 @@ NEW_SIZE = 0.1  # of fresh factors' product in units of g: about what a 2-bit ba
 
 @dataclass(frozen=True)
 class Site:
-    """One matrix: how it was stored, and how many components, from the first, are held as factors (the rest is in B)."""
+    """One matrix: how it is stored, and how much of it is held apart.
+
+    Attributes:
+        rank: how many components, from the first, are held as factors; the rest is in B.
+        groups: whether the backbone is held as codes and scales.
+        on_grid: (L, R), whether a factor is held in units of a grid that it was stored on, and rounded in the same units.
+    """
 
     layout: Layout
     rank: int = 0
     groups: bool = False
+    on_grid: tuple[bool, bool] = (False, False)
 
     @property
     def spec(self) -> Spec:
@@ -135,36 +143,55 @@ def _part(
             raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
     if added or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + added, grid)
-    groups = "scales" in train and "backbone.scales" in matrix.arrays
+    body = "backbone" in train and spec.backbone not in ("bf16", "none")
+    groups = "scales" in train and "backbone.scales" in matrix.arrays and not body  # codes are found for scales as they are
     values: dict[str, Array] = {"gain": jnp.ones(())}
     if spec.rotated and ("signs" in train or layout.signs):
         layout = replace(layout, signs=True)
         of_seed = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
         values |= {name: jnp.asarray(now * was) for name, (now, _), (was, _) in zip(RELAXED, matrix.sides, of_seed, strict=True)}
     left, right = (f.astype(jnp.float32) for f in matrix.factors()) if spec.rank else (None, None)
+    on_grid = (False, False)
     if held:
-        # R's rows of size 1; what they lose is L's. One unit a matrix keeps the components' sizes to each other
-        size = jnp.sqrt(jnp.mean(jnp.square(right[:held]), axis=1))
-        size = jnp.where(size > 0, size, 1.0)
+        # a grid without scales is kept where the factor stays on it, so that what does not move is rounded to itself
+        if not added and Spec.parse(layout.spec).factor_quantizers() == spec.factor_quantizers():
+            on_grid = tuple(quantizer.unit for quantizer in spec.factor_quantizers())
+        # R's rows of size 1; what they lose is L's
+        size = jnp.ones((held,)) if on_grid[1] else _sizes(right[:held], axis=1)
         scaled = left[:, :held].T * size[:, None]
-        unit = jnp.sqrt(jnp.mean(jnp.square(scaled)))
-        unit = jnp.where(unit > 0, unit, 1.0)
-        values |= {"left": scaled / unit, "right": right[:held] / size[:, None], "unit": unit}
+        if on_grid[0]:
+            unit = matrix.arrays["scale"][0] * matrix.arrays["component_scale"][:held].astype(jnp.float32) * size
+            unit = jnp.where(unit != 0, unit, 1.0)
+        else:  # one unit a matrix keeps the components' sizes to each other
+            unit = jnp.full((held,), _sizes(scaled))
+        values |= {"left": scaled / unit[:, None], "right": right[:held] / size[:, None], "unit": unit}
     if added:
+        size = jnp.abs(matrix.arrays["scale"][0]) * NEW_SIZE / added**0.5
         rows = {"left": jnp.zeros((added, matrix.shape[0])), "right": jnp.asarray(fresh, jnp.float32)}
-        unit = jnp.abs(matrix.arrays["scale"][0]) * NEW_SIZE / added**0.5
-        values |= {k: jnp.concatenate([values[k], v]) if held else v for k, v in rows.items()} | ({} if held else {"unit": unit})
+        rows["unit"] = jnp.full((added,), values["unit"][0] if held else size)
+        values |= {k: jnp.concatenate([values[k], v]) if held else v for k, v in rows.items()}
         held += added
     if held:
         values["component"] = jnp.ones((held,))
-    site = Site(layout, held, groups)
+    site = Site(layout, held, groups, on_grid)
     rest = left[:, held:] @ right[held:] if spec.rank > held else jnp.zeros(())  # in the rotated basis
     if groups:
         values |= {"groups": jnp.ones(matrix.arrays["backbone.scales"].shape), "rest": _unrotate(rest, site) if rest.ndim else rest}
         values |= {f"backbone.{k}": jnp.asarray(v) for k, v in matrix.part("backbone").items()}
         values["scale"] = jnp.asarray(matrix.arrays["scale"], jnp.float32)
         return site, values, jnp.zeros((0, 0))
+    if body:
+        scale = jnp.asarray(matrix.arrays["scale"][0], jnp.float32)
+        values |= {"body": _unrotate(matrix.backbone() / scale, site), "scale": scale}
+        values["rest"] = _unrotate(rest, site) if rest.ndim else rest
+        return site, values, jnp.zeros((0, 0))
     return site, values, _unrotate(matrix.backbone() + rest, site)
+
+
+def _sizes(rows: Array, axis: int | None = None) -> Array:
+    """Root mean squares; 1 where all is 0."""
+    size = jnp.sqrt(jnp.mean(jnp.square(rows), axis=axis))
+    return jnp.where(size > 0, size, 1.0)
 
 
 def _unrotate(weight: Array, site: Site) -> Array:
@@ -185,7 +212,9 @@ def factors(site: Site, values: Mapping[str, Array]) -> tuple[Float[Array, "m k"
 
 
 def backbone(site: Site, values: Mapping[str, Array], base: Array) -> Array:
-    """B (m, n); decoded anew where group scales are trained."""
+    """B (m, n); decoded anew where group scales are trained, and rounded where it is trained itself."""
+    if "body" in values:
+        return values["scale"] * (values["body"] + values.get("body.shift", 0.0)) + values["rest"]
     if not site.groups:
         return base
     arrays = {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith("backbone.")}

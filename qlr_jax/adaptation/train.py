@@ -30,6 +30,7 @@ KINDS: Mapping[str, str] = {  # what of a matrix or norm belongs to what `train`
     "rows": "signs",
     "columns": "signs",
     "table": "embeddings",
+    "body": "backbone",
 }
 Teacher = Llama | TeacherLogits | None
 RARE = 1.0  # how much of the mean second moment is added to that of an embedding's row
@@ -100,7 +101,7 @@ def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], ste
     rise = min(max(1, round(config.warmup * steps)), steps)
     share = float(optax.warmup_cosine_decay_schedule(0.0, 1.0, rise, steps + 1)(step + 1))
     peak = dict.fromkeys(("norms", "scales", "signs"), config.vector_rate)
-    peak |= {"factors": config.learning_rate, "embeddings": config.embedding_rate}
+    peak |= {"factors": config.learning_rate, "embeddings": config.embedding_rate, "backbone": config.backbone_rate}
     return {n: {k: np.float32(share * peak[KINDS[k]] if (n, k) in names else 0.0) for k in own} for n, own in trained.items()}
 
 

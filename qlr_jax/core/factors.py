@@ -122,10 +122,16 @@ def fit_factors(
     return best, basis
 
 
-def round_right(wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool) -> tuple[Array, Array, Grid]:
-    """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales."""
+def round_right(
+    wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool, size: Array | None = None
+) -> tuple[Array, Array, Grid]:
+    """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales.
+
+    Args:
+        size: (b, k, 1) of the rows, for a grid that has no scale; None: their root mean square.
+    """
     cols = wanted.shape[-1]
-    scales = family.fit(wanted, per_row=True)
+    scales = family.fit(wanted, per_row=True) if size is None else (size,)
     if family.unit and one_scale:
         scales = (_common(scales[0], -2),)
     padded = pad_to_tiles(wanted, 1, family.tile[1])
@@ -145,9 +151,21 @@ def _common(sizes: Array, axis: int) -> Array:
 
 
 def round_left(
-    wanted: Array, metric: Array, mask: Array, family: Quantizer, data: Grid, own_scales: bool, plain: bool, one_scale: bool
+    wanted: Array,
+    metric: Array,
+    mask: Array,
+    family: Quantizer,
+    data: Grid,
+    own_scales: bool,
+    plain: bool,
+    one_scale: bool,
+    size: Array | None = None,
 ) -> tuple[Array, Array, Array, Grid]:
-    """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales."""
+    """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales.
+
+    Args:
+        size: (b, 1, k), the component scales; None: the components' root mean squares, or 1 where both grids have scales.
+    """
     m, k = wanted.shape[-2:]
     width = column_block(family, transposed=True)
     if plain:
@@ -156,9 +174,11 @@ def round_left(
         # a ridge as for H: the smallest components must not drive the feedback
         mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
         factor, _ = feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)
-    size = jnp.ones((*wanted.shape[:-2], 1, k)) if own_scales else jnp.sqrt(jnp.mean(jnp.square(wanted), axis=-2, keepdims=True))
-    if one_scale and not own_scales:
-        size = _common(size, -1)
+    if size is None:
+        size = (
+            jnp.ones((*wanted.shape[:-2], 1, k)) if own_scales else jnp.sqrt(jnp.mean(jnp.square(wanted), axis=-2, keepdims=True))
+        )
+        size = _common(size, -1) if one_scale and not own_scales else size
     size = jnp.where(size > 0, size, 1.0)
     scaled = wanted / size
     scales = () if family.unit else family.fit(jnp.swapaxes(scaled, -1, -2), per_row=True)

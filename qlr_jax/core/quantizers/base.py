@@ -65,6 +65,10 @@ class Quantizer(Protocol):
 
     def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]: ...
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        """The scales of what is stored, as `fit` gives them; none for a unit quantizer."""
+        ...
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         """The float32 matrix (rows, cols) that the stored arrays mean."""
         ...

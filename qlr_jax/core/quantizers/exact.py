@@ -43,6 +43,9 @@ class BFloat16:
     def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
         return {"codes": np.ascontiguousarray(np.asarray(codes))}
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        return ()
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         return jnp.asarray(arrays["codes"]).astype(jnp.float32)
 
@@ -76,6 +79,9 @@ class Nothing:
 
     def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
         return {}
+
+    def scales_of(self, arrays: Arrays) -> Grid:
+        return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         return jnp.zeros((rows, cols), jnp.float32)

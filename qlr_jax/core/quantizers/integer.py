@@ -111,9 +111,11 @@ class Integer:
         arrays = {"codes": pack_stream(np.asarray(codes), self.width), "scales": scale.astype(np.float16)}
         return arrays | ({"zeros": zero.astype(np.uint8)} if self.asymmetric else {})
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
+        return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         q = unpack_stream(jnp.asarray(arrays["codes"]), self.width, cols).astype(jnp.float32)
-        scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
-        zero = jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
-        scale, zero = self.grid((scale, zero), cols)
+        scale, zero = self.grid(self.scales_of(arrays), cols)
         return (q - zero) * scale

@@ -205,6 +205,9 @@ class Lattice:
         parts += [codes[..., 1] >> 8] if self.width > 3 else []
         return {"codes": np.stack(parts, axis=-1).astype(np.uint8)}
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        return ()
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         stored = jnp.asarray(arrays["codes"]).astype(jnp.int32)
         codes = [stored[..., 0] | (stored[..., 1] << 8)]

@@ -109,7 +109,9 @@ class NormalFloat:
             "scales": np.asarray(scales[0]).astype(np.float16),
         }
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         codes = unpack_stream(jnp.asarray(arrays["codes"]), self.width, cols)
-        scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
-        return self._values(codes, spread(scale, self.group, cols))
+        return self._values(codes, spread(self.scales_of(arrays)[0], self.group, cols))

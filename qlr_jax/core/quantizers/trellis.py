@@ -136,6 +136,9 @@ class Trellis:
         step = np.repeat(np.arange(LENGTH), self.shifts)
         return step, (self.ends[step + 1] - 1 - np.arange(len(step))).astype(np.uint16)
 
+    def scales_of(self, arrays: Arrays) -> Grid:
+        return ()
+
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         height, width = self.tile
         down, across = self.tiles(rows, cols)
