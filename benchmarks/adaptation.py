@@ -7,14 +7,15 @@
 The bundled model is compressed once a budget (kept in --work and used again), adapted on the calibration text of Python's standard
 library with KL to the original, and measured on held-out modules that neither training nor early stopping saw; every twentieth
 sequence of the text is for early stopping. The rows `…-more-text` take the library's training modules, which the original model was
-trained on; `headers…` the C headers of this Python, and are measured on other headers of it. `bpw` counts everything stored of the
-compressed weights, as the folders hold it. CPU minutes are of this process over two, what two free cores would take: on a shared
-machine the wall clock says little.
+trained on; `…-packages` modules of flax, jax, numpy and optax, which it was not; `headers…` the C headers of this Python, and are
+measured on other headers of it. `bpw` counts everything stored of the compressed weights, as the folders hold it. Minutes of the
+processor are of this process over two, what two free cores would take: on a shared machine the wall clock says little.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -69,6 +70,8 @@ ROWS = {
     "free-more-text": Row("2.0bpw", {"train": FREE}, "train"),
     "backbone-more-text": Row("2.0bpw", {"train": (*FREE, "backbone")}, "train"),
     "all-more-text": Row("2.0bpw", {"train": (*FREE, "factors", "backbone")}, "train"),
+    "backbone-packages": Row("2.0bpw", {"train": (*FREE, "backbone")}, "packages"),
+    "free-packages": Row("2.0bpw", {"train": FREE}, "packages"),
     "fresh-0.2-more-text": Row("1.8bpw", {"fresh": "0.2bpw"}, "train"),
     "headers": Row("2.0bpw", {"train": FREE, "loss": "text"}, "headers"),
     "headers-mix": Row("2.0bpw", {"train": FREE, "loss": "mix"}, "headers"),
@@ -102,10 +105,22 @@ def headers(split: str) -> str:
     return calibration.read_text(found)
 
 
+def packages() -> str:
+    """Modules of four packages that this library needs: Python that the original model was not trained on."""
+    roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("flax", "jax", "numpy", "optax")]
+    found = (path for root in roots for path in root.rglob("*.py") if "tests" not in path.parts and path.stat().st_size)
+    return calibration.read_text(sorted(found))
+
+
 def sequences(text: str, split: str) -> np.ndarray:
     """Windows of what a row trains on, or of what it is measured on (`split` "heldout")."""
     library = calibration.standard_library
-    content = headers(split) if text == "headers" else library(split if split == "heldout" else text)
+    if text == "headers":
+        content = headers(split)
+    elif text == "packages" and split != "heldout":
+        content = packages()
+    else:
+        content = library("heldout" if split == "heldout" else text)
     return evaluation.windows(content, load_tokenizer(BUNDLED), WINDOW)
 
 
@@ -121,7 +136,9 @@ def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, 
     training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][:48]
     held_out = evaluation.reference(original, spread(sequences(row.text, "heldout"), args.tokens))
     looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing
-    config = AdaptConfig(**{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings, **given(args.set)})
+    config = AdaptConfig(
+        **{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings, **given(args.set)}
+    )
     before = evaluation.divergence(model.densified(), held_out)
     start, used = time.perf_counter(), time.process_time()
     found = adapt(model, training, config, teacher=original, held_out=stopping, progress=progress)

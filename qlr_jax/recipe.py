@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlr_jax.errors import QLRError
+from qlr_jax.thresholds import Thresholds
 
 if TYPE_CHECKING:
     from qlr_jax.export.targets import Target
@@ -75,6 +76,9 @@ class Recipe:
         None, "weights and statistics stay on disk and are read block by block; null = where the weights would take half the memory"
     )
     force: bool = _field(False, "go on with less calibration text than a matrix has inputs")
+    thresholds: dict[str, Any] | None = _field(  # noqa: RUF009  as the others, and never changed
+        None, "that qlr verify holds the result to, e.g. {kl: 0.05}; null = its defaults"
+    )
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
@@ -101,6 +105,7 @@ class Recipe:
             raise QLRError(
                 f"recipe: rotation_block {self.rotation_block} is no power of two; give 64, 128, 256, or 0 (the whole width)"
             )
+        Thresholds.of(self.thresholds or {}, "recipe: thresholds")
         _check_preset(self.preset)
         _check_choices(self)
         if self.backbone_from and (self.target not in ("qlr", "adapter") or self.include or self.exclude):
@@ -207,6 +212,10 @@ def _converted(name: str, kind: str, value: Any) -> Any:
         wanted = "a list such as " + {"ranks": "[0, 8, 16]", "backbones": "[trellis-2, trellis-3]", "factors": "[trellis-2]"}.get(
             name, "['*.mlp.*']"
         )
+    elif kind.startswith("dict"):
+        if isinstance(value, dict):
+            return dict(value)
+        wanted = "a mapping such as {kl: 0.05}"
     elif kind == "float":
         try:
             if not isinstance(value, bool) and math.isfinite(float(value)):

@@ -12,14 +12,16 @@ import pytest
 from test_export import random_matrix
 
 import qlr_jax
-from qlr_jax import delivered, gate, report
+from qlr_jax import delivered, gate, report, thresholds
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, drift, generate, windows
 from qlr_jax.export import load, save_packed
-from qlr_jax.gate import Thresholds, verify
+from qlr_jax.gate import verify
 from qlr_jax.models import Llama, LlamaConfig, load_model, load_tokenizer, save_model
 from qlr_jax.preparation import BUNDLED
+from qlr_jax.recipe import Recipe
+from qlr_jax.thresholds import Thresholds
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -62,8 +64,16 @@ def test_thresholds_from_yaml(tmp_path):
     assert Thresholds.from_yaml(file) == dataclasses.replace(Thresholds(), kl=0.05, parity=None)
     file.write_text("budget: 2bpw\nthresholds: {agreement: 0.95}\n")
     assert Thresholds.from_yaml(file).agreement == 0.95
-    file.write_text("")
-    assert Thresholds.from_yaml(file) == Thresholds()
+    for without in ("", "budget: 2bpw", Recipe().to_yaml()):
+        file.write_text(without)
+        assert Thresholds.from_yaml(file) == Thresholds()
+    file.write_text(Recipe(thresholds={"kl": 0.05, "drift": None}).to_yaml())
+    assert Thresholds.from_yaml(file) == dataclasses.replace(Thresholds(), kl=0.05, drift=None)
+    assert Recipe.from_yaml(file).thresholds == {"kl": 0.05, "drift": None}
+    with pytest.raises(QLRError, match=r"recipe: thresholds: 'kld' is unknown; known are kl,"):
+        Recipe(thresholds={"kld": 1})
+    with pytest.raises(QLRError, match=r"recipe: thresholds is 0.05; give a mapping such as \{kl: 0.05\}"):
+        Recipe(thresholds=0.05)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +102,17 @@ def test_thresholds_that_mean_nothing_are_refused(tmp_path, content, says):
 
 def test_examples():
     flags = doctest.NORMALIZE_WHITESPACE | doctest.IGNORE_EXCEPTION_DETAIL
-    assert doctest.testmod(gate, optionflags=flags) == (0, 2)
+    assert doctest.testmod(thresholds, optionflags=flags) == (0, 2)
+
+
+def test_a_folder_is_held_to_its_own_recipe(parts, tmp_path):
+    folder = shutil.copytree(parts[1], tmp_path / "folder")
+    left_out = dict.fromkeys(("kl", "perplexity_ratio", "agreement", "drift", "parity"))
+    recipe = Recipe(thresholds={"relative_error": 0.1, **left_out})
+    (folder / gate.RECIPE).write_text(recipe.to_yaml(), encoding="utf-8")
+    checks = named(verify(folder))
+    assert {name: check["threshold"] for name, check in checks.items()} == {"checksums": True, "relative_error": 0.1}
+    assert checks["checksums"]["passed"] and not checks["relative_error"]["passed"]
 
 
 # ------------------------------------------------------------------------------------------------- verdicts

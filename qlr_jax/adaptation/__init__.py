@@ -1,4 +1,4 @@
-"""Adaptation of a compressed model by gradient: L, R and the small vectors are trained, the backbone's codes stay as they are."""
+"""Adaptation of a compressed model by gradient: L, R, small vectors, embeddings and, where asked for, Q on its own grid."""
 
 from qlr_jax.adaptation.adapting import Adapted, Verdict, adapt
 from qlr_jax.adaptation.config import LOSSES, TRAINABLE, AdaptConfig

@@ -144,7 +144,7 @@ def adapt(
     phases, first = plan_phases(student, values, config), run["phase"]
     tools = trainer(student, frame, phases[0].trained, text, config)
     rounded: rounding.Rounded = {}
-    reround, stopped = config.reround is not None and (coarse(student, config) or bool(regrids)), False
+    straight, stopped = hessians if config.reround and coarse(student, config) else {}, False
     with progress.stage("adapting", total=sum(phase.steps for phase in phases)) as stage:
         for number, phase in enumerate(phases[first:], first):
             resumed = found is not None and number == first
@@ -155,9 +155,9 @@ def adapt(
                 values, rounded = round_sides(student, values, rounded, hessians, phase.rounded)
                 run |= {"phase": number, "step": 0, "best": None, "since": 0}
             shift = None
-            if reround:
-                shift = shifting(student, rounded, hessians, regrids)
-                values = values if resumed else shift(values, values)
+            if straight or regrids:
+                shift = shifting(student, rounded, straight, regrids)
+                values = values if resumed else shift(values, values, True)
             trained, fixed, optimizer = tools.init(values)
             state = State(trained, fixed, trained, optimizer, rounded, run)
             if resumed:

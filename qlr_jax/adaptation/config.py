@@ -58,11 +58,10 @@ class AdaptConfig:
         backbone_rate: peak of the backbone's, in units of the spread of its grid.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.
-        evaluate_every: steps between looks at held-out text.
+        evaluate_every: steps between looks at held-out text; a trained backbone is rounded anew before each of them.
         patience: looks without a gain after which a phase ends; the best is kept in any case.
         reround: where factors are rounded to few bits, train on them rounded, with straight-through gradients, and round them anew
-            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on. A trained backbone
-            is rounded anew in this way too.
+            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on.
         compute: "bf16" multiplies in bfloat16 and adds in float32, "float32" all of it.
         remat: compute a block's activations again in the backward pass: less memory, a third more time.
         devices: how many share a batch; None: as many as this process has and divide it.
@@ -121,8 +120,6 @@ class AdaptConfig:
         for name in ("rank", "top", "devices", "reround"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise QLRError(f"{name} {value} is too small; pass at least 1, or leave it out")
-        if "backbone" in self.train and self.reround is None:
-            raise QLRError("a backbone is trained rounded; pass reround, the steps after which it is rounded anew, e.g. 25")
         for name, grid in (("factors", self.factors), ("fresh_grid", self.fresh_grid)):
             if grid != "same" and isinstance(parse_quantizer(grid), Nothing):
                 raise QLRError(f"{name} cannot be stored as none; pass same, bf16, or a grid such as trellis-4")

@@ -17,6 +17,8 @@ from qlr_jax.core.regrid import Regrid
 from qlr_jax.errors import QLRError
 from qlr_jax.progress import Stage
 
+Shift = Callable[[Values, Values, bool], Values]
+"""(trained, fixed, whether backbones too, which takes longer) -> fixed, with what rounding adds to factors and backbones."""
 SIDES = ("right", "left")  # in the order in which they are rounded
 SHARES = {"left": 0.2, "scales": 0.1}  # of the steps, where factors are rounded to few bits
 
@@ -49,14 +51,12 @@ def run_phase(
     config: AdaptConfig,
     folder: Path | None,
     stage: Stage,
-    shift: Callable[[Values, Values], Values] | None = None,
+    shift: Shift | None = None,
 ) -> bool:
-    """One phase, from where `state` is; True if it ended early. `shift` (trained, fixed) -> fixed rounds the factors anew."""
+    """One phase, from where `state` is; True if it ended early. `shift` rounds anew what is trained rounded."""
     run, taken = state.run, config.batch * config.accumulate
 
     def look() -> None:
-        if shift is not None:  # so that what is judged, and kept, is what rounding gives
-            state.fixed = shift(state.trained, state.fixed)
         found = tools.judge(state.trained, state.fixed, others)
         run["history"].append({"phase": phase.name, "step": run["step"], "held_out": found})
         better = run["best"] is None or found < run["best"]
@@ -74,10 +74,11 @@ def run_phase(
                 f"the loss is {loss} at step {run['step']} of phase {phase.name!r}; pass a lower learning_rate or vector_rate"
             )
         run["step"] += 1
-        if shift is not None and config.reround and run["step"] % config.reround == 0:
-            state.fixed = shift(state.trained, state.fixed)
         run["history"].append({"phase": phase.name, "step": run["step"], "loss": loss})
         due = run["step"] % config.evaluate_every == 0 or run["step"] == phase.steps
+        again = bool(config.reround) and run["step"] % config.reround == 0
+        if shift is not None and (due or again):  # so that what is judged, and kept, is what rounding gives
+            state.fixed = shift(state.trained, state.fixed, due)
         if others is None:
             state.best = state.trained
         elif due:
@@ -106,7 +107,7 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
     trained = {(n, k) for n, k in trained if k != "component" or student.sites[n].spec.component_scales}
     if not trained:
         raise QLRError(f"this model has nothing of {', '.join(config.train)} to train; pass fresh, or train norms and scales")
-    if not coarse(student, config) or config.reround:  # a backbone is trained with reround alone
+    if not coarse(student, config) or config.reround:
         return [Phase("all", 0, config.steps, (), trained)]
     plans = [("all", trained), ("left", {t for t in trained if t[1] != "right"})]
     if rest := {t for t in trained if t[1] not in SIDES}:
@@ -118,15 +119,15 @@ def plan_phases(student: Student, values: Values, config: AdaptConfig) -> list[P
 
 def shifting(
     student: Student, rounded: rounding.Rounded, hessians: Mapping[str, np.ndarray], regrids: Mapping[str, Regrid]
-) -> Callable[[Values, Values], Values]:
-    """The function that rounds what is trained of factors and backbones anew: (trained, fixed) -> fixed with new shifts."""
+) -> Shift:
+    """The function that rounds anew: factors, in the Hessians of their inputs, and backbones on their grids."""
 
-    def shift(trained: Values, fixed: Values) -> Values:
+    def shift(trained: Values, fixed: Values, backbones: bool) -> Values:
         values, fixed = joined(trained, fixed), dict(fixed)
         for name, site in student.sites.items():
             if name in hessians:
                 fixed[name] = fixed[name] | rounding.shifts(site, values[name], hessians[name], rounded.get(name, {}))
-            if name in regrids:
+            if name in regrids and backbones:
                 fixed[name] = fixed[name] | {"body.shift": rounding.body_shift(values[name], regrids[name])}
         return fixed
 
