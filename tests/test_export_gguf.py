@@ -290,7 +290,7 @@ def test_llama_cpp_computes_the_same_model(exported, name, tmp_path):
     print(name, {key: f"{value:.1e}" for key, value in differences.items()}, f"spread {wanted.std():.2f}")
     assert differences["blocks"] < 0.15 and differences["float32"] < 4e-3, differences
     assert differences["alone"] > 1.0 and wanted.std() > 0.3, differences
-    assert np.array_equal(found.argmax(1), wanted.argmax(1))
+    assert np.array_equal(exact.argmax(1), wanted.argmax(1))
 
 
 def vocabulary_of(out):
