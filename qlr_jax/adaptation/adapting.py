@@ -266,11 +266,11 @@ def _metrics(
 
 
 def _metric(hessian: np.ndarray, relaxed: Any, layout: Layout, side: int) -> Metric:
-    """H or G as Q feels it, behind signs that are real numbers where there are such."""
-    if relaxed is not None:
-        hessian = hessian * np.outer(relaxed, relaxed)
+    """H or G as Q feels it."""
     config = SolverConfig(rotation_block=layout.rotation_block)
-    return Metric.make(np.asarray(hessian)[None], layout.seed, config, Spec.parse(layout.spec).rotated, side)
+    return Metric.make(
+        np.asarray(rounding.behind(hessian, relaxed))[None], layout.seed, config, Spec.parse(layout.spec).rotated, side
+    )
 
 
 def _assembled(

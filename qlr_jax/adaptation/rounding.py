@@ -85,11 +85,14 @@ def shifts(site: Site, values: Mapping[str, Array], hessian: np.ndarray, rounded
     return {"right.shift": right["right"] * size - plain["right"], "left.shift": found - plain["left"]}
 
 
+def behind(hessian: np.ndarray, relaxed: Array | None) -> np.ndarray:
+    """H or G as it is felt behind signs that are real numbers, where there are such."""
+    return hessian if relaxed is None else hessian * np.outer(relaxed, relaxed)
+
+
 def _metric(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> Array:
     """H of what R is multiplied with, in the basis in which it is stored."""
-    if "columns" in values:
-        hessian = hessian * np.outer(values["columns"], values["columns"])
-    return turned(hessian, site.sides[1] if site.rotated else None)
+    return turned(behind(hessian, values.get("columns")), site.sides[1] if site.rotated else None)
 
 
 def _padded(site: Site) -> int:

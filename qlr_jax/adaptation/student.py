@@ -143,7 +143,7 @@ def _part(
             raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
     if added or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + added, grid)
-    body = "backbone" in train and spec.backbone not in ("bf16", "none")
+    body = "backbone" in train and spec.backbone not in ("bf16", "none") and float(matrix.arrays["scale"][0]) != 0  # 0: all is zero
     groups = "scales" in train and "backbone.scales" in matrix.arrays and not body  # codes are found for scales as they are
     values: dict[str, Array] = {"gain": jnp.ones(())}
     if spec.rotated and ("signs" in train or layout.signs):
