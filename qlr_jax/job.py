@@ -115,10 +115,15 @@ def demo(
     *,
     budget: str | None = None,
     recipe: Recipe | None = None,
+    resume: bool = False,
     progress: Progress | None = None,
     command: str = "qlr demo",
 ) -> JobResult:
-    """Compress the bundled model, calibrated and evaluated on the standard library's text of this machine."""
+    """Compress the bundled model, calibrated and evaluated on the standard library's text of this machine.
+
+    Args:
+        out, budget, recipe, resume: as for `compress`.
+    """
     chosen = _recipe(recipe or DEMO, budget)
     texts = calibrating.standard_library("calibration"), calibrating.standard_library("heldout")
     return _run(
@@ -129,6 +134,7 @@ def demo(
         progress or silent(),
         command,
         "held-out modules of Python's standard library",
+        resume=resume,
     )
 
 

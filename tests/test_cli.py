@@ -82,8 +82,9 @@ def qlr(*args):
 
 
 def test_demo(calls):
-    result = qlr("demo")
+    result = qlr("demo", "--resume")
     assert result.exit_code == 0 and calls.args == (Path("qlr-demo"),) and calls.kwargs["budget"] == "2.25bpw"
+    assert calls.kwargs["resume"] is True
     for wanted in (
         "2.2431 bits per weight",
         "10.5 MB before, 2.37 MB after",

@@ -29,6 +29,7 @@ from qlr_jax.errors import QLRError
 def demo(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the compressed model goes.")] = Path("qlr-demo"),
     budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compress the bundled Llama end to end, in minutes on two CPU cores, without network.
@@ -43,7 +44,7 @@ def demo(
     with clear_errors(as_json):
         from qlr_jax import job, progress
 
-        tell_job(job.demo(out, budget=budget, progress=progress.choose(as_json), command=command()), as_json)
+        tell_job(job.demo(out, budget=budget, resume=resume, progress=progress.choose(as_json), command=command()), as_json)
 
 
 @app.command(short_help="A Llama model under a memory budget.")
