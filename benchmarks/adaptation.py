@@ -7,9 +7,11 @@
 The bundled model is compressed once a budget (kept in --work and used again), adapted on the calibration text of Python's standard
 library with KL to the original, and measured on held-out modules that neither training nor early stopping saw; every twentieth
 sequence of the text is for early stopping. The rows `…-more-text` take the library's training modules, which the original model was
-trained on; `…-packages` modules of flax, jax, numpy and optax, which it was not; `headers…` the C headers of this Python, and are
-measured on other headers of it. `bpw` counts everything stored of the compressed weights, as the folders hold it. Minutes of the
-processor are of this process over two, what two free cores would take: on a shared machine the wall clock says little.
+trained on; `…-packages` modules of flax, jax, numpy and optax, which it was not, and are measured on other modules of theirs and on
+the library's; `headers…` the C headers of this Python, and are measured on other headers of it. `--window` is the length of the
+sequences trained on; figures are of windows of 256 tokens. `bpw` counts everything stored of the compressed weights, as the
+folders hold it. Minutes of the processor are of this process over two, what two free cores would take: on a shared machine the wall
+clock says little.
 """
 
 from __future__ import annotations
@@ -52,14 +54,16 @@ class Row:
 
 
 FREE = ("norms", "scales", "embeddings")  # stored already: no byte
+STATES = {"states": 5.0}
 ROWS = {
     "norms": Row("2.0bpw", {"train": ("norms",)}),
     "vectors": Row("2.0bpw", {"train": ("norms", "scales")}),
     "embeddings": Row("2.0bpw", {"train": ("embeddings",)}),
     "free": Row("2.0bpw", {"train": FREE}),
     "free-full-kl": Row("2.0bpw", {"train": FREE, "top": None}),
-    "backbone": Row("2.0bpw", {"train": (*FREE, "backbone")}),
-    "all": Row("2.0bpw", {"train": (*FREE, "factors", "backbone")}),
+    "backbone": Row("2.0bpw", {"train": (*FREE, "backbone"), **STATES}),
+    "backbone-no-states": Row("2.0bpw", {"train": (*FREE, "backbone"), "backbone_rate": 3e-3}),
+    "all": Row("2.0bpw", {"train": (*FREE, "factors", "backbone"), **STATES}),
     "signs": Row("2.0bpw", {"train": (*FREE, "signs")}),
     "same": Row("2.0bpw", {"train": (*FREE, "factors")}),
     "same-phases": Row("2.0bpw", {"train": (*FREE, "factors"), "reround": None}),
@@ -68,9 +72,10 @@ ROWS = {
     "fresh-0.2-own-grid": Row("1.8bpw", {"fresh": "0.2bpw", "fresh_grid": "same"}),
     "bf16": Row("2.0bpw", {"train": (*FREE, "factors"), "factors": "bf16"}),
     "free-more-text": Row("2.0bpw", {"train": FREE}, "train"),
-    "backbone-more-text": Row("2.0bpw", {"train": (*FREE, "backbone")}, "train"),
-    "all-more-text": Row("2.0bpw", {"train": (*FREE, "factors", "backbone")}, "train"),
-    "backbone-packages": Row("2.0bpw", {"train": (*FREE, "backbone")}, "packages"),
+    "free-states-more-text": Row("2.0bpw", {"train": FREE, **STATES}, "train"),
+    "backbone-more-text": Row("2.0bpw", {"train": (*FREE, "backbone"), **STATES}, "train"),
+    "all-more-text": Row("2.0bpw", {"train": (*FREE, "factors", "backbone"), **STATES}, "train"),
+    "backbone-packages": Row("2.0bpw", {"train": (*FREE, "backbone"), **STATES}, "packages"),
     "free-packages": Row("2.0bpw", {"train": FREE}, "packages"),
     "fresh-0.2-more-text": Row("1.8bpw", {"fresh": "0.2bpw"}, "train"),
     "headers": Row("2.0bpw", {"train": FREE, "loss": "text"}, "headers"),
@@ -105,23 +110,20 @@ def headers(split: str) -> str:
     return calibration.read_text(found)
 
 
-def packages() -> str:
+def packages(split: str) -> str:
     """Modules of four packages that this library needs: Python that the original model was not trained on."""
     roots = [Path(importlib.util.find_spec(name).origin).parent for name in ("flax", "jax", "numpy", "optax")]
-    found = (path for root in roots for path in root.rglob("*.py") if "tests" not in path.parts and path.stat().st_size)
-    return calibration.read_text(sorted(found))
+    found = [path for root in roots for path in root.rglob("*.py") if "tests" not in path.parts and path.stat().st_size]
+    of = {path: split_of(path.relative_to(root.parent).as_posix()) for root in roots for path in found if root in path.parents}
+    return calibration.read_text(sorted(path for path in found if (of[path] == "heldout") == (split == "heldout")))
 
 
-def sequences(text: str, split: str) -> np.ndarray:
+def sequences(text: str, split: str, window: int = WINDOW) -> np.ndarray:
     """Windows of what a row trains on, or of what it is measured on (`split` "heldout")."""
     library = calibration.standard_library
-    if text == "headers":
-        content = headers(split)
-    elif text == "packages" and split != "heldout":
-        content = packages()
-    else:
-        content = library("heldout" if split == "heldout" else text)
-    return evaluation.windows(content, load_tokenizer(BUNDLED), WINDOW)
+    made = {"headers": headers, "packages": packages}
+    content = made[text](split) if text in made else library("heldout" if split == "heldout" else text)
+    return evaluation.windows(content, load_tokenizer(BUNDLED), window)
 
 
 def given(texts: list[str]) -> dict[str, Any]:
@@ -132,20 +134,25 @@ def given(texts: list[str]) -> dict[str, Any]:
 def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Adapt once, save, read back, measure."""
     original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
-    rows = spread(sequences(row.text, "training"), WINDOW * min(args.sequences, args.steps * args.batch))
-    training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][:48]
-    held_out = evaluation.reference(original, spread(sequences(row.text, "heldout"), args.tokens))
+    rows = spread(sequences(row.text, "training", args.window), args.window * min(args.sequences, args.steps * args.batch))
+    training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][: 48 * WINDOW // args.window]
+    known = {
+        text: evaluation.reference(original, spread(sequences(text, "heldout"), args.tokens))
+        for text in dict.fromkeys((row.text, *(("library",) if row.text == "packages" else ())))
+    }
     looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing
     config = AdaptConfig(
         **{"steps": args.steps, "batch": args.batch, "compute": "bf16", **looks, **row.settings, **given(args.set)}
     )
-    before = evaluation.divergence(model.densified(), held_out)
+    measured = lambda model: {text: evaluation.divergence(model.densified(), on) for text, on in known.items()}  # noqa: E731
+    everywhere = measured(model)
     start, used = time.perf_counter(), time.process_time()
     found = adapt(model, training, config, teacher=original, held_out=stopping, progress=progress)
     seconds, used = time.perf_counter() - start, time.process_time() - used
     out = work / f"{name}-{time.time_ns()}"
     save_packed(out, found.value, found.matrices, source=work / row.budget)
-    stored, after = sum(m.nbytes for m in read_matrices(out).values()), evaluation.divergence(load(out).densified(), held_out)
+    stored, everywhere_after = sum(m.nbytes for m in read_matrices(out).values()), measured(load(out))
+    before, after = everywhere[row.text], everywhere_after[row.text]
     assert stored == found.stats["bytes"]
     return {
         "row": name,
@@ -157,6 +164,7 @@ def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, 
         "trained": found.stats["trained"],
         "kl_before": before.kl,
         "kl": after.kl,
+        "kl_elsewhere": {text: (everywhere[text].kl, now.kl) for text, now in everywhere_after.items() if text != row.text},
         "perplexity_original": before.perplexity_original,
         "perplexity_before": before.perplexity,
         "perplexity": after.perplexity,
@@ -173,7 +181,8 @@ def line(record: dict[str, Any]) -> str:
     kl = f"{record['kl_before']:.4f} -> {record['kl']:.4f} ({1 - record['kl'] / record['kl_before']:+.0%})"
     perplexity = f"{record['perplexity_before']:.2f} -> {record['perplexity']:.2f} ({record['perplexity_original']:.2f})"
     minutes = f"{record['cpu_minutes_of_two_cores']:.1f} ({record['minutes']:.1f})"
-    return f"{record['row']:<20} {record['trained']:>8} {bits:<16} {kl:<26} {perplexity:<24} {minutes}"
+    elsewhere = "".join(f"; {text} {a:.4f} -> {b:.4f} ({1 - b / a:+.0%})" for text, (a, b) in record["kl_elsewhere"].items())
+    return f"{record['row']:<20} {record['trained']:>8} {bits:<16} {kl:<26} {perplexity:<24} {minutes}{elsewhere}"
 
 
 def main() -> None:
@@ -185,6 +194,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="sequences of a step")
     parser.add_argument("--sequences", type=int, default=4096, help="of the text, at most: the original runs over each once")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings of every row, e.g. backbone_rate=0.01")
+    parser.add_argument("--window", type=int, default=WINDOW, help="tokens of a sequence that is trained on")
     parser.add_argument("--tokens", type=int, default=16384, help="of held-out text, for the figures")
     parser.add_argument("--work", type=Path, default=Path("adaptation-work"))
     parser.add_argument("--out", type=Path, default=Path("adaptation.json"))

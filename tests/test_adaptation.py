@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 
 import qlr_jax as qlr
+from qlr_jax import calibration
 from qlr_jax.adaptation import AdaptConfig, TeacherLogits, Verdict, adapt, adapting, teacher_logits
 from qlr_jax.adaptation import checkpoint as saving
 from qlr_jax.adaptation.config import TRAINABLE, fresh_bytes
 from qlr_jax.adaptation.fresh import fresh_factors
-from qlr_jax.adaptation.losses import kl_loss, text_loss, top_kl_loss
+from qlr_jax.adaptation.losses import kl_loss, states_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.rounding import round_left, round_right, shifts, stored
-from qlr_jax.adaptation.student import TABLES, _part, bf16_product, dense, logits, packed_matrices, take_apart
+from qlr_jax.adaptation.student import TABLES, _part, bf16_product, dense, forward, logits, packed_matrices, take_apart, teaching
 from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trainer, weight_gradients
 from qlr_jax.core import hadamard
 from qlr_jax.core.hadamard import INPUT, OUTPUT
@@ -26,6 +27,7 @@ from qlr_jax.core.regrid import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.models.forward import through
 from qlr_jax.models.llama import exact_product
 
 LAYER = "model.layers.0."
@@ -123,6 +125,29 @@ def test_apart_and_together_is_the_same_model(zoo, packed, tokens):
         for name, matrix in packed_matrices(model).items():
             base = frame.linears()[name].weight.get_value()
             np.testing.assert_allclose(dense(student.sites[name], values[name], base), matrix.dense(), atol=1e-5)
+
+
+def test_factors_that_stay_are_multiplied_out_beside_a_trained_backbone(zoo, tokens):
+    student, values, frame = take_apart(zoo, ("backbone", "scales"), None, {})
+    bodies = [name for name in student.sites if "body" in values[name]]
+    assert any(packed_matrices(zoo)[name].spec.rank for name in bodies) and not any(student.sites[name].rank for name in bodies)
+    want = zoo(jnp.asarray(tokens))
+    assert float(jnp.abs(logits(student, frame, values, jnp.asarray(tokens), exact_product) - want).max()) < 1e-4 * float(
+        jnp.abs(want).max()
+    )
+
+
+def test_hidden_states_are_those_that_leave_the_blocks(packed, original, tokens):
+    batch = jnp.asarray(tokens)
+    student, values, frame = take_apart(packed, ("factors",), None, {})
+    for model, (states, scores) in (
+        (packed, forward(student, frame, values, batch, exact_product)),
+        (original, teaching(original, batch, exact_product)),
+    ):
+        want = through(model.block(0), model.embed(batch), model.rope(batch.shape[1]))
+        assert len(states) == model.config.num_hidden_layers == 1
+        np.testing.assert_allclose(states[0], want, atol=1e-4 * float(jnp.abs(want).max()))
+        np.testing.assert_allclose(scores, model(batch), atol=1e-4 * float(jnp.abs(scores).max()))
 
 
 def test_remat_and_the_fast_product_change_little(packed, tokens):
@@ -416,6 +441,34 @@ def test_mix_is_the_weighted_sum(packed, original, tokens):
     assert mix == pytest.approx(0.25 * kl + 0.75 * text, rel=1e-5)
 
 
+def test_states_against_numpy():
+    rng = np.random.default_rng(0)
+    found, original = rng.standard_normal((2, 3, 2, 5, 8))
+    metrics = [np.cov(rng.standard_normal((8, 20))) for _ in range(3)]
+    apart = found - original
+    want = np.mean([0.5 * np.einsum("bti,ij,btj->bt", d, g, d).mean() for d, g in zip(apart, metrics, strict=True)])
+    given = ([jnp.asarray(a, jnp.float32) for a in arrays] for arrays in (found, original, metrics))
+    assert float(states_loss(*given, exact_product)) == pytest.approx(want, rel=1e-5)
+
+
+def test_states_are_trained_on_and_left_out_of_what_is_told(packed, original, tokens, held_out):
+    """Their weight draws the hidden states to the original's; the loss that is told stays KL."""
+    plain, drawn = (
+        adapt(packed, tokens, settings(train=("scales",), steps=8, batch=12, states=w), teacher=original, held_out=held_out)
+        for w in (0.0, 1000.0)
+    )
+    assert losses(plain)[0] == pytest.approx(losses(drawn)[0], rel=1e-5) and losses(plain)[-1] != losses(drawn)[-1]
+    batch = jnp.asarray(tokens)
+    wanted = teaching(original, batch, exact_product)[0][0]
+    name = f"{LAYER}mlp.down_proj"
+    metric = calibration.output_hessians(packed.densified(), tokens, [name])[name]
+
+    def apart(model):
+        return float(states_loss(teaching(model.densified(), batch, exact_product)[0], [wanted], [metric], exact_product))
+
+    assert apart(drawn.value) < apart(plain.value) < apart(packed)
+
+
 # --- the training ----------------------------------------------------------------------------------------------------------
 
 
@@ -507,6 +560,7 @@ sys.path.insert(0, sys.argv[1])
 import numpy as np
 from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.models.forward import through
 import qlr_jax as qlr, jax.numpy as jnp
 config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
 original = Llama(config, jax.random.key(0))
@@ -582,6 +636,9 @@ def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
         ({"fresh": "5 apples"}, "fresh '5 apples' is no size"),
         ({"fresh": "1kB", "train": ("norms",)}, "adds factors that are not trained"),
         ({"compute": "fp8"}, "compute 'fp8' is not known"),
+        ({"states": -1.0}, "states -1.0 is out of range; pass 0 to"),
+        ({"states": 5.0, "loss": "text"}, "states 5 compares with the original model; choose loss 'kl' or 'mix', or pass 0"),
+        ({"reround_backbone": 0}, "reround_backbone 0 is out of range"),
     ],
 )
 def test_settings_that_cannot_be_used_are_named(changes, says):
@@ -598,6 +655,10 @@ def test_inputs_that_cannot_be_used_are_named(packed, original, tokens):
         (lambda: adapt(packed, tokens + 60, teacher=original), "ids outside the vocabulary of 64"),
         (lambda: adapt(packed, tokens, teacher=original, held_out=tokens[:, :1]), "held_out has shape"),
         (lambda: adapt(packed, tokens, teacher=teacher_logits(original, tokens[:2], 4)), "kept logits are not those of tokens"),
+        (
+            lambda: adapt(packed, tokens, settings(states=1.0), teacher=teacher_logits(original, tokens, 4)),
+            "states 1 needs the original",
+        ),
         (lambda: adapt(packed, tokens, settings(devices=64), teacher=original), "devices 64 cannot share a batch of 4"),
         (lambda: adapt(packed, tokens, settings(fresh="10B"), teacher=original), "within 10 bytes fit no matrix"),
         (lambda: AdaptConfig.make({"learning": 1}), "'learning' is no setting"),

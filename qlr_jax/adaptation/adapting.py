@@ -23,7 +23,7 @@ from qlr_jax.adaptation.fresh import fresh_factors
 from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
 from qlr_jax.adaptation.phases import SIDES, State, coarse, plan_phases, round_sides, run_phase, shifting
 from qlr_jax.adaptation.student import TABLES, Student, Values, packed_matrices, table, take_apart
-from qlr_jax.adaptation.train import Text, joined, mean_loss, trainer, weight_gradients
+from qlr_jax.adaptation.train import Text, joined, mean_loss, spread, trainer, weight_gradients
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import Layout, QLRMatrix
@@ -58,7 +58,7 @@ class Adapted:
     Attributes:
         value: the adapted model, packed: QLRMatrix values of the new specs inside, new norms and embeddings (as bf16 holds them).
         verdict: how it ended.
-        stats: `before`, `after`: the loss, nats a token, of what was and is stored, on held-out text (on the first training
+        stats: `before`, `after`: the loss, nats a token, of what was and is stored, on held-out text (on some training
             sequences where none was given); `bits_per_weight_before`, `bits_per_weight`; `bytes_before`, `bytes`; `trained`, how
             many numbers; `steps`; `seconds`; `history`: phase, step, loss and, where it was looked at, held_out.
     """
@@ -97,7 +97,10 @@ def adapt(
 ) -> Adapted:
     """Train parts of a compressed model on text, and store them on their grids again.
 
-        minimise over L, R, scales, signs, norms, embeddings, Q:   w · KL(teacher ‖ student) + (1 − w) · next-token loss
+        minimise over L, R, scales, signs, norms, embeddings, Q:
+            w · KL(teacher ‖ student) + (1 − w) · next-token loss + states · mean over blocks of ½ E[δᵀ G δ]
+
+    δ is what the hidden state that leaves a block differs by from the teacher's, G = E[g gᵀ] of the gradients there.
 
     Low-bit factors are trained rounded, with straight-through gradients, and rounded anew every `reround` steps; or, without it, in
     three phases: all parts; R rounded and fixed, the rest trained on; L rounded and fixed, all else trained on. A backbone keeps
@@ -118,7 +121,7 @@ def adapt(
             settings, a loss that is no number.
 
     Source: LoRA, arXiv 2106.09685; from a compressed backbone: CALDERA, arXiv 2405.18886, section 4; LQ-LoRA, arXiv 2311.12023;
-        codes trained as well: PV-Tuning, arXiv 2405.14852 (the way in which they change here is ours).
+        codes trained as well: PV-Tuning, arXiv 2405.14852 (the way in which they change here is ours); states: BRECQ, 2102.05426.
 
     Example:
         adapted = adapt(qlr.load("out"), tokens, AdaptConfig(loss="kl"), teacher=load_model("original"), held_out=others)
@@ -135,14 +138,14 @@ def adapt(
             gradients = weight_gradients(model, text.part(GRADIENT_TOKENS // text.tokens.shape[1]), config)
             fresh = fresh_factors(originals, gradients, budget, fresh_grid, seed=config.seed)
     student, values, frame = take_apart(model, config.train, config.rank, fresh, grid, fresh_grid)
-    hessians, regrids = _metrics(model, originals, student, values, text.tokens, config, progress)
+    hessians, regrids, metrics = _metrics(model, originals, student, values, text.tokens, config, progress)
 
     folder = Path(checkpoint).expanduser() if checkpoint else None
     fingerprint = _fingerprint(originals, text.tokens, config)
     found = saving.load(folder, fingerprint) if folder else None
     run = found[2] if found else {"phase": 0, "step": 0, "best": None, "since": 0, "history": [], "fingerprint": fingerprint}
     phases, first = plan_phases(student, values, config), run["phase"]
-    tools = trainer(student, frame, phases[0].trained, text, config)
+    tools = trainer(student, frame, phases[0].trained, text, config, metrics)
     rounded: rounding.Rounded = {}
     straight, stopped = hessians if config.reround and coarse(student, config) else {}, False
     with progress.stage("adapting", total=sum(phase.steps for phase in phases)) as stage:
@@ -210,6 +213,10 @@ def _texts(
     if teacher is None:
         raise QLRError(f"loss {config.loss!r} compares with the original model; pass it as teacher, or choose loss 'text'")
     if isinstance(teacher, TeacherLogits):
+        if config.states:
+            raise QLRError(
+                f"states {config.states:g} needs the original's hidden states; pass the model itself as teacher, or states=0"
+            )
         for given, kept, name in ((rows, teacher, "tokens"), (others, held_out_teacher, "held_out")):
             if given is not None and (kept is None or not np.array_equal(kept.tokens, given)):
                 raise QLRError(f"the teacher's kept logits are not those of {name}; pass teacher_logits(original, {name}, top)")
@@ -219,7 +226,7 @@ def _texts(
             f"the teacher has {teacher.config.vocab_size} tokens in its vocabulary, the model {model.config.vocab_size}; "
             "pass the original of this model"
         )
-    if config.top is None:
+    if config.top is None or config.states:
         return Text(rows, teacher), None if others is None else Text(others, teacher)
     kept = [None if t is None else teacher_logits(teacher, t, config.top, progress=progress) for t in (rows, others)]
     return Text(rows, kept[0]), None if others is None else Text(others, kept[1])
@@ -242,18 +249,24 @@ def _metrics(
     tokens: np.ndarray,
     config: AdaptConfig,
     progress: Progress,
-) -> tuple[dict[str, np.ndarray], dict[str, Regrid]]:
-    """On the text that is adapted to: H of the inputs of matrices whose factors are rounded, and the grids of trained backbones."""
+) -> tuple[dict[str, np.ndarray], dict[str, Regrid], list[jax.Array]]:
+    """On the text that is adapted to: H of the inputs of matrices whose factors are rounded, the grids of trained backbones, and G
+    of the hidden states where they are compared."""
     factors = [name for name, site in student.sites.items() if site.rank and "factors" in config.train]
     bodies = [name for name in student.sites if "body" in values[name]]
-    if not factors and not bodies:
-        return {}, {}
-    dense, rows, outputs = model.densified(), tokens[: max(1, METRIC_TOKENS // tokens.shape[1])], {}
-    with progress.stage("metrics: inputs"):
-        inputs = calibration.hessians(dense, rows)
-    if bodies:
+    # what the last matrix of a block puts out is added to the hidden state, so that its G is the state's
+    last = [f"model.layers.{i}.mlp.down_proj" for i in range(model.config.num_hidden_layers)] if config.states else []
+    if not (factors or bodies or last):
+        return {}, {}, []
+    dense, inputs, outputs = model.densified(), {}, {}
+    rows = tokens[spread(len(tokens), METRIC_TOKENS // tokens.shape[1])]
+    if factors or bodies:
+        with progress.stage("metrics: inputs"):
+            inputs = calibration.hessians(dense, rows)
+    if bodies or last:
         with progress.stage("metrics: outputs", total=model.config.num_hidden_layers) as stage:
-            outputs = calibration.output_hessians(dense, rows, bodies, seed=config.seed, progress=stage.advance)
+            named = list(dict.fromkeys((*bodies, *last)))
+            outputs = calibration.output_hessians(dense, rows, named, seed=config.seed, progress=stage.advance)
     regrids: dict[str, Regrid] = {}
     shared: dict[Any, Metric] = {}
     for name in bodies:
@@ -262,7 +275,7 @@ def _metrics(
         if key not in shared:
             shared[key] = _metric(inputs[of], own.get("columns"), layout, INPUT)
         regrids[name] = Regrid.of(originals[name], shared[key], _metric(outputs[name], own.get("rows"), layout, OUTPUT))
-    return {name: inputs[input_of(name)] for name in factors}, regrids
+    return {name: inputs[input_of(name)] for name in factors}, regrids, [jnp.asarray(outputs[name], jnp.float32) for name in last]
 
 
 def _metric(hessian: np.ndarray, relaxed: Any, layout: Layout, side: int) -> Metric:

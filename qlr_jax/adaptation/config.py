@@ -16,6 +16,7 @@ COMPUTE = ("float32", "bf16")
 FRESH_GRID = "trellis-4"
 _RANGES: Mapping[str, tuple[float, float]] = {
     "weight": (0.0, 1.0),
+    "states": (0.0, 1e4),
     "steps": (1, 10**8),
     "batch": (1, 2**20),
     "accumulate": (1, 2**20),
@@ -26,6 +27,7 @@ _RANGES: Mapping[str, tuple[float, float]] = {
     "warmup": (0.0, 0.9),
     "clip": (1e-6, 1e9),
     "evaluate_every": (1, 10**8),
+    "reround_backbone": (1, 10**8),
     "patience": (1, 10**6),
     "seed": (0, 2**32 - 1),
 }
@@ -50,6 +52,9 @@ class AdaptConfig:
         loss: "text" (next token), "kl" (to the original model) or "mix" (weight · KL + (1 − weight) · text).
         weight: of KL in "mix".
         top: the teacher's likeliest tokens that are computed once and kept, a position; None: it runs beside the student.
+        states: weight of what the hidden states that leave the blocks differ by from the teacher's, each in the metric of its
+            gradients, a mean over blocks in nats a token. Of fewer tokens more is learned, and above all of backbones; the
+            teacher runs beside the student then, whatever `top` is. 0 leaves it out.
         steps: of the optimizer, all phases together.
         batch, accumulate: sequences of one pass, and passes that one step adds up.
         learning_rate: peak of the factors', in units of their size.
@@ -58,10 +63,11 @@ class AdaptConfig:
         backbone_rate: peak of the backbone's, in units of the spread of its grid.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.
-        evaluate_every: steps between looks at held-out text; a trained backbone is rounded anew before each of them.
+        evaluate_every: steps between looks at held-out text.
         patience: looks without a gain after which a phase ends; the best is kept in any case.
         reround: where factors are rounded to few bits, train on them rounded, with straight-through gradients, and round them anew
             after so many steps; None: train them as real numbers, then round R, train on, round L, and train on.
+        reround_backbone: steps after which trained backbones are rounded anew, and before every look at held-out text.
         compute: "bf16" multiplies in bfloat16 and adds in float32, "float32" all of it.
         remat: compute a block's activations again in the backward pass: less memory, a third more time.
         devices: how many share a batch; None: as many as this process has and divide it.
@@ -87,18 +93,20 @@ class AdaptConfig:
     loss: str = "kl"
     weight: float = 0.5
     top: int | None = 64
+    states: float = 0.0
     steps: int = 600
     batch: int = 8
     accumulate: int = 1
     learning_rate: float = 5e-3
     vector_rate: float = 3e-3
-    embedding_rate: float = 5e-3
+    embedding_rate: float = 3e-3
     backbone_rate: float = 3e-3
     warmup: float = 0.05
     clip: float = 1.0
     evaluate_every: int = 50
     patience: int = 4
     reround: int | None = 25
+    reround_backbone: int = 20
     compute: str = "float32"
     remat: bool = False
     devices: int | None = None
@@ -123,6 +131,8 @@ class AdaptConfig:
         for name, grid in (("factors", self.factors), ("fresh_grid", self.fresh_grid)):
             if grid != "same" and isinstance(parse_quantizer(grid), Nothing):
                 raise QLRError(f"{name} cannot be stored as none; pass same, bf16, or a grid such as trellis-4")
+        if self.states and self.loss == "text":
+            raise QLRError(f"states {self.states:g} compares with the original model; choose loss 'kl' or 'mix', or pass 0")
         if self.factors != "same" and "factors" not in self.train:
             raise QLRError(f"factors {self.factors!r} puts factors on another grid untrained; add 'factors' to train")
         if self.factors != "same" and self.rank is not None:

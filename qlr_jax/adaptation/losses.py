@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -85,3 +86,22 @@ def top_kl_loss(
     q = jnp.maximum(1.0 - jnp.sum(jnp.exp(student), axis=-1), 1e-7)
     rest = jnp.where(ids.shape[-1] < logp.shape[-1], p * (jnp.log(p) - jnp.log(q)), 0.0)
     return jnp.mean(kept + rest)
+
+
+def states_loss(
+    states: Sequence[Float[Array, "batch time n"]],
+    teacher: Sequence[Float[Array, "batch time n"]],
+    metrics: Sequence[Float[Array, "n n"]],
+    product: Callable[[Array, Array], Array],
+) -> Array:
+    """Mean over blocks of ½ mean_t δᵀ G δ, δ what a block's hidden state differs by, G = E[g gᵀ] as the logits feel it there.
+
+    Each is about the KL that would be left if all blocks above were the original's. KL itself feels δ by what one token's logits
+    make of it, and its gradient is nearly all of that token's chance; the mean G is felt by all alike, so fewer tokens teach more.
+    With second derivatives along blocks: BRECQ, arXiv 2102.05426, section 3.
+    """
+    parts = []
+    for student, original, metric in zip(states, teacher, metrics, strict=True):
+        apart = student.astype(jnp.float32) - original.astype(jnp.float32)
+        parts.append(0.5 * jnp.mean(jnp.sum(apart * product(apart, metric), axis=-1)))
+    return sum(parts) / len(parts)

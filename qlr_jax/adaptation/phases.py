@@ -76,9 +76,10 @@ def run_phase(
         run["step"] += 1
         run["history"].append({"phase": phase.name, "step": run["step"], "loss": loss})
         due = run["step"] % config.evaluate_every == 0 or run["step"] == phase.steps
+        backbones = due or run["step"] % config.reround_backbone == 0
         again = bool(config.reround) and run["step"] % config.reround == 0
-        if shift is not None and (due or again):  # so that what is judged, and kept, is what rounding gives
-            state.fixed = shift(state.trained, state.fixed, due)
+        if shift is not None and (backbones or again):  # so that what is judged, and kept, is what rounding gives
+            state.fixed = shift(state.trained, state.fixed, backbones)
         if others is None:
             state.best = state.trained
         elif due:

@@ -137,13 +137,15 @@ def _part(
     layout, spec = matrix.layout, matrix.spec
     held = spec.rank if rank is None else min(spec.rank, rank)
     added = 0 if fresh is None else len(fresh)
-    if held < spec.rank:
+    body = "backbone" in train and spec.backbone not in ("bf16", "none") and float(matrix.arrays["scale"][0]) != 0  # 0: all is zero
+    if body and "factors" not in train:
+        held = 0  # multiplied out: a step need not go through factors that stay
+    elif held < spec.rank:
         tiles = [q.tile for q in spec.factor_quantizers()]
         if not held or [q.tile for q in replace(spec, rank=held).factor_quantizers()] != tiles:
             raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
     if added or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + added, grid)
-    body = "backbone" in train and spec.backbone not in ("bf16", "none") and float(matrix.arrays["scale"][0]) != 0  # 0: all is zero
     groups = "scales" in train and "backbone.scales" in matrix.arrays and not body  # codes are found for scales as they are
     values: dict[str, Array] = {"gain": jnp.ones(())}
     if spec.rotated and ("signs" in train or layout.signs):
@@ -237,7 +239,14 @@ def logits(
     student: Student, frame: Llama, values: Values, tokens: Int[Array, "batch time"], product: Product, remat: bool = False
 ) -> Float[Array, "batch time vocab"]:
     """The student's logits; `product` is x wᵀ."""
-    rope = frame.rope(tokens.shape[1])
+    return forward(student, frame, values, tokens, product, remat)[1]
+
+
+def forward(
+    student: Student, frame: Llama, values: Values, tokens: Int[Array, "batch time"], product: Product, remat: bool = False
+) -> tuple[list[Float[Array, "batch time n"]], Float[Array, "batch time vocab"]]:
+    """The hidden states that leave the student's blocks, and its logits; `product` is x wᵀ."""
+    rope, states = frame.rope(tokens.shape[1]), []
 
     def run(block: Any, x: Array, own: Values, prefix: str) -> Array:
         block = jax.tree.map(lambda leaf: leaf, block)
@@ -259,9 +268,25 @@ def logits(
         own = {name: part for name, part in values.items() if name.startswith(prefix)}
         call = partial(run, prefix=prefix)
         x = (jax.checkpoint(call) if remat else call)(block, x, own)
+        states.append(x)
     frame.product = product
     frame.model.norm.weight.set_value(values["model.norm.weight"]["norm"])
-    return frame.head(x)
+    return states, frame.head(x)
+
+
+def teaching(
+    teacher: Llama, tokens: Int[Array, "batch time"], product: Product
+) -> tuple[list[Float[Array, "batch time n"]], Float[Array, "batch time vocab"]]:
+    """The same of a whole model, beside which the student is trained."""
+    teacher, rope, states = jax.tree.map(lambda leaf: leaf, teacher), teacher.rope(tokens.shape[1]), []
+    for linear in teacher.linears().values():
+        linear.product = product
+    teacher.product = product
+    x = teacher.embed(tokens)
+    for block in teacher.model.layers:
+        x = block(x, rope)
+        states.append(x)
+    return states, teacher.head(x)
 
 
 def table(values: Mapping[str, Array]) -> Float[Array, "vocab n"]:
@@ -291,14 +316,19 @@ def bf16_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[A
     return _fast("...n,mn->...m", x, w)
 
 
-def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return bf16_product(x, w), (x, w)
+def _forward(x: Array, w: Array) -> tuple[Array, tuple[Array, ...]]:
+    kinds = jnp.zeros((0,), x.dtype), jnp.zeros((0,), w.dtype)
+    x, w = x.astype(jnp.bfloat16), w.astype(jnp.bfloat16)  # half the memory of what the backward pass needs
+    return bf16_product(x, w), (x, w, *kinds)
 
 
-def _backward(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, w = saved
-    flat = _fast("tm,tn->mn", g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1]))
-    return _fast("...m,mn->...n", g, w).astype(x.dtype), flat.astype(w.dtype)
+def _backward(saved: tuple[Array, ...], g: Array) -> tuple[Array, Array]:
+    x, w, of_x, of_w = saved
+    g = g.astype(jnp.bfloat16)
+    # XLA's product over the first axes of both takes 2.5 times one over the last and the first on a CPU, so gᵀ is written out
+    across = jax.lax.optimization_barrier(g.reshape(-1, g.shape[-1]).T)
+    flat = _fast("mt,tn->mn", across, x.reshape(-1, x.shape[-1]))
+    return _fast("...m,mn->...n", g, w).astype(of_x.dtype), flat.astype(of_w.dtype)
 
 
 bf16_product.defvjp(_forward, _backward)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlr_jax.adaptation.config import AdaptConfig
-from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, text_loss, top_kl_loss
-from qlr_jax.adaptation.student import PRODUCTS, Student, Values, logits
-from qlr_jax.core.typing import Array, Bool, Float
+from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, states_loss, text_loss, top_kl_loss
+from qlr_jax.adaptation.student import PRODUCTS, Student, Values, forward, teaching
+from qlr_jax.core.typing import Array, Bool, Float, Int
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 
@@ -48,12 +48,22 @@ class Text:
         return tuple(a[index] for a in (self.tokens, *kept))
 
     def part(self, count: int) -> Text:
-        """The first `count` sequences, at least one."""
-        count = max(1, count)
+        """`count` sequences, at least one, spread over the text, since its beginning need not be like the rest."""
+        index = spread(len(self.tokens), count)
         kept = self.teacher
         if isinstance(kept, TeacherLogits):
-            kept = TeacherLogits(kept.tokens[:count], kept.ids[:count], kept.logp[:count])
-        return Text(self.tokens[:count], kept)
+            kept = TeacherLogits(kept.tokens[index], kept.ids[index], kept.logp[index])
+        return Text(self.tokens[index], kept)
+
+
+def spread(rows: int, count: int) -> Int[np.ndarray, "some"]:
+    """`count` of `rows`, at least one and at most all, in equal distances.
+
+    Example:
+        >>> spread(10, 4).tolist(), spread(3, 5).tolist()
+        ([0, 3, 6, 9], [0, 1, 2])
+    """
+    return np.linspace(0, rows - 1, min(rows, max(1, count))).round().astype(int)
 
 
 def order(seed: int, step: int, count: int, rows: int) -> np.ndarray:
@@ -105,8 +115,12 @@ def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], ste
     return {n: {k: np.float32(share * peak[KINDS[k]] if (n, k) in names else 0.0) for k in own} for n, own in trained.items()}
 
 
-def objective(config: AdaptConfig, scores: Array, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
-    """The loss of one batch: w · KL + (1 − w) · next token, from the student's logits (batch, time, vocab)."""
+def objective(config: AdaptConfig, scores: Array, said: Array | None, part: tuple[Array, ...]) -> Array:
+    """The loss of one batch: w · KL + (1 − w) · next token, from the student's logits (batch, time, vocab) and the teacher's.
+
+    Args:
+        said: the logits of a teacher that runs beside the student; None: what `part` keeps of them after the tokens, if anything.
+    """
     tokens, kept = part[0], part[1:]
     logp = jax.nn.log_softmax(scores, axis=-1)
     share = {"text": 0.0, "kl": 1.0, "mix": config.weight}[config.loss]
@@ -114,7 +128,7 @@ def objective(config: AdaptConfig, scores: Array, teacher: Llama | None, part: t
     if share < 1:
         total = total + (1 - share) * text_loss(logp, tokens)
     if share > 0:
-        kl = top_kl_loss(logp, *kept) if kept else kl_loss(logp, jax.nn.log_softmax(teacher(tokens), axis=-1))
+        kl = top_kl_loss(logp, *kept) if kept else kl_loss(logp, jax.nn.log_softmax(said, axis=-1))
         total = total + share * kl
     return total
 
@@ -130,10 +144,15 @@ def mean_over(text: Text, batch: int, loss: Callable[[tuple[Array, ...]], Any]) 
     return total / len(text.tokens)
 
 
+def _said(teacher: Llama | None, part: tuple[Array, ...]) -> Array | None:
+    """The logits of a teacher that is at hand."""
+    return None if teacher is None else teacher(part[0])
+
+
 def mean_loss(model: Llama, text: Text, config: AdaptConfig) -> float:
     """The loss of a model as it is stored."""
     resident = text.teacher if isinstance(text.teacher, Llama) else None
-    found = jax.jit(lambda m, teacher, part: objective(config, m(part[0]), teacher, part))
+    found = jax.jit(lambda m, teacher, part: objective(config, m(part[0]), _said(teacher, part), part))
     model = model.densified()
     return mean_over(text, config.batch, lambda part: found(model, resident, part))
 
@@ -147,7 +166,7 @@ def weight_gradients(model: Llama, text: Text, config: AdaptConfig) -> dict[str,
         copy: Llama = jax.tree.map(lambda leaf: leaf, model)
         for name, linear in copy.linears().items():
             linear.weight.set_value(weights[name])
-        return objective(config, copy(part[0]), teacher, part)
+        return objective(config, copy(part[0]), _said(teacher, part), part)
 
     gradient = jax.jit(jax.grad(loss))
     weights = {name: linear.weight.get_value() for name, linear in model.linears().items()}
@@ -194,8 +213,8 @@ class Trainer:
 
     Attributes:
         init: values -> trained, fixed, the optimizer's state.
-        step: trained, fixed, state, rates, numbers of sequences -> trained, state, loss. Where the rate is 0 nothing moves, and the
-            gradient is left out of the norm that is clipped.
+        step: trained, fixed, state, rates, numbers of sequences -> trained, state, loss (without the states'). Where the rate is 0
+            nothing moves, and the gradient is left out of the norm that is clipped.
         judge: trained, fixed, text -> loss.
     """
 
@@ -204,26 +223,54 @@ class Trainer:
     judge: Callable[[Values, Values, Text], float]
 
 
-def trainer(student: Student, frame: Llama, names: set[tuple[str, str]], text: Text, config: AdaptConfig) -> Trainer:
-    """The functions that train `names`, (matrix or norm, array), on a text: Adam with clipping, batches divided over devices."""
+def trainer(
+    student: Student,
+    frame: Llama,
+    names: set[tuple[str, str]],
+    text: Text,
+    config: AdaptConfig,
+    metrics: Sequence[Array] = (),
+) -> Trainer:
+    """The functions that train `names`, (matrix or norm, array), on a text: Adam with clipping, batches divided over devices.
+
+    Args:
+        metrics: G (n, n) of the hidden state that leaves each block, where states are compared with a teacher's at hand.
+    """
     mesh, product = mesh_of(config.batch, config.devices), PRODUCTS[config.compute]
-    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.scale_by_adam(b1=0.9, b2=0.95))
+    adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.scale_by_adam(b1=0.9, b2=0.99))
     everywhere, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
     resident = text.teacher if isinstance(text.teacher, Llama) else None
-    frame, resident = jax.device_put((frame, resident), everywhere)
+    frame, resident, metrics = jax.device_put((frame, resident, tuple(metrics)), everywhere)
     seen = seen_tokens(text, frame.config.vocab_size)[:, None]
 
-    def loss(trained: Values, fixed: Values, frame: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
-        scores = logits(student, frame, joined(trained, fixed), part[0], product, config.remat)
-        return objective(config, scores, teacher, part)
+    def losses(
+        trained: Values,
+        fixed: Values,
+        frame: Llama,
+        teacher: Llama | None,
+        metrics: tuple[Array, ...],
+        part: tuple[Array, ...],
+    ) -> tuple[Array, Array]:
+        """What is minimised, and of it the loss without the states'."""
+        states, scores = forward(student, frame, joined(trained, fixed), part[0], product, config.remat)
+        taught, said = (None, None) if teacher is None else teaching(teacher, part[0], product)
+        found = objective(config, scores, said, part)
+        return found + config.states * states_loss(states, taught, metrics, product) if metrics else found, found
 
     @jax.jit
     def update(
-        trained: Values, fixed: Values, state: Any, rates: Values, frame: Llama, teacher: Llama | None, parts: tuple[Array, ...]
+        trained: Values,
+        fixed: Values,
+        state: Any,
+        rates: Values,
+        frame: Llama,
+        teacher: Llama | None,
+        metrics: tuple[Array, ...],
+        parts: tuple[Array, ...],
     ) -> tuple[Values, Any, Array]:
         def add(sums: Any, part: tuple[Array, ...]) -> tuple[Any, None]:
-            found = jax.value_and_grad(loss)(trained, fixed, frame, teacher, part)
-            return jax.tree.map(jnp.add, sums, found), None
+            (_, found), gradient = jax.value_and_grad(losses, has_aux=True)(trained, fixed, frame, teacher, metrics, part)
+            return jax.tree.map(jnp.add, sums, (found, gradient)), None
 
         zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, trained))
         sums, _ = jax.lax.scan(add, zero, parts)
@@ -234,12 +281,12 @@ def trainer(student: Student, frame: Llama, names: set[tuple[str, str]], text: T
         changes = _of_tables(changes, lambda n, change: change * _trust(state[1].nu[n]["table"]))
         return jax.tree.map(lambda p, rate, change: p - rate * change, trained, rates, changes), state, value
 
-    evaluate = jax.jit(loss)
+    evaluate = jax.jit(lambda trained, fixed, frame, teacher, part: losses(trained, fixed, frame, teacher, (), part)[1])
 
     def step(trained: Values, fixed: Values, state: Any, rates: Values, index: np.ndarray) -> tuple[Values, Any, float]:
         shape = (config.accumulate, config.batch)
         parts = jax.device_put(tuple(a.reshape(*shape, *a.shape[1:]) for a in text.batch(index)), divided)
-        trained, state, value = update(trained, fixed, state, rates, frame, resident, parts)
+        trained, state, value = update(trained, fixed, state, rates, frame, resident, metrics, parts)
         return trained, state, float(value)
 
     def judge(trained: Values, fixed: Values, on: Text) -> float:

@@ -12,6 +12,7 @@ from qlr_jax.cli.shell import app, clear_errors, tell
 from qlr_jax.errors import QLRError
 
 EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
+STATES = 5.0  # weight of hidden states, beside a trained backbone
 LOOK, LOOKS = 50, 15  # at held-out text: every 50 steps, or 15 times in a long training
 
 
@@ -197,6 +198,17 @@ def adapt(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of one pass.")] = 8,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Passes that one step adds up.")] = 1,
     compute: Annotated[str, typer.Option("--compute", help="float32, or bf16 for products in bfloat16.")] = "float32",
+    states: Annotated[
+        float | None,
+        typer.Option(
+            "--states",
+            min=0,
+            help="Weight of hidden states that differ from the original's. Default: 5 with a backbone, else 0.",
+        ),
+    ] = None,
+    reround_backbone: Annotated[
+        int, typer.Option("--reround-backbone", min=1, metavar="STEPS", help="Round trained backbones anew after so many steps.")
+    ] = 20,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass: less memory.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an adaptation that was interrupted.")] = False,
@@ -207,6 +219,8 @@ def adapt(
     Norms, scales and embeddings (lm_head with them) are trained unless --train says otherwise: they are stored already, so it costs
     no byte. Embeddings take 24 bytes of memory a number, 6.3 GB for Llama-2-7B; to leave them: --train norms --train scales.
     --train backbone finds the codes of Q anew, at no byte either, on text enough: it wins most, for 28 bytes of memory a weight.
+    Rounding it takes as long as an iteration of the compression's last solves, twice as long with every state bit: where that is
+    dear, raise --reround-backbone, and what is won falls a little.
 
     \b
     Example:
@@ -233,6 +247,8 @@ def adapt(
             batch=batch,
             accumulate=accumulate,
             compute=compute,
+            states=states if states is not None else STATES if "backbone" in parts and loss != "text" else 0.0,
+            reround_backbone=reround_backbone,
             remat=remat,
             seed=seed,
         )
