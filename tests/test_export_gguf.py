@@ -230,7 +230,10 @@ def serve(model, adapter=None):
     params.n_ctx, params.n_parallel, params.cpuparams.n_threads = 256, 1, 1
     params.warmup, params.verbosity = False, 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    return xllamacpp.Server(params)
+    server = xllamacpp.Server(params)
+    # its loop must run before it is told to end, or it never does, and the thread that waits for it neither
+    ask(server, "/completion", {"prompt": [1], "n_predict": 1})
+    return server
 
 
 def ask(server, path, body):
