@@ -1,10 +1,11 @@
-"""Shared by all tests: the CPU; for the core, strict dtype promotion and quick compilation."""
+"""Shared by all tests: the CPU, and quick compilation, since shapes are small; for the core, strict dtype promotion."""
 
 import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two test processes share the cores: spinning threads would stop both
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="qlr-tests-")  # until this process ends, for all that it starts
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
@@ -17,18 +18,15 @@ import pytest
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _core_settings(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Core modules promote no dtypes by accident; their shapes are small, so that compiling is what takes time."""
+def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Core modules promote no dtypes by accident."""
     if not request.module.__name__.split(".")[-1].startswith(("test_core_", "test_doctests")):
         yield
         return
     import jax
 
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with jax.numpy_dtype_promotion("strict"):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -54,11 +54,10 @@ found = {}
 for name, (b, m, n), spec, each, outputs in [
     ("matrices", (10, 64, 48), "int-3g16", True, False),
     ("matrices G", (10, 64, 64), "trellis-2", False, True),
-    ("matrices factors", (6, 64, 64), "trellis-2+r8@trellis-4", True, False),
+    ("matrices factors", (6, 64, 64), "int-2g16+r8@int-4", True, False),
     ("rows", (1, 544, 64), "trellis-2", False, False),
-    ("rows factors", (1, 500, 48), "int-3/rot+r8@int-8", False, False),
     ("rows G", (1, 512, 64), "trellis-2.25", False, True),
-    ("rows G factors", (1, 384, 48), "int-3g16+r8@bf16", False, True),
+    ("rows G factors", (1, 500, 48), "int-3/rot+r8@int-8", False, True),
     ("both", (2, 256, 64), "trellis-2", True, False),
 ]:
     devices.LEAST_ROWS = 64 if m > 64 else 512
@@ -125,10 +124,10 @@ print(json.dumps({name: [work(shape, spec, count) for count in (1, 2, 8)] for na
 LOOPS = """
 weights = np.random.default_rng(1).standard_normal((16, 64, 64), np.float32)
 found = solve_batch(weights, hessian(64, 0)[None], "int-4/rot+r64@int-4", config=config)
-each = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-8", config=config)
+each = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-4", config=config)
 weights = np.random.default_rng(1).standard_normal((32, 128, 128), np.float32)
 for _ in range(5):
-    found += solve_batch(weights, np.stack([hessian(128, 0)] * 32), "trellis-4", config=config, devices=2)
+    found += solve_batch(weights, np.stack([hessian(128, 0)] * 32), "int-4/rot", config=config, devices=2)
 print(json.dumps([s.stats["relative_error"] for s in found + each]))
 """
 
@@ -139,9 +138,8 @@ metric, outputs = (np.stack([hessian(n, i) for i in range(8)]) for n in (48, 64)
 found = []
 for platforms in (("cpu",), ()):
     devices.ONE_AFTER_ANOTHER = platforms
-    found.append([solve_batch(w, h, "int-3g16+r8@int-8", outputs=g, config=config)
-                  for w, h, g in ((weights, metric, outputs), (weights[:2], metric[:1], None))])
-print(json.dumps([compared(one, many)["identical"] for one, many in zip(*found)]))
+    found.append(solve_batch(weights, metric, "int-3g16+r8@int-8", outputs=outputs, config=config))
+print(json.dumps(compared(*found)["identical"]))
 """
 
 
@@ -159,7 +157,7 @@ def equal():
     return on_eight(EQUAL)
 
 
-@pytest.mark.parametrize("name", ["rows", "rows factors", "rows G", "rows G factors"])
+@pytest.mark.parametrize("name", ["rows", "rows G", "rows G factors"])
 def test_a_matrix_on_many_devices_is_that_of_one_to_the_last_bit(equal, name):
     assert equal[name]["mesh"][0] == 1 and equal[name]["mesh"][1] > 4
     assert equal[name]["identical"], equal[name]
@@ -199,7 +197,7 @@ def test_factorizations_do_not_wait_for_each_other():
 
 
 def test_all_devices_at_once_find_what_one_after_another_does():
-    assert on_eight(AT_ONCE, NPROC="64") == [True, True]
+    assert on_eight(AT_ONCE, NPROC="64") is True
 
 
 def test_shares():

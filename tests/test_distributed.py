@@ -108,9 +108,8 @@ def alone(inputs, tmp_path_factory):
     return ended(out)
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_leave_the_bytes_of_one(inputs, alone, tmp_path, processes):
-    (status, _, said), *others = run(inputs, tmp_path / "out", processes)
+def test_many_processes_leave_the_bytes_of_one(inputs, alone, tmp_path):
+    (status, _, said), *others = run(inputs, tmp_path / "out", 3)
     assert status == 0, said
     for status, told, said in others:
         assert status == 0, said

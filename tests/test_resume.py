@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 
-import jax
 import pytest
 
 from qlr_jax import job, workspace
@@ -29,17 +28,6 @@ RECIPE = Recipe(
     refine_seconds=1000,
 )
 SAME = ("model.safetensors", "config.json", "recipe.yaml")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    """Shapes are small: compiling is what takes time."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.clear_caches()  # what other tests compiled otherwise rounds otherwise, and a killed process has none of it
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.clear_caches()
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +68,7 @@ def undisturbed(tiny, text, tmp_path_factory):
     return ended(out), len(writes)
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.03, 0.15, 0.3, 0.4, 0.55, 0.7, 0.8, 0.9, 0.99])
+@pytest.mark.parametrize("moment", [0.0, 0.03, 0.2, 0.4, 0.6, 0.8, 0.99])
 def test_interrupted_at_any_moment_it_ends_the_same(tiny, text, tmp_path, undisturbed, moment):
     wanted, writes = undisturbed
     left, keep = [int(moment * writes)], workspace._renamed

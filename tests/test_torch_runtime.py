@@ -105,7 +105,7 @@ def test_saving_over_a_folder_leaves_no_stale_list(copy, wanted):
     model.save_pretrained(copy)  # one file where there were shards
     assert not (copy / "model.safetensors.index.json").exists() and len(list(copy.glob("*.safetensors"))) == 1
     assert check_files(copy) == 2
-    assert relative(run(get(copy)), 2 * wanted) < 1e-5 and relative(logits(load(copy)), 2 * wanted) < 1e-5
+    assert relative(run(get(copy)), 2 * wanted) < 1e-5 and relative(logits(load(copy).densified()), 2 * wanted) < 1e-5
 
 
 @pytest.mark.parametrize("where", ["cpu", "auto", {"": "cpu"}], ids=str)

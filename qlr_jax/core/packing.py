@@ -1,5 +1,6 @@
 """Codes to bytes and back, exactly: the bit streams that are stored and counted."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -33,14 +34,17 @@ def pack_stream(codes: np.ndarray, bits: int) -> np.ndarray:
 
 
 def unpack_stream(packed: Array, bits: int, count: int) -> Array:
-    """Undo `pack_stream`: uint8 (rows, bytes) to int32 codes (rows, count), in JAX.
+    """Undo `pack_stream`: uint8 (rows, bytes) to int32 codes (rows, count).
 
     Example:
         >>> unpack_stream(jnp.array([[33, 3]], jnp.uint8), 4, 3).tolist()
         [[1, 2, 3]]
     """
+    traced = isinstance(packed, jax.core.Tracer)
+    # outside jit numpy reads the bytes: op by op, JAX takes several times as long
+    packed, kind = (packed, jnp.int32) if traced else (np.asarray(packed), np.int32)
     start = np.arange(count) * bits
     first, offset = start // 8, start % 8
     second = np.minimum(first + 1, packed.shape[1] - 1)  # a code spans two bytes at most
-    wide = packed[:, first].astype(jnp.int32) | (packed[:, second].astype(jnp.int32) << 8)
-    return (wide >> offset) & (2**bits - 1)
+    wide = packed[:, first].astype(kind) | (packed[:, second].astype(kind) << 8)
+    return jnp.asarray((wide >> offset) & (2**bits - 1), jnp.int32)

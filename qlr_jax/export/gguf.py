@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -207,7 +206,7 @@ def _backbone(name: str, value: Any) -> np.ndarray:
         if not np.array_equal(cast.astype(np.float32), array):
             raise QLRError(f"{name}: its bf16 weights times g = {scale:g} are no bf16 numbers; compress it without factors")
         return cast
-    codes = np.asarray(unpack_stream(jnp.asarray(part["codes"]), value.spec.quantizer().width, value.shape[1]))
+    codes = np.asarray(unpack_stream(part["codes"], value.spec.quantizer().width, value.shape[1]))
     return pack_blocks(kind, codes, fold_scale(name, np.asarray(part["scales"]), scale))
 
 

@@ -116,6 +116,6 @@ class Integer:
         return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        q = unpack_stream(jnp.asarray(arrays["codes"]), self.width, cols).astype(jnp.float32)
+        q = unpack_stream(arrays["codes"], self.width, cols).astype(jnp.float32)
         scale, zero = self.grid(self.scales_of(arrays), cols)
         return (q - zero) * scale

@@ -113,5 +113,5 @@ class NormalFloat:
         return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        codes = unpack_stream(jnp.asarray(arrays["codes"]), self.width, cols)
+        codes = unpack_stream(arrays["codes"], self.width, cols)
         return self._values(codes, spread(self.scales_of(arrays)[0], self.group, cols))

@@ -1,0 +1,109 @@
+"""The bundled model once, end to end, with little of everything, compiled as users have it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import qlr_jax as qlr
+from qlr_jax import job
+from qlr_jax.models import load_model
+from qlr_jax.recipe import Recipe
+
+LIGHT = Recipe(
+    budget="2.25bpw",
+    backbones=("trellis-1.5", "trellis-2", "trellis-2.5", "trellis-3"),
+    state_bits=6,
+    search_state_bits=6,
+    ranks=(0, 8),
+    iterations=1,
+    sequences=8,
+    measure_tokens=512,
+    evaluation_tokens=1024,
+    factors=("trellis-2",),
+    refine=1,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_well():
+    """Here computing is what takes time."""
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.clear_caches()
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    return job.demo(tmp_path_factory.mktemp("demo") / "out", recipe=LIGHT)
+
+
+def test_bytes_are_those_promised_and_fit_the_budget(done):
+    report = done.report
+    stored = load_file(done.out / "model.safetensors")
+    matrices = {row["name"]: row for row in report["matrices"]}
+    assert len(matrices) == 42
+    sizes = dict.fromkeys(matrices, 0)
+    for key, array in stored.items():
+        for name in matrices:
+            if key.startswith(name + "."):
+                sizes[name] += array.nbytes
+    assert sizes == {name: row["bytes"] for name, row in matrices.items()}
+    assert sum(sizes.values()) == report["bytes"]["compressed"] == report["points"][report["delivered"]]["bytes"]
+    weights = sum(np.prod(row["shape"]) for row in matrices.values())
+    assert report["bits_per_weight"] == pytest.approx(8 * sum(sizes.values()) / weights)
+    assert report["bits_per_weight"] <= 2.25
+    for row in matrices.values():
+        assert row["bytes"] == qlr.Spec.parse(row["spec"]).nbytes(tuple(row["shape"]))
+
+
+def test_report_is_complete_and_says_what_was_found(done):
+    report = json.loads((done.out / "report.json").read_text())
+    assert set(report["perplexity"]) == {"original", "allocated", "uniform", "rank0"}
+    assert all(np.isfinite(v) and v > 1 for v in report["perplexity"].values())
+    assert all(v > 0 for v in report["kl"].values())
+    # by construction: what is delivered is never worse than uniform on the calibration text
+    assert report["calibration_kl"][report["delivered"]] == min(report["calibration_kl"].values())
+    assert report["allocation"]["bound"] is None or report["allocation"]["damage"] >= report["allocation"]["bound"] * (1 - 1e-9)
+    assert report["peak_rss_bytes"] > 0 and report["seconds"]["total"] > 0
+    assert 0.5 < report["prediction"]["median"] < 2
+    html = (done.out / "report.html").read_text()
+    assert "http://" not in html.replace("http://www.w3.org", "") and f"{report['bits_per_weight']:.2f}" in html
+    assert Recipe.from_yaml(done.out / "recipe.yaml") == LIGHT
+
+
+def test_delivered_model_equals_its_dense_matrices_in_jax(done):
+    original, packed = load_model(job.BUNDLED), qlr.load(done.out)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 2048, (1, 24)))
+    placed = job.with_weights(original, {name: linear.weight.get_value() for name, linear in packed.linears().items()})
+    want, got = jax.jit(lambda m, t: m(t))(placed, tokens), jax.jit(lambda m, t: m(t))(packed, tokens)
+    assert float(jnp.abs(want - got).max()) <= 1e-3 * float(jnp.abs(want).max())
+
+
+def test_delivered_model_loads_in_pytorch_alone(done, tmp_path):
+    """In a process where neither jax nor qlr_jax can be imported."""
+    script = (
+        "import sys; sys.modules['jax'] = sys.modules['qlr_jax'] = None\n"
+        "import torch, numpy as np\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(done.out)!r}, trust_remote_code=True, dtype=torch.float32)\n"
+        f"with torch.no_grad(): np.save({str(tmp_path / 'logits.npy')!r}, model(torch.arange(24)[None] * 7).logits.numpy())\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    got = np.load(tmp_path / "logits.npy")
+    want = np.asarray(jax.jit(lambda m, t: m(t))(qlr.load(done.out), jnp.arange(24)[None] * 7))
+    assert np.abs(want - got).max() <= 1e-3 * np.abs(want).max()
+
+
+def test_evaluate_and_inspect_read_the_folder(done):
+    found = job.evaluate(done.out, windows=2)
+    assert found["tokens"] == 512 and found["kl"] > 0 and found["perplexity"] > 1 and "BOS" in found["protocol"]
+    inside = job.inspect(done.out)
+    assert inside["bits_per_weight"] == pytest.approx(done.report["bits_per_weight"])
+    assert {m["name"]: m["spec"] for m in inside["matrices"]} == {m["name"]: m["spec"] for m in done.report["matrices"]}
