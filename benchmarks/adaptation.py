@@ -54,7 +54,7 @@ class Row:
 
 
 FREE = ("norms", "scales", "embeddings")  # stored already: no byte
-STATES = {"states": 5.0}
+STATES = {"states": 2.5}
 ROWS = {
     "norms": Row("2.0bpw", {"train": ("norms",)}),
     "vectors": Row("2.0bpw", {"train": ("norms", "scales")}),

@@ -160,7 +160,7 @@ def adapt(
             shift = None
             if straight or regrids:
                 shift = shifting(student, rounded, straight, regrids)
-                values = values if resumed else shift(values, values, True)
+                values = values if resumed else shift(values, values, True, True)
             trained, fixed, optimizer = tools.init(values)
             state = State(trained, fixed, trained, optimizer, rounded, run)
             if resumed:

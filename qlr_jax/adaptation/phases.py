@@ -17,8 +17,8 @@ from qlr_jax.core.regrid import Regrid
 from qlr_jax.errors import QLRError
 from qlr_jax.progress import Stage
 
-Shift = Callable[[Values, Values, bool], Values]
-"""(trained, fixed, whether backbones too, which takes longer) -> fixed, with what rounding adds to factors and backbones."""
+Shift = Callable[[Values, Values, bool, bool], Values]
+"""(trained, fixed, whether backbones too, and those from the start) -> fixed, with what rounding adds to factors and backbones."""
 SIDES = ("right", "left")  # in the order in which they are rounded
 SHARES = {"left": 0.2, "scales": 0.1}  # of the steps, where factors are rounded to few bits
 
@@ -79,7 +79,7 @@ def run_phase(
         backbones = due or run["step"] % config.reround_backbone == 0
         again = bool(config.reround) and run["step"] % config.reround == 0
         if shift is not None and (backbones or again):  # so that what is judged, and kept, is what rounding gives
-            state.fixed = shift(state.trained, state.fixed, backbones)
+            state.fixed = shift(state.trained, state.fixed, backbones, due)
         if others is None:
             state.best = state.trained
         elif due:
@@ -123,13 +123,13 @@ def shifting(
 ) -> Shift:
     """The function that rounds anew: factors, in the Hessians of their inputs, and backbones on their grids."""
 
-    def shift(trained: Values, fixed: Values, backbones: bool) -> Values:
+    def shift(trained: Values, fixed: Values, backbones: bool, anew: bool) -> Values:
         values, fixed = joined(trained, fixed), dict(fixed)
         for name, site in student.sites.items():
             if name in hessians:
                 fixed[name] = fixed[name] | rounding.shifts(site, values[name], hessians[name], rounded.get(name, {}))
             if name in regrids and backbones:
-                fixed[name] = fixed[name] | {"body.shift": rounding.body_shift(values[name], regrids[name])}
+                fixed[name] = fixed[name] | rounding.body_shift(values[name], regrids[name], anew)
         return fixed
 
     return shift

@@ -103,9 +103,15 @@ def _padded(site: Site) -> int:
 ROUNDERS = {"right": round_right, "left": round_left}
 
 
-def body_shift(values: Mapping[str, Array], regrid: Regrid) -> Array:
-    """What rounding adds to a trained backbone B / g as it is now, to be held fixed over some steps as `shifts` are."""
-    return regrid.round(values["body"])[0] - values["body"]
+def body_shift(values: Mapping[str, Array], regrid: Regrid, anew: bool) -> dict[str, Array]:
+    """What rounding adds to a trained backbone B / g as it is now, to be held fixed over some steps as `shifts` are.
+
+    Args:
+        anew: all walks of a trellis are searched from the start; else each closes where it did at the rounding before, which takes
+            half of the time.
+    """
+    found, codes = regrid.round(values["body"], None if anew else values.get("body.seams"))
+    return {"body.shift": found - values["body"], **({} if (seams := regrid.seams(codes)) is None else {"body.seams": seams})}
 
 
 def stored(

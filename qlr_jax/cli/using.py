@@ -12,7 +12,7 @@ from qlr_jax.cli.shell import app, clear_errors, tell
 from qlr_jax.errors import QLRError
 
 EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
-STATES = 5.0  # weight of hidden states, beside a trained backbone
+STATES = 2.5  # weight of hidden states, beside a trained backbone
 LOOK, LOOKS = 50, 15  # at held-out text: every 50 steps, or 15 times in a long training
 
 
@@ -203,7 +203,7 @@ def adapt(
         typer.Option(
             "--states",
             min=0,
-            help="Weight of hidden states that differ from the original's. Default: 5 with a backbone, else 0.",
+            help=f"Weight of hidden states that differ from the original's. Default: {STATES:g} with a backbone, else 0.",
         ),
     ] = None,
     reround_backbone: Annotated[
@@ -219,8 +219,8 @@ def adapt(
     Norms, scales and embeddings (lm_head with them) are trained unless --train says otherwise: they are stored already, so it costs
     no byte. Embeddings take 24 bytes of memory a number, 6.3 GB for Llama-2-7B; to leave them: --train norms --train scales.
     --train backbone finds the codes of Q anew, at no byte either, on text enough: it wins most, for 28 bytes of memory a weight.
-    Rounding it takes as long as an iteration of the compression's last solves, twice as long with every state bit: where that is
-    dear, raise --reround-backbone, and what is won falls a little.
+    Rounding it takes half as long as an iteration of the compression's last solves, twice as long with every state bit: where that
+    is dear, raise --reround-backbone, and what is won falls a little.
 
     \b
     Example:

@@ -20,6 +20,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float, Int
 
@@ -58,11 +59,15 @@ class Regrid:
         scale = jnp.asarray(matrix.arrays["scale"][0], jnp.float32)
         return cls(quantizer, layout, scale, quantizer.scales_of(matrix.part("backbone")), metric, output)
 
-    def round(self, wanted: Float[Array, "m n"]) -> tuple[Float[Array, "m n"], Int[Array, "..."]]:
+    def round(
+        self, wanted: Float[Array, "m n"], seams: Int[Array, "down across"] | None = None
+    ) -> tuple[Float[Array, "m n"], Int[Array, "..."]]:
         """Q for which tr(G E H Eᵀ), E = `wanted` − Uᵀ Q V, is small: rounded with two-sided feedback, as in the solver.
 
         Args:
             wanted: a backbone over g, in the basis of W.
+            seams: of a trellis, the last state of every walk, from the codes of a rounding before: half of the time, and as good
+                where the weights have moved little since. Negative, or None: not known.
 
         Returns:
             Uᵀ Q V, and the codes as `pack` takes them.
@@ -76,7 +81,13 @@ class Regrid:
             (u, u_block), (v, v_block) = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
             sides, blocks = (u, v), (u_block, v_block)
         factor, family = self.metric.factor(column_block(self.quantizer)), self.quantizer.family()
-        return _round(wanted, self.scales, factor, rows, sides, self.quantizer.data(), family=family, blocks=blocks)
+        if seams is None and isinstance(self.quantizer, Trellis):  # as an array, so that one program does both
+            seams = jnp.full(self.quantizer.tiles(*layout.shape), -1)
+        return _round(wanted, self.scales, factor, rows, sides, seams, self.quantizer.data(), family=family, blocks=blocks)
+
+    def seams(self, codes: Int[Array, "..."]) -> Int[Array, "down across"] | None:
+        """The last state of every walk, as `round` takes them; None where the grid is no trellis."""
+        return jnp.asarray(codes[..., -1], jnp.int32) if isinstance(self.quantizer, Trellis) else None
 
     def pack(self, codes: Int[Array, "..."]) -> Mapping[str, np.ndarray]:
         """`backbone.*` as they are stored."""
@@ -91,6 +102,7 @@ def _round(
     factor: Array,
     rows: Array | None,
     sides: tuple[Array, Array] | None,
+    seams: Array | None,
     data: Grid,
     *,
     family: Quantizer,
@@ -101,7 +113,10 @@ def _round(
         target = hadamard.rotate(hadamard.rotate(target, sides[1], blocks[1]).T, sides[0], blocks[0]).T
     # a unit grid's scale is that of the matrix, which is taken out already
     own = (jnp.ones((1, 1)),) if family.unit else scales
-    grid, padded = tuple(g[None] for g in family.grid(own, n)), pad_to_tiles(target, *family.tile)[None]
+    grid, padded = family.grid(own, n), pad_to_tiles(target, *family.tile)[None]
+    if seams is not None:  # of every weight that of its walk
+        grid = (*grid, jnp.repeat(jnp.repeat(seams, family.tile[0], axis=0), family.tile[1], axis=1))
+    grid = tuple(g[None] for g in grid)
     found, codes = ldlq(padded, factor, grid, data, family) if rows is None else ldlq_rows(padded, factor, rows, grid, data, family)
     found = found[0, :m, :n]
     if sides is not None:

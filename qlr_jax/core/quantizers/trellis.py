@@ -113,12 +113,14 @@ class Trellis:
         return jnp.asarray(self.shifts, jnp.int32), jnp.float32(self.gain)
 
     def round_block(self, x: Float[Array, "*b m c"], grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+        """As every quantizer; after the scale `grid` may hold the state in which the walk of each weight closes: see `search`."""
         height, width = self.tile[::-1] if transposed else self.tile
-        (scale,), (shifts, gain) = grid, data
+        (scale, *seams), (shifts, gain) = grid, data
         lead, rows = x.shape[:-2], x.shape[-2]
         blocks = (x / jnp.where(scale > 0, scale, 1.0)).reshape(*lead, rows // height, height, width)
         blocks = jnp.swapaxes(blocks, -1, -2) if transposed else blocks
-        states = search(blocks.reshape(-1, LENGTH), shifts, self.state_bits, gain)
+        closing = jnp.broadcast_to(seams[0], x.shape)[..., ::height, 0].reshape(-1) if seams else None
+        states = search(blocks.reshape(-1, LENGTH), shifts, self.state_bits, gain, closing)
         values = code_values(states, gain).reshape(blocks.shape)
         values = jnp.swapaxes(values, -1, -2) if transposed else values
         return values.reshape(x.shape) * scale, states.astype(jnp.uint16).reshape(*lead, rows // height, LENGTH)
@@ -188,39 +190,51 @@ def _batch(walks: int, state_bits: int) -> int:
 
 
 def search(
-    x: Float[Array, "walks 256"], shifts: Int[Array, "256"], state_bits: int, gain: float | Array
+    x: Float[Array, "walks 256"],
+    shifts: Int[Array, "256"],
+    state_bits: int,
+    gain: float | Array,
+    seams: Int[Array, "walks"] | None = None,
 ) -> Int[Array, "walks 256"]:
     """States of the nearest closed walk for each row of x: two Viterbi passes.
 
     The first pass starts half a turn away and leaves its ends free; the state that it passes at the seam is imposed on both
     ends of the second. The shifts are data, so one compilation serves every rate.
+
+    Args:
+        seams: the last state of each walk, where it is known, which saves the first pass (half of the time); negative: it is not.
     """
     walks = x.shape[0]
     size = _batch(walks, state_bits)
-    padded = jnp.pad(x, ((0, -walks % size), (0, 0))).reshape(-1, size, LENGTH)
-    states = lax.map(lambda part: _closed_walk(part.T, shifts, state_bits, gain).T, padded)
+    more = -walks % size
+    padded = jnp.pad(x, ((0, more), (0, 0))).reshape(-1, size, LENGTH)
+    closing = jnp.zeros((walks,), jnp.int32) if seams is None else seams
+    first = 0 if seams is None else jnp.all(seams >= 0).astype(jnp.int32)  # of the two passes
+    parts = (padded, jnp.pad(closing, (0, more)).reshape(-1, size))
+    states = lax.map(lambda part: _closed_walk(part[0].T, shifts, state_bits, gain, part[1], first).T, parts)
     return states.reshape(-1, LENGTH)[:walks]
 
 
-def _closed_walk(x: Array, shifts: Array, state_bits: int, gain: float | Array) -> Array:
+def _closed_walk(x: Array, shifts: Array, state_bits: int, gain: float | Array, seam: Array, first: int | Array) -> Array:
+    """`first`: which pass is the first, 1 where the walks are known to close in `seam`."""
     values = code_values(jnp.arange(2**state_bits), 1.0) * gain
     half = LENGTH // 2
     states = jnp.arange(2**state_bits)[:, None]
 
-    def sweep(seam: Array, turned: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        weights, steps, closing = turned
+    def sweep(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        (seam, _), (weights, steps, closing) = carry, jax.tree.map(lambda a: a[i], turned)
         start = jnp.where(closing & (states != seam), jnp.float32(1e30), 0.0)
         cost, back = _forward(weights, steps, values, start, state_bits)
         found = _trace(jnp.where(closing, seam, jnp.argmin(cost, axis=0)), back, steps, state_bits)
         return found[half - 1], found
 
-    # one scan of two sweeps rather than two calls: the search is compiled once
+    # one loop of two sweeps rather than two calls: the search is compiled once
     turned = (
         jnp.stack([jnp.roll(x, -half, axis=0), x]),
         jnp.stack([jnp.roll(shifts, -half), shifts]),
         jnp.array([False, True]),
     )
-    return lax.scan(sweep, jnp.zeros(x.shape[1], jnp.int32), turned)[1][1]
+    return lax.fori_loop(first, 2, sweep, (seam, jnp.zeros(x.shape, jnp.int32)))[1]
 
 
 def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: int) -> tuple[Array, Array]:
