@@ -37,7 +37,7 @@ from qlr_jax.calibration.text import split_of
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.export.packed import load, read_matrices, save_packed
 from qlr_jax.models import load_model, load_tokenizer
-from qlr_jax.preparation import BUNDLED, calibrate, open_source, sense, spread
+from qlr_jax.preparation import BUNDLED, calibrate, open_source, sense
 from qlr_jax.progress import plain
 from qlr_jax.recipe import DEMO
 
@@ -134,10 +134,11 @@ def given(texts: list[str]) -> dict[str, Any]:
 def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Adapt once, save, read back, measure."""
     original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
-    rows = spread(sequences(row.text, "training", args.window), args.window * min(args.sequences, args.steps * args.batch))
+    count = min(args.sequences, args.steps * args.batch)
+    rows = calibration.thinned(sequences(row.text, "training", args.window), count * args.window)
     training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][: 48 * WINDOW // args.window]
     known = {
-        text: evaluation.reference(original, spread(sequences(text, "heldout"), args.tokens))
+        text: evaluation.reference(original, calibration.thinned(sequences(text, "heldout"), args.tokens))
         for text in dict.fromkeys((row.text, *(("library",) if row.text == "packages" else ())))
     }
     looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 from qlr_jax import calibration, evaluation, job
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.preparation import calibrate, open_source, sense, spread
+from qlr_jax.preparation import calibrate, open_source, sense
 from qlr_jax.progress import plain
 from qlr_jax.recipe import DEMO
 from qlr_jax.report.words import rank_line
@@ -43,7 +43,7 @@ def run(seed: int, budgets: list[str], refine: int, state_bits: int | None, toke
     table = sense(source, statistics, sample, recipe, progress).table
     measured = time.perf_counter() - start - calibrated
     windows = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
-    held_out = evaluation.reference(source.model, spread(windows, tokens))
+    held_out = evaluation.reference(source.model, calibration.thinned(windows, tokens))
     solutions, records = {}, []
     for budget in budgets:
         start = time.perf_counter()

@@ -28,7 +28,7 @@ from qlr_jax import calibration, evaluation
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.spec import Spec
-from qlr_jax.preparation import calibrate, open_source, solver_config, spread
+from qlr_jax.preparation import calibrate, open_source, solver_config
 from qlr_jax.progress import plain
 from qlr_jax.recipe import DEMO
 from qlr_jax.sensitivity import ATTRIBUTIONS, PROBE, Attribution, Case, attribute, final_error
@@ -57,7 +57,7 @@ def main() -> None:
     source = open_source("bundled", recipe)
     statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
     text = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
-    held_out = evaluation.reference(source.model, spread(text, args.tokens))
+    held_out = evaluation.reference(source.model, calibration.thinned(text, args.tokens))
 
     names, config = list(source.weights), solver_config(recipe)
     problems = {(name, spec): statistics.problem(name, spec) for spec in grid() for name in names}

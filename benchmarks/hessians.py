@@ -36,7 +36,7 @@ from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.evaluation import divergence, reference, windows
-from qlr_jax.job import BUNDLED, spread, with_weights
+from qlr_jax.job import BUNDLED, with_weights
 from qlr_jax.models import input_of, load_model, load_tokenizer
 
 LENGTH = 256
@@ -82,8 +82,8 @@ def main() -> None:
     tokens = calibrating.calibration_tokens(calibrating.standard_library("calibration"), tokenizer, arguments.sequences, LENGTH)
     held_out = windows(calibrating.standard_library("heldout"), tokenizer, LENGTH)
     texts = {
-        "held_out": reference(model, spread(held_out, arguments.tokens)),
-        "calibration": reference(model, spread(tokens, 4096)),
+        "held_out": reference(model, calibrating.thinned(held_out, arguments.tokens)),
+        "calibration": reference(model, calibrating.thinned(tokens, 4096)),
     }
 
     start = time.perf_counter()

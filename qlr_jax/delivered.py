@@ -17,7 +17,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.export.packed import load, read_config, read_matrices
 from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
-from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, spread
+from qlr_jax.preparation import BUNDLED, BUNDLED_NAME
 from qlr_jax.progress import Progress, silent
 
 DRIFT_TOKENS = 32_768  # the mean over tokens has settled long before
@@ -74,7 +74,7 @@ def evaluate(
         if window is not None and window > most:
             raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
         whole = evaluating.cut(content, tokenizer, window or min(2048, most))
-        rows = whole.rows if windows is None else spread(whole.rows, windows * whole.rows.shape[1])
+        rows = whole.rows if windows is None else calibrating.thinned(whole.rows, windows * whole.rows.shape[1])
         result = _on_text(first, compressed, tokenizer, rows, drift, batch, progress) | _protocol(out, tokenizer, whole, rows)
     if tasks:
         settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
@@ -92,7 +92,7 @@ def _on_text(
     result = dataclasses.asdict(figures) | {"perplexity_ratio": figures.perplexity_ratio}
     result |= {"intervals": evaluating.intervals(found), "worst": evaluating.worst_token(found, tokenizer)}
     if drift:
-        some = spread(rows, DRIFT_TOKENS)
+        some = calibrating.thinned(rows, DRIFT_TOKENS)
         with progress.stage("comparing hidden states", total=original.config.num_hidden_layers) as stage:
             drifted = evaluating.drift(original, compressed, some, size, stage)
         result["drift"] = dataclasses.asdict(drifted) | {"worst_layer": drifted.worst, "worst": drifted.layers[drifted.worst]}

@@ -38,7 +38,6 @@ from qlr_jax.preparation import (
     open_source,
     sense,
     sequence_length,
-    spread,
 )
 from qlr_jax.progress import Progress, logged, silent
 from qlr_jax.recipe import DEMO, Recipe
@@ -251,7 +250,7 @@ def _job(
     if texts[1]:
         with clock.stage("evaluate"), progress.stage("evaluating on held-out text", total=len(plans)) as stage:
             rows = evaluating.windows(texts[1], opened.tokenizer, sequence_length(original, recipe))
-            rows = spread(rows, recipe.evaluation_tokens)
+            rows = calibrating.thinned(rows, recipe.evaluation_tokens)
             for name in plans:
                 held_out[name] = compare(original, with_weights(original, models[name]), rows)
                 journal.add(kl={name: found.kl for name, found in held_out.items()})

@@ -159,7 +159,7 @@ def calibrate(
             kept = keep("outputs")
             outputs = calibrating.output_hessians(
                 model,
-                spread(tokens, recipe.output_tokens),
+                calibrating.thinned(tokens, recipe.output_tokens),
                 names,
                 seed=recipe.seed,
                 progress=stage.advance,
@@ -167,7 +167,7 @@ def calibrate(
             )
         if outputs.left_out:
             progress.say(f"calibrating: outputs: {outputs.told()}")
-    sample = reference(model, spread(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
+    sample = reference(model, calibrating.thinned(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
     if np.isnan(sample.perplexity):
         raise QLRError(
             "the original's logits on the calibration text are not finite, so that nothing can be compared with it; load it in "
@@ -257,12 +257,6 @@ def calibration_tokens(text: str, tokenizer: Any, model: Llama, recipe: Recipe, 
             "widest matrix; give more text" + ("" if sequences < 1 else ", or force it (--force)")
         )
     return calibrating.calibration_tokens(text, tokenizer, sequences, length)
-
-
-def spread(rows: np.ndarray, tokens: int) -> np.ndarray:
-    """Rows (count, length) thinned evenly to at most `tokens` tokens, at least one row."""
-    count = max(1, min(len(rows), tokens // rows.shape[1]))
-    return rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
 
 
 def solver_config(recipe: Recipe, state_bits: int | None = None) -> SolverConfig:

@@ -18,7 +18,7 @@ from qlr_jax.evaluation import Comparison, divergence, reference
 from qlr_jax.export.files import refuse_occupied
 from qlr_jax.export.packed import JOB, load, read_config, save_packed
 from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
-from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, REFERENCE_BYTES, spread
+from qlr_jax.preparation import BUNDLED, BUNDLED_NAME, REFERENCE_BYTES
 from qlr_jax.progress import Progress, silent
 
 LENGTH = 512  # tokens of a sequence, where the model takes so many
@@ -80,7 +80,7 @@ def adapt(
         other = calibrating.read_text(held_out) if held_out else calibrating.standard_library("heldout")
         judged = evaluating.windows(other, tokenizer, rows.shape[1])
         judged_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
-    judged = spread(judged, judged_tokens)
+    judged = calibrating.thinned(judged, judged_tokens)
 
     with progress.stage("measuring before"):
         known = reference(teacher or model.densified(), judged, max_bytes=REFERENCE_BYTES)
@@ -125,7 +125,7 @@ def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndar
         raise QLRError(
             f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"
         )
-    return spread(evaluating.windows(content, tokenizer, length), sequences * length)
+    return calibrating.thinned(evaluating.windows(content, tokenizer, length), sequences * length)
 
 
 def _figures(found: Comparison, against_original: bool) -> dict[str, float]:
