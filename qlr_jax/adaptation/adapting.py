@@ -21,9 +21,9 @@ from qlr_jax.adaptation import rounding
 from qlr_jax.adaptation.config import AdaptConfig, fresh_bytes
 from qlr_jax.adaptation.fresh import fresh_factors
 from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
-from qlr_jax.adaptation.phases import SIDES, State, coarse, plan_phases, round_sides, run_phase, shifting
+from qlr_jax.adaptation.phases import SIDES, Extent, State, coarse, plan_phases, round_sides, run_phase, shifting
 from qlr_jax.adaptation.student import TABLES, Student, Values, packed_matrices, table, take_apart
-from qlr_jax.adaptation.train import Text, joined, mean_loss, spread, trainer, weight_gradients
+from qlr_jax.adaptation.train import Text, joined, mean_loss, trainer, weight_gradients
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import Layout, QLRMatrix
@@ -157,11 +157,10 @@ def adapt(
             elif number:
                 values, rounded = round_sides(student, values, rounded, hessians, phase.rounded)
                 run |= {"phase": number, "step": 0, "best": None, "since": 0}
-            shift = None
-            if straight or regrids:
-                shift = shifting(student, rounded, straight, regrids)
-                values = values if resumed else shift(values, values, True, True)
             trained, fixed, optimizer = tools.init(values)
+            shift = shifting(student, rounded, straight, regrids) if straight or regrids else None
+            if shift is not None and not resumed:
+                fixed = shift(trained, fixed, Extent.ALL)
             state = State(trained, fixed, trained, optimizer, rounded, run)
             if resumed:
                 state.best, state.optimizer = trees["best"], jax.tree.unflatten(jax.tree.structure(optimizer), leaves)
@@ -259,7 +258,7 @@ def _metrics(
     if not (factors or bodies or last):
         return {}, {}, []
     dense, inputs, outputs = model.densified(), {}, {}
-    rows = tokens[spread(len(tokens), METRIC_TOKENS // tokens.shape[1])]
+    rows = calibration.thinned(tokens, METRIC_TOKENS)
     if factors or bodies:
         with progress.stage("metrics: inputs"):
             inputs = calibration.hessians(dense, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +18,17 @@ from qlr_jax.core.regrid import Regrid
 from qlr_jax.errors import QLRError
 from qlr_jax.progress import Stage
 
-Shift = Callable[[Values, Values, bool, bool], Values]
-"""(trained, fixed, whether backbones too, and those from the start) -> fixed, with what rounding adds to factors and backbones."""
+
+class Extent(enum.Enum):
+    """What is rounded anew while it is trained: always the factors, and"""
+
+    FACTORS = "nothing else"
+    NEAR = "backbones, every walk of a trellis closing where it did before"
+    ALL = "backbones, searched from the start"
+
+
+Shift = Callable[[Values, Values, Extent], Values]
+"""(trained, fixed, what is rounded anew) -> fixed, with what rounding adds to factors and backbones."""
 SIDES = ("right", "left")  # in the order in which they are rounded
 SHARES = {"left": 0.2, "scales": 0.1}  # of the steps, where factors are rounded to few bits
 
@@ -76,10 +86,11 @@ def run_phase(
         run["step"] += 1
         run["history"].append({"phase": phase.name, "step": run["step"], "loss": loss})
         due = run["step"] % config.evaluate_every == 0 or run["step"] == phase.steps
-        backbones = due or run["step"] % config.reround_backbone == 0
+        # what is judged, and kept, is what rounding from the start gives
+        extent = Extent.ALL if due else Extent.FACTORS if run["step"] % config.reround_backbone else Extent.NEAR
         again = bool(config.reround) and run["step"] % config.reround == 0
-        if shift is not None and (backbones or again):  # so that what is judged, and kept, is what rounding gives
-            state.fixed = shift(state.trained, state.fixed, backbones, due)
+        if shift is not None and (again or extent is not Extent.FACTORS):
+            state.fixed = shift(state.trained, state.fixed, extent)
         if others is None:
             state.best = state.trained
         elif due:
@@ -123,13 +134,13 @@ def shifting(
 ) -> Shift:
     """The function that rounds anew: factors, in the Hessians of their inputs, and backbones on their grids."""
 
-    def shift(trained: Values, fixed: Values, backbones: bool, anew: bool) -> Values:
+    def shift(trained: Values, fixed: Values, extent: Extent) -> Values:
         values, fixed = joined(trained, fixed), dict(fixed)
         for name, site in student.sites.items():
             if name in hessians:
                 fixed[name] = fixed[name] | rounding.shifts(site, values[name], hessians[name], rounded.get(name, {}))
-            if name in regrids and backbones:
-                fixed[name] = fixed[name] | rounding.body_shift(values[name], regrids[name], anew)
+            if name in regrids and extent is not Extent.FACTORS:
+                fixed[name] = fixed[name] | rounding.body_shift(values[name], regrids[name], extent is Extent.ALL)
         return fixed
 
     return shift

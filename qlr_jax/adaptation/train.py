@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, states_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.student import PRODUCTS, Student, Values, forward, teaching
-from qlr_jax.core.typing import Array, Bool, Float, Int
+from qlr_jax.calibration import evenly
+from qlr_jax.core.typing import Array, Bool, Float
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 
@@ -48,22 +50,12 @@ class Text:
         return tuple(a[index] for a in (self.tokens, *kept))
 
     def part(self, count: int) -> Text:
-        """`count` sequences, at least one, spread over the text, since its beginning need not be like the rest."""
-        index = spread(len(self.tokens), count)
+        """`count` sequences, at least one, in equal distances."""
+        index = evenly(len(self.tokens), count)
         kept = self.teacher
         if isinstance(kept, TeacherLogits):
             kept = TeacherLogits(kept.tokens[index], kept.ids[index], kept.logp[index])
         return Text(self.tokens[index], kept)
-
-
-def spread(rows: int, count: int) -> Int[np.ndarray, "some"]:
-    """`count` of `rows`, at least one and at most all, in equal distances.
-
-    Example:
-        >>> spread(10, 4).tolist(), spread(3, 5).tolist()
-        ([0, 3, 6, 9], [0, 1, 2])
-    """
-    return np.linspace(0, rows - 1, min(rows, max(1, count))).round().astype(int)
 
 
 def order(seed: int, step: int, count: int, rows: int) -> np.ndarray:
@@ -149,12 +141,16 @@ def _said(teacher: Llama | None, part: tuple[Array, ...]) -> Array | None:
     return None if teacher is None else teacher(part[0])
 
 
+@partial(jax.jit, static_argnums=0)  # compiled once for the model before and after
+def _loss(config: AdaptConfig, model: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
+    return objective(config, model(part[0]), _said(teacher, part), part)
+
+
 def mean_loss(model: Llama, text: Text, config: AdaptConfig) -> float:
     """The loss of a model as it is stored."""
     resident = text.teacher if isinstance(text.teacher, Llama) else None
-    found = jax.jit(lambda m, teacher, part: objective(config, m(part[0]), _said(teacher, part), part))
     model = model.densified()
-    return mean_over(text, config.batch, lambda part: found(model, resident, part))
+    return mean_over(text, config.batch, lambda part: _loss(config, model, resident, part))
 
 
 def weight_gradients(model: Llama, text: Text, config: AdaptConfig) -> dict[str, np.ndarray]:

@@ -60,7 +60,7 @@ class Regrid:
         return cls(quantizer, layout, scale, quantizer.scales_of(matrix.part("backbone")), metric, output)
 
     def round(
-        self, wanted: Float[Array, "m n"], seams: Int[Array, "down across"] | None = None
+        self, wanted: Float[Array, "m n"], seams: Int[np.ndarray, "down across"] | None = None
     ) -> tuple[Float[Array, "m n"], Int[Array, "..."]]:
         """Q for which tr(G E H Eᵀ), E = `wanted` − Uᵀ Q V, is small: rounded with two-sided feedback, as in the solver.
 
@@ -81,13 +81,14 @@ class Regrid:
             (u, u_block), (v, v_block) = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
             sides, blocks = (u, v), (u_block, v_block)
         factor, family = self.metric.factor(column_block(self.quantizer)), self.quantizer.family()
-        if seams is None and isinstance(self.quantizer, Trellis):  # as an array, so that one program does both
-            seams = jnp.full(self.quantizer.tiles(*layout.shape), -1)
+        if isinstance(self.quantizer, Trellis):  # always an array, and the host's, so that one program does all
+            tiles = self.quantizer.tiles(*layout.shape)
+            seams = np.full(tiles, -1, np.int32) if seams is None else np.asarray(seams, np.int32)
         return _round(wanted, self.scales, factor, rows, sides, seams, self.quantizer.data(), family=family, blocks=blocks)
 
-    def seams(self, codes: Int[Array, "..."]) -> Int[Array, "down across"] | None:
+    def seams(self, codes: Int[Array, "..."]) -> Int[np.ndarray, "down across"] | None:
         """The last state of every walk, as `round` takes them; None where the grid is no trellis."""
-        return jnp.asarray(codes[..., -1], jnp.int32) if isinstance(self.quantizer, Trellis) else None
+        return np.asarray(codes[..., -1], np.int32) if isinstance(self.quantizer, Trellis) else None
 
     def pack(self, codes: Int[Array, "..."]) -> Mapping[str, np.ndarray]:
         """`backbone.*` as they are stored."""

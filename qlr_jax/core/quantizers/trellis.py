@@ -185,7 +185,8 @@ def code_values(states: Array, gain: float | Array) -> Array:
 def _batch(walks: int, state_bits: int) -> int:
     """Walks searched at once: what suits a CPU's vectors and cache, or an accelerator with at most 1 GiB of predecessors."""
     if jax.default_backend() == "cpu":
-        return 32 if walks > 16 else 8  # measured: 16 or 64 take two to three times as long a walk, 8 a third longer
+        # measured: 16 or 64 take two to three times as long a walk, 4 and 8 a third longer; of few walks 4 leave the fewest idle
+        return 32 if walks > 16 else 4 if walks > 2 else walks
     return min(2048, 2 ** (23 - state_bits), -(-walks // 16) * 16)
 
 
