@@ -38,6 +38,7 @@ def adapt(
     judged_tokens: int = 16384,
     resume: bool = False,
     progress: Progress | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Adapt a compressed folder to a text, and write what comes of it as a folder of the same kind.
 
@@ -52,6 +53,7 @@ def adapt(
         sequences: of the text, at most, spread over it.
         judged_tokens: for the figures, at most.
         resume: go on with an adaptation that was interrupted.
+        command: what was typed, for the report.
 
     Returns:
         What report.json has under "adapted", with `out` and `dest`.
@@ -89,6 +91,7 @@ def adapt(
     with progress.stage("measuring after"):
         after = divergence(found.value, known)
     told = {
+        "command": command,
         "text": "the calibration text" if bundled else ", ".join(map(str, text or ())),
         "judged_on": judged_on,
         "tokens": int(judged.size),
@@ -147,7 +150,8 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
     if (out / "report.json").is_file():
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         _updated(report, found)
-    report["adapted"] = told
+    earlier = (report.get("adapted") or {}).get("command")  # of a folder that was adapted before
+    report["adapted"] = told | {"command": "\n".join(filter(None, (earlier, told["command"])))}
     files |= {
         "report.json": json.dumps(report, indent=1) + "\n",
         "report.html": report_html(report),

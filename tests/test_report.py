@@ -97,6 +97,7 @@ def full(report):
             "fits": True,
         },
         "adapted": {
+            "command": "qlr adapt out adapted --text 'a b.txt'",
             "text": "other <modules>",
             "verdict": "The adapted model is better & kept.",
             "trained": ["norms", "scales"],
@@ -307,7 +308,7 @@ def test_markdown(full):
         "| KL, nats a token | 0.0433 | 0.0399 | −7.85 % |",
         "| adaptation, afterwards | 2 min 03 s |",
         "| 0 | 1.5+r8 | 4 | – |",
-        "```sh\nqlr compress llama out --budget 2.25bpw\n```",
+        "```sh\nqlr compress llama out --budget 2.25bpw\nqlr adapt out adapted --text 'a b.txt'\n```",
         "seed: 11",
         "Versions: qlr-jax 0.1.0, jax 0.10.2.",
     ):
@@ -317,7 +318,7 @@ def test_markdown(full):
     for table in re.findall(r"(?:^\|.*\n)+", outside, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1  # as many cells in every row
     full["command"] = "echo ```"
-    assert "````sh\necho ```\n````" in report_markdown(full)
+    assert "````sh\necho ```\nqlr adapt out adapted --text 'a b.txt'\n````" in report_markdown(full)
     assert report_markdown({}).startswith("# Llama model at – bits per weight") and "Not evaluated" in report_markdown({})
 
 

@@ -35,7 +35,12 @@ def folders(tmp_path_factory):
         spec = "int-4g16+r4@bf16" if i % 2 else "int-3g16"
         matrices[name] = random_matrix(spec, linear.weight.get_value().shape, seed=i, size=0.02)
     rows = [{"name": n, "spec": str(m.spec), "shape": list(m.shape), "bytes": m.nbytes} for n, m in matrices.items()]
-    report = {"model": str(parent / "model"), "bytes": {"before": 10**6, "after": 10**5, "compressed": 10**4}, "matrices": rows}
+    report: dict = {
+        "model": str(parent / "model"),
+        "adapted": {"command": "qlr adapt first out"},
+        "bytes": {"before": 10**6, "after": 10**5, "compressed": 10**4},
+        "matrices": rows,
+    }
     files = {"report.json": json.dumps(report), "recipe.yaml": "budget: 3bpw\n"}
     settings = {"base_model": str(parent / "model")}
     save_packed(parent / "out", model, matrices, source=parent / "model", settings=settings, files=files)
@@ -44,10 +49,13 @@ def folders(tmp_path_factory):
 
 
 def test_a_folder_is_adapted(folders, tmp_path):
-    told = tuning.adapt(folders / "out", tmp_path / "dest", [folders / "text.txt"], FEW, judged_tokens=512)
+    told = tuning.adapt(
+        folders / "out", tmp_path / "dest", [folders / "text.txt"], FEW, judged_tokens=512, command="qlr adapt out dest"
+    )
     assert told["after"]["kl"] < told["before"]["kl"] and told["bits_per_weight"] == told["bits_per_weight_before"]
     report = json.loads((tmp_path / "dest" / "report.json").read_text())
     assert report["adapted"]["after"] == told["after"] and report["bytes"]["after"] == 10**5
+    assert "qlr adapt first out\nqlr adapt out dest\n" in (tmp_path / "dest" / "report.md").read_text()  # adapted before as well
     assert check_files(tmp_path / "dest") > 4 and (tmp_path / "dest" / "recipe.yaml").read_text() == "budget: 3bpw\n"
     assert not (tmp_path / "dest" / "job").exists()
     before, after = read_matrices(folders / "out"), read_matrices(tmp_path / "dest")

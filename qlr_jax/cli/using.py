@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qlr_jax.cli.options import AsJson, Compressed, HeldOut, Original, Windows
-from qlr_jax.cli.shell import app, clear_errors, tell
+from qlr_jax.cli.shell import app, clear_errors, command, tell
 from qlr_jax.errors import QLRError
 
 EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
@@ -261,6 +261,7 @@ def adapt(
             held_out=list(held_out) if held_out else None,
             resume=resume,
             progress=progress.choose(as_json),
+            command=command(),
         )
         tell(result, as_json, adapted_text)
 

@@ -15,6 +15,15 @@ LOSSES = {"kl": "KL to the original", "text": "the next token's loss", "mix": "K
 POINTS = 160  # of the training's line; more than that is averaged, since a single step is mostly noise
 
 
+def commands(report: Mapping[str, Any]) -> str:
+    """What was typed to make the folder, a line a command, in order.
+
+    >>> commands({"command": "qlr demo", "adapted": {"command": "qlr adapt a b"}})
+    'qlr demo\\nqlr adapt a b'
+    """
+    return "\n".join(str(found) for found in (report.get("command"), part_of(report, "adapted").get("command")) if found)
+
+
 def won_back(report: Mapping[str, Any]) -> float | None:
     """The share of the KL from the original that adaptation took away, below 0 where it rose; None where it is not known.
 

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from qlr_jax.progress import duration
-from qlr_jax.report.adapted import adapted_section, won_back
+from qlr_jax.report.adapted import adapted_section, commands, won_back
 from qlr_jax.report.allocation import heat_map
 from qlr_jax.report.figures import proof_section
 from qlr_jax.report.fit import fit_section, needs
@@ -210,8 +210,8 @@ def _cost(report: Mapping[str, Any]) -> str:
 def _again(report: Mapping[str, Any]) -> str:
     """How to make the same model again, and how to load it."""
     out = ['<section id="again"><h2>Do it again</h2>']
-    if report.get("command"):
-        out.append(f"<h3>Command</h3><pre>{escape(str(report['command']))}</pre>")
+    if typed := commands(report):
+        out.append(f"<h3>Command</h3><pre>{escape(typed)}</pre>")
     recipe = part_of(report, "recipe")
     if recipe:
         import yaml

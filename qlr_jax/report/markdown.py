@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlr_jax.progress import duration
-from qlr_jax.report.adapted import adapted_rows, how_line, won_sentence
+from qlr_jax.report.adapted import adapted_rows, commands, how_line, won_sentence
 from qlr_jax.report.figures import certificate, predictions_line
 from qlr_jax.report.fit import ADVICE, fit_rows, fit_sentence
 from qlr_jax.report.html import HOW, LOADING, machine_line, stage_rows
@@ -128,7 +128,7 @@ def _allocation(report: Mapping[str, Any]) -> list[str]:
 
 
 def _again(report: Mapping[str, Any]) -> list[str]:
-    out = [_code(str(report["command"]), "sh")] if report.get("command") else []
+    out = [_code(typed, "sh")] if (typed := commands(report)) else []
     recipe = part_of(report, "recipe")
     if recipe:
         import yaml
