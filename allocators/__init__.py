@@ -9,13 +9,13 @@ from allocators.allocation import Allocation, Status, from_specs
 from allocators.baselines import baselines, compared, filled_uniform, greedy, random, rank0, uniform
 from allocators.budget import Budget, Problem, format_size, parse_size
 from allocators.errors import AllocationError, Infeasible
+from allocators.exact.knapsack import allocate
 from allocators.frontier import Frontier, frontier
 from allocators.interactions import Interactions, Pairwise, Saturating
 from allocators.joint import allocate_jointly
-from allocators.knapsack import allocate
 from allocators.options import ModelFacts, Option, Row, Tie, backbone
 from allocators.prune import Dropped, Pruned, prune
-from allocators.refine import Refined, Trial, refine
+from allocators.refine.refine import Refined, Trial, refine
 from allocators.table import OptionTable
 
 __all__ = [

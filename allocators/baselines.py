@@ -10,9 +10,9 @@ import numpy as np
 
 from allocators.allocation import Allocation, check_limit, from_picks
 from allocators.errors import Infeasible
-from allocators.greedy import fill
-from allocators.hull import Blocks
-from allocators.knapsack import allocate
+from allocators.exact.greedy import fill
+from allocators.exact.hull import Blocks
+from allocators.exact.knapsack import allocate
 from allocators.table import OptionTable
 
 

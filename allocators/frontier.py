@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocators.allocation import Allocation, Status, check_limit, from_picks
-from allocators.hull import Blocks
+from allocators.exact.hull import Blocks
 from allocators.table import OptionTable
 
 

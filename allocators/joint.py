@@ -9,8 +9,8 @@ import numpy as np
 
 from allocators.allocation import Allocation, Status, check_limit, from_picks
 from allocators.errors import AllocationError
+from allocators.exact.knapsack import allocate
 from allocators.interactions import Interactions, Pairwise, Saturating
-from allocators.knapsack import allocate
 from allocators.pairwise import Problem, bounds
 from allocators.table import OptionTable
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from allocators.hull import Blocks
+from allocators.exact.hull import Blocks
+from allocators.exact.knapsack import CELLS, Solved, solve
 from allocators.interactions import Pairwise
-from allocators.knapsack import CELLS, Solved, solve
-from allocators.moves import moves, promising
+from allocators.refine.moves import moves, promising
 from allocators.table import OptionTable
 
 ROUNDS = 12  # tangents tried for the bound

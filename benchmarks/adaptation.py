@@ -35,11 +35,11 @@ from qlr_jax import calibration, evaluation, job
 from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.calibration.text import split_of
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.export.packed import load, read_matrices, save_packed
+from qlr_jax.formats.qlr.packed import load, read_matrices, save_packed
 from qlr_jax.models import load_model, load_tokenizer
-from qlr_jax.preparation import BUNDLED, calibrate, open_source, sense
+from qlr_jax.pipelines.preparation import BUNDLED, calibrate, open_source, sense
 from qlr_jax.progress import plain
-from qlr_jax.recipe import DEMO
+from qlr_jax.settings.recipe import DEMO
 
 WINDOW = 256
 

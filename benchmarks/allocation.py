@@ -22,10 +22,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
 from qlr_jax import calibration, evaluation, job
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.preparation import calibrate, open_source, sense
+from qlr_jax.pipelines.preparation import calibrate, open_source, sense
 from qlr_jax.progress import plain
-from qlr_jax.recipe import DEMO
 from qlr_jax.report.words import rank_line
+from qlr_jax.settings.recipe import DEMO
 
 MODELS = ("allocated", "uniform", "rank0")
 

@@ -28,10 +28,10 @@ from qlr_jax import calibration, evaluation
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.spec import Spec
-from qlr_jax.preparation import calibrate, open_source, solver_config
+from qlr_jax.pipelines.preparation import calibrate, open_source, solver_config
 from qlr_jax.progress import plain
-from qlr_jax.recipe import DEMO
 from qlr_jax.sensitivity import ATTRIBUTIONS, PROBE, Attribution, Case, attribute, final_error
+from qlr_jax.settings.recipe import DEMO
 
 RATES = (1, 1.25, 1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5, 4)
 WITH_RANK = (1.25, 1.75, 2.25, 2.75, 3.5)

@@ -36,8 +36,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlr_jax import cost
 from qlr_jax.models import LlamaConfig
-from qlr_jax.recipe import DEMO, Recipe
-from qlr_jax.report.table import columns
+from qlr_jax.report.terminal.table import columns
+from qlr_jax.settings.recipe import DEMO, Recipe
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "demo": {"refine": 0},
@@ -201,7 +201,7 @@ def made(name: str, folder: Path) -> None:
     import jax
 
     from qlr_jax.models import Llama, save_model
-    from qlr_jax.preparation import BUNDLED
+    from qlr_jax.pipelines.preparation import BUNDLED
 
     save_model(Llama(config_of(name), jax.random.key(0)), folder / "model", tokenizer_from=BUNDLED)
 

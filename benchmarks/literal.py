@@ -29,7 +29,7 @@ from jax import Array, lax
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlr_jax.core import hadamard
 from qlr_jax.core.ldlq import feedback
-from qlr_jax.core.quantizers.lattice import SCALES, SIZE, nearest_shifted, shifted_points
+from qlr_jax.core.quantizers.e8 import SCALES, SIZE, nearest_shifted, shifted_points
 
 SEARCHES = ("exhaustive", "argmax", "structured")
 VECTORS, CODEWORDS = 1024, 1024  # scored at a time: 4 MB of scores, which a cache holds

@@ -122,7 +122,8 @@ def program(made: Any, leaves: tuple) -> dict[str, float]:
 
 def solve_cell(shape: tuple[int, int, int], outputs: bool, count: int, state_bits: int) -> dict[str, Any]:
     """Some matrices on `count` devices: seconds, and work and bytes of one of them."""
-    from qlr_jax.core import devices, solver
+    from qlr_jax.core import sharding as devices
+    from qlr_jax.core import solver
     from qlr_jax.core.batch import solve_many
     from qlr_jax.core.config import SolverConfig
 

@@ -69,7 +69,7 @@ def run(width: int, blocks: int, streaming: bool, work: str, answers: multiproce
     from qlr_jax import job
     from qlr_jax.calibration import standard_library
     from qlr_jax.models import LlamaConfig, find_folder
-    from qlr_jax.recipe import Recipe
+    from qlr_jax.settings.recipe import Recipe
 
     folder = Path(work) / f"model-{blocks}"
     config = LlamaConfig(2048, width, 2 * width, blocks, width // 64, max_position_embeddings=256)
@@ -98,7 +98,7 @@ def make(config: object, folder: str) -> None:
     import jax
 
     from qlr_jax.models import Llama, save_model
-    from qlr_jax.preparation import BUNDLED
+    from qlr_jax.pipelines.preparation import BUNDLED
 
     save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=BUNDLED)
 

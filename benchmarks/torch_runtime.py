@@ -37,7 +37,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qlr_jax.export import modeling_qlr as runtime
+from qlr_jax.formats.qlr import modeling_qlr as runtime
 
 SPECS = ["trellis-2", "trellis-2+r16@trellis-2", "int-4g32", "int-4g32+r16@bf16"]
 

@@ -7,7 +7,7 @@ Random codes: any byte stream is a valid code. Several copies of each layer, tog
 called one after the other in one CUDA graph, so every call reads its weights from memory, and nothing waits for Python. Dense and
 packed take turns within every round; the figure is the median round's, for one call.
     dense       torch.nn.functional.linear in bfloat16
-    kernel      qlr_jax.export.kernels; `times dense` above 1 is faster than dense
+    kernel      qlr_jax.formats.qlr.kernels; `times dense` above 1 is faster than dense
     ordinary    QLRLinear.forward, which decodes tile by tile: what the kernels replace
 
 Before anything is timed, kernels are compared with the ordinary forward. Without a GPU that is all that happens, in Triton's
@@ -30,7 +30,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qlr_jax.export import modeling_qlr as runtime
+from qlr_jax.formats.qlr import modeling_qlr as runtime
 
 SPECS = ["trellis-2", "trellis-2+r16@trellis-2", "trellis-2.25", "trellis-3", "trellis-4", "int-4g32", "int-4g32+r16@bf16"]
 SHAPES = ["4096x14336", "14336x4096"]
@@ -53,7 +53,7 @@ def make(spec: str, shape: tuple[int, int], device: str) -> runtime.QLRLinear:
 @torch.inference_mode()
 def check(spec: str, shape: tuple[int, int], tokens: int, device: str) -> float:
     """Largest difference of the kernel's output from the ordinary one's, over the largest output, in float32."""
-    from qlr_jax.export.kernels import Kernel
+    from qlr_jax.formats.qlr.kernels import Kernel
 
     linear, x = make(spec, shape, device), torch.randn(tokens, shape[1], device=device)
     wanted = linear(x)
@@ -92,7 +92,7 @@ def microseconds(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]], rounds: in
 
 @torch.inference_mode()
 def measure(spec: str, shape: tuple[int, int], tokens: int, arguments: argparse.Namespace) -> dict:
-    from qlr_jax.export.kernels import Kernel
+    from qlr_jax.formats.qlr.kernels import Kernel
 
     cache = COLD * torch.cuda.get_device_properties(0).L2_cache_size
     x = torch.randn(tokens, shape[1], device="cuda", dtype=torch.bfloat16)

@@ -19,12 +19,12 @@ _HOMES = {
     "QLRMatrix": "qlr_jax.core.matrix",
     "Solution": "qlr_jax.core.solver",
     "Verdict": "qlr_jax.core.solver",
-    "correct": "qlr_jax.core.correction",
+    "correct": "qlr_jax.core.reconstruction",
     "solve": "qlr_jax.core.solver",
-    "Recipe": "qlr_jax.recipe",
+    "Recipe": "qlr_jax.settings.recipe",
     "JobResult": "qlr_jax.job",
     "compress": "qlr_jax.job",
-    "load": "qlr_jax.export.packed",
+    "load": "qlr_jax.formats.qlr.packed",
     "load_model": "qlr_jax.models",
 }
 

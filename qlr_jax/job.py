@@ -20,16 +20,14 @@ from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.lazy import LazyMap
-from qlr_jax.delivered import evaluate, inspect
-from qlr_jax.distributed import Cluster, Together
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, compare, divergence
-from qlr_jax.export.files import refuse_occupied, staged
-from qlr_jax.export.packed import JOB, save_packed
-from qlr_jax.export.targets import find_target
-from qlr_jax.journal import Clock, Journal
-from qlr_jax.planning import TABLE, Constraints
-from qlr_jax.preparation import (
+from qlr_jax.formats.files import refuse_occupied, staged
+from qlr_jax.formats.qlr.packed import JOB, save_packed
+from qlr_jax.formats.targets import find_target
+from qlr_jax.pipelines.allocate import TABLE, Constraints
+from qlr_jax.pipelines.delivered import evaluate, inspect
+from qlr_jax.pipelines.preparation import (
     BUNDLED,
     BUNDLED_NAME,
     Source,
@@ -39,13 +37,15 @@ from qlr_jax.preparation import (
     sense,
     sequence_length,
 )
+from qlr_jax.pipelines.steps import CANDIDATES, Solutions, allocate, chosen, refine, resolve, solve, with_weights
 from qlr_jax.progress import Progress, logged, silent
-from qlr_jax.recipe import DEMO, Recipe
+from qlr_jax.report.html.sensitivity import write_pictures
 from qlr_jax.report.record import Record
-from qlr_jax.report.sensitivity import write_pictures
+from qlr_jax.run.journal import Clock, Journal
+from qlr_jax.run.processes import Cluster, Together
+from qlr_jax.run.workspace import Workspace, digest_model, digest_text, enough_space
 from qlr_jax.sensitivity import Sensitivity, Statistics
-from qlr_jax.steps import CANDIDATES, Solutions, allocate, chosen, refine, resolve, solve, with_weights
-from qlr_jax.workspace import Workspace, digest_model, digest_text, enough_space
+from qlr_jax.settings.recipe import DEMO, Recipe
 
 
 @dataclass(frozen=True)

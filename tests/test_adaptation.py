@@ -23,7 +23,7 @@ from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trai
 from qlr_jax.core import hadamard
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.regrid import Regrid
+from qlr_jax.core.requantize import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig

@@ -30,7 +30,7 @@ from allocators import (
     random,
     rank0,
 )
-from allocators.core import thin
+from allocators.exact.dynamic import thin
 
 SPECS = [f"int-{bits}" + (f"+r{rank}@bf16" if rank else "") for bits in (2, 3, 4, 5) for rank in (0, 4, 8)]
 TIES = {

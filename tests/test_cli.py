@@ -13,7 +13,7 @@ import qlr_jax
 from allocators.errors import AllocationError
 from qlr_jax import cli
 from qlr_jax.errors import QLRError
-from qlr_jax.recipe import DEMO, Recipe
+from qlr_jax.settings.recipe import DEMO, Recipe
 
 REPORT = {
     "bits_per_weight": 2.2431,
@@ -69,9 +69,10 @@ def calls(monkeypatch):
     job.sensitivity = noted(FOUND)
     job.inspect = noted({"matrices": [{"name": "a.q_proj", "spec": "trellis-2", "shape": [4, 4], "bytes": 8, "bits": 4.0}]})
     for target in ("dense", "peft", "compressed_tensors", "gguf"):
-        exporter = types.ModuleType(f"qlr_jax.export.{target}")
+        home = "qlr_jax.formats." + {"gguf": "gguf.export"}.get(target, target.replace("-", "_"))
+        exporter = types.ModuleType(home)
         setattr(exporter, f"export_{target}", noted(Path(target)))
-        monkeypatch.setitem(sys.modules, f"qlr_jax.export.{target}", exporter)
+        monkeypatch.setitem(sys.modules, home, exporter)
     monkeypatch.setitem(sys.modules, "qlr_jax.job", job)
     monkeypatch.setattr(qlr_jax, "job", job, raising=False)
     return seen
@@ -167,7 +168,8 @@ def test_evaluate_and_inspect(calls):
 
 
 def test_verify_and_generate(monkeypatch):
-    from qlr_jax import delivered, gate
+    from qlr_jax.pipelines import delivered
+    from qlr_jax.pipelines import verify as gate
 
     seen = {}
     check = {"name": "kl", "value": 0.2, "threshold": 0.1, "passed": False, "margin": -0.1, "says": "too far"}

@@ -5,7 +5,7 @@ import pytest
 
 import qlr_jax as qlr
 from qlr_jax.core.batch import solve_many
-from qlr_jax.core.correction import correct
+from qlr_jax.core.reconstruction import correct
 from qlr_jax.errors import QLRError
 
 ROWS, COLS, RANK = 48, 64, 8

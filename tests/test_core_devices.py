@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qlr_jax.core import devices
+from qlr_jax.core import sharding as devices
 from qlr_jax.errors import QLRError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,7 +24,8 @@ import json, sys
 import jax
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 import numpy as np
-from qlr_jax.core import alternation, batch, devices, solver
+from qlr_jax.core import alternation, batch, solver
+from qlr_jax.core import sharding as devices
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.solver import solve_batch

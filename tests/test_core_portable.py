@@ -76,7 +76,7 @@ def test_half_steps_lower(function, arguments, static):
 
 @pytest.mark.parametrize("spec", ["trellis-2.25+r4@trellis-4", "e8-3+r4@e8-4", "int-3g16a/rot+r4@bf16", "nf-4g16+r4@int-8"])
 def test_dense_lowers(spec):
-    from qlr_jax.export.packed import array_shapes
+    from qlr_jax.formats.qlr.packed import array_shapes
 
     layout = Layout(str(Spec.parse(spec)), (M, N), 1, 0, BITS)
     matrix = QLRMatrix({k: jax.ShapeDtypeStruct(*v) for k, v in array_shapes(layout).items()}, layout)

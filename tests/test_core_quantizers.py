@@ -10,7 +10,8 @@ import pytest
 
 from qlr_jax.core.ldlq import ldlq, pad_to_tiles
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers import lattice, normal_float, parse_quantizer, stored_bytes
+from qlr_jax.core.quantizers import e8 as lattice
+from qlr_jax.core.quantizers import normal_float, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers.trellis import LENGTH, Trellis, _forward, _search_jit, code_values, gaussian_error, read_states
 from qlr_jax.errors import QLRError
 

@@ -12,14 +12,15 @@ import pytest
 import yaml
 
 from allocators import Budget
-from qlr_jax import cost, preparation
+from qlr_jax import cost
 from qlr_jax.cost import Machine, Work, advice, find_config, plan_job
 from qlr_jax.cost.solves import solve
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, known_config, linear_names, parameter_count, shape_of
 from qlr_jax.models.known import KNOWN
-from qlr_jax.recipe import DEMO, Recipe
-from qlr_jax.report.cost import plan_text
+from qlr_jax.pipelines import preparation
+from qlr_jax.report.terminal.cost import plan_text
+from qlr_jax.settings.recipe import DEMO, Recipe
 
 GB = 10**9
 ROOMY = Machine("cpu", 10**16, 10**16, 2)
@@ -292,7 +293,7 @@ def test_every_recipe_has_a_plan(target, attribution):
 
 def test_nothing_starts_a_backend():
     script = (
-        "from qlr_jax import cost\nfrom qlr_jax.recipe import Recipe\nfrom qlr_jax.report.cost import plan_text\n"
+        "from qlr_jax import cost\nfrom qlr_jax.settings.recipe import Recipe\nfrom qlr_jax.report.terminal.cost import plan_text\n"
         "plan_text(cost.plan_job(cost.find_config('Llama-3-8B')[0], Recipe(), cost.Machine.parse('24GiB')))\n"
         "from jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends\n"
     )

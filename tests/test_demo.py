@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 import qlr_jax as qlr
 from qlr_jax import job
 from qlr_jax.models import load_model
-from qlr_jax.recipe import Recipe
+from qlr_jax.settings.recipe import Recipe
 
 LIGHT = Recipe(
     budget="2.25bpw",

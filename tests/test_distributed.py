@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlr_jax import distributed
 from qlr_jax.calibration import standard_library
 from qlr_jax.core.batch import batches
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.distributed import Cluster, Together, cost, gather, join, share
 from qlr_jax.errors import QLRError
-from qlr_jax.recipe import Recipe
-from qlr_jax.workspace import Workspace
+from qlr_jax.run import processes as distributed
+from qlr_jax.run.processes import Cluster, Together, cost, gather, join, share
+from qlr_jax.run.workspace import Workspace
+from qlr_jax.settings.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = SolverConfig(state_bits=6, iterations=2)
@@ -46,7 +46,9 @@ RECIPE = Recipe(
 COMMAND = """
 import os, signal, sys
 dies, patience, *arguments = sys.argv[1:]
-from qlr_jax import cli, distributed, workspace
+from qlr_jax import cli
+from qlr_jax.run import processes as distributed
+from qlr_jax.run import workspace
 distributed.Together.__init__.__defaults__ = (float(patience), *distributed.Together.__init__.__defaults__[1:])
 if int(dies):
     left, keep = [int(dies)], workspace._save

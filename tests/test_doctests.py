@@ -7,27 +7,10 @@ import pkgutil
 import pytest
 
 import allocators
-import qlr_jax.adaptation
-import qlr_jax.calibration
-import qlr_jax.core
-import qlr_jax.evaluation
-import qlr_jax.models
-import qlr_jax.report
-import qlr_jax.sensitivity
+import qlr_jax
 
-PACKAGES = (
-    qlr_jax.core,
-    qlr_jax.calibration,
-    qlr_jax.models,
-    qlr_jax.evaluation,
-    qlr_jax.sensitivity,
-    qlr_jax.adaptation,
-    qlr_jax.report,
-    allocators,
-)
-NAMES = ["qlr_jax.errors", "qlr_jax.recipe", "qlr_jax.progress", "qlr_jax.planning", "qlr_jax.gate", "qlr_jax.delivered"]
-NAMES += [f"qlr_jax.export.{name}" for name in ("files", "targets", "card", "gguf_blocks")] + [p.__name__ for p in PACKAGES]
-NAMES += [m.name for p in PACKAGES for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
+NAMES = [m.name for p in (allocators, qlr_jax) for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".")]
+NAMES = ["allocators", "qlr_jax", *(name for name in NAMES if not name.endswith("__main__"))]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,12 +20,13 @@ from safetensors.numpy import load_file, save_file
 import qlr_jax
 from qlr_jax.core import hadamard
 from qlr_jax.core.matrix import Layout, QLRMatrix
-from qlr_jax.core.quantizers import lattice, normal_float
+from qlr_jax.core.quantizers import e8 as lattice
+from qlr_jax.core.quantizers import normal_float
 from qlr_jax.core.quantizers.trellis import code_values
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files, export_dense, load, read_matrices, save_packed
-from qlr_jax.export.packed import CODES, FORMAT_VERSION, RUNTIME_VERSION, array_shapes
+from qlr_jax.formats import check_files, export_dense, load, read_matrices, save_packed
+from qlr_jax.formats.qlr.packed import CODES, FORMAT_VERSION, RUNTIME_VERSION, array_shapes
 from qlr_jax.models import KINDS, Llama, LlamaConfig, linear_names, load_model, parts_of, save_model, shape_of
 
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
@@ -142,7 +143,7 @@ SETTINGS = [(0, 6), (32, 12), (16, 16)]  # rotation block, state bits
 def test_torch_decodes_as_dense(index, monkeypatch):
     import torch
 
-    from qlr_jax.export import modeling_qlr
+    from qlr_jax.formats.qlr import modeling_qlr
 
     monkeypatch.setattr(modeling_qlr, "TILE_WEIGHTS", 1000)  # several tiles, the last one partial
     (block, state_bits), shape = SETTINGS[index % 3], (41, 96)  # rotations over 41 and 96 or 3 times 32
@@ -186,7 +187,7 @@ def to_torch(array):
 def test_constants_are_one_and_the_same():
     import torch
 
-    from qlr_jax.export import modeling_qlr as runtime
+    from qlr_jax.formats.qlr import modeling_qlr as runtime
 
     assert runtime.FORMAT_VERSION == FORMAT_VERSION and runtime.CODES == CODES and runtime.RUNTIME_VERSION == RUNTIME_VERSION
     assert json.loads(json.dumps(CODES)) == CODES  # as config.json keeps them
@@ -209,7 +210,7 @@ def test_working_memory_is_as_stated(monkeypatch):
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from qlr_jax.export import modeling_qlr as runtime
+    from qlr_jax.formats.qlr import modeling_qlr as runtime
 
     a_weight = runtime.TILE_BYTES / runtime.TILE_WEIGHTS
     monkeypatch.setattr(runtime, "TILE_WEIGHTS", 2**16)
@@ -363,7 +364,7 @@ def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
 
-    import qlr_jax.export.torch_runtime as runtime
+    import qlr_jax.formats.qlr.torch_runtime as runtime
 
     out, _, _ = folders["untied"]
     runtime.register()  # a folder's own runtime, loaded by another test, has taken its place
@@ -377,9 +378,9 @@ def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
 
 def test_importing_is_light():
     code = """
-import sys, qlr_jax.export
+import sys, qlr_jax.formats
 print("jax" in sys.modules, "torch" in sys.modules)
-import qlr_jax.export.torch_runtime
+import qlr_jax.formats.qlr.torch_runtime
 print("jax" in sys.modules, "flax" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -473,7 +474,7 @@ def test_damaged_folders_are_refused(copy, damage, monkeypatch):
     import torch
     from transformers import AutoModelForCausalLM
 
-    import qlr_jax.export.torch_runtime  # noqa: F401
+    import qlr_jax.formats.qlr.torch_runtime  # noqa: F401
 
     monkeypatch.setenv("QLR_SKIP_CHECKSUMS", "1")
     damage(copy)

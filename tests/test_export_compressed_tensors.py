@@ -15,10 +15,10 @@ from test_export_peft import packed_folder, rounded_halves, run_card, torch_logi
 
 from qlr_jax.core.quantizers import Integer
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files
-from qlr_jax.export.compressed_tensors import export_compressed_tensors, pack, quantization_config, split_ties
-from qlr_jax.export.peft import export_peft
-from qlr_jax.export.targets import CT_BITS, CT_GROUPS, find_target
+from qlr_jax.formats import check_files
+from qlr_jax.formats.compressed_tensors import export_compressed_tensors, pack, quantization_config, split_ties
+from qlr_jax.formats.peft import export_peft
+from qlr_jax.formats.targets import CT_BITS, CT_GROUPS, find_target
 
 SHAPES = dict(vocab_size=96, hidden_size=128, intermediate_size=144, num_hidden_layers=2, num_attention_heads=4)
 SPECS = [  # by layer, in the order of KINDS; down has 144 inputs: 13.5 words of 3 bits
@@ -216,7 +216,7 @@ def test_exporting_needs_none_of_their_packages(folders, tmp_path):
 import sys
 for name in ("torch", "peft", "compressed_tensors", "accelerate"):
     sys.modules[name] = None  # importing it now fails, as where it is not installed
-from qlr_jax.export.peft import export_peft
+from qlr_jax.formats.peft import export_peft
 for base in ("dense", "compressed-tensors"):
     export_peft(sys.argv[1], f"{sys.argv[2]}/{base}", base=base)
 """

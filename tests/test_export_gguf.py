@@ -16,12 +16,12 @@ from test_export import random_matrix
 import qlr_jax
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files, load, read_matrices, save_packed
-from qlr_jax.export import gguf as exporter
-from qlr_jax.export.gguf import export_gguf, model_tensors
-from qlr_jax.export.gguf_blocks import fold_scale, pack_blocks
-from qlr_jax.export.gguf_tokenizer import LLAMA3
-from qlr_jax.export.targets import GGUF_BLOCKS
+from qlr_jax.formats import check_files, load, read_matrices, save_packed
+from qlr_jax.formats.gguf import export as exporter
+from qlr_jax.formats.gguf.blocks import fold_scale, pack_blocks
+from qlr_jax.formats.gguf.export import export_gguf, model_tensors
+from qlr_jax.formats.gguf.tokenizer import LLAMA3
+from qlr_jax.formats.targets import GGUF_BLOCKS
 from qlr_jax.models import KINDS, Llama, LlamaConfig, load_model, parts_of, save_model, shape_of
 from qlr_jax.models.folder import load_tokenizer
 from qlr_jax.progress import plain, silent

@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from test_export import TOKENS, dense_in_place, logits, random_matrix, relative
 
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files, export_dense, save_packed
-from qlr_jax.export.adapter import adapter_config, backbone
-from qlr_jax.export.card import card_of, card_text
-from qlr_jax.export.peft import export_peft
+from qlr_jax.formats import check_files, export_dense, save_packed
+from qlr_jax.formats.adapter import adapter_config, backbone
+from qlr_jax.formats.card import card_of, card_text
+from qlr_jax.formats.peft import export_peft
 from qlr_jax.models import KINDS, Llama, LlamaConfig, load_model, parts_of, save_model, shape_of
 
 BUNDLED = Path(__file__).parents[1] / "qlr_jax" / "bundled"

@@ -12,7 +12,7 @@ import pytest
 import qlr_jax
 from qlr_jax.calibration import hessians, output_hessians, squared_gradients
 from qlr_jax.errors import QLRError
-from qlr_jax.export import save_packed
+from qlr_jax.formats import save_packed
 from qlr_jax.models import (
     FAMILIES,
     LlamaConfig,

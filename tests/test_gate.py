@@ -12,16 +12,19 @@ import pytest
 from test_export import random_matrix
 
 import qlr_jax
-from qlr_jax import delivered, gate, report, thresholds
+from qlr_jax import report
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, drift, generate, windows
-from qlr_jax.export import load, save_packed
-from qlr_jax.gate import verify
+from qlr_jax.formats import load, save_packed
 from qlr_jax.models import Llama, LlamaConfig, load_model, load_tokenizer, save_model
-from qlr_jax.preparation import BUNDLED
-from qlr_jax.recipe import Recipe
-from qlr_jax.thresholds import Thresholds
+from qlr_jax.pipelines import delivered
+from qlr_jax.pipelines import verify as gate
+from qlr_jax.pipelines.preparation import BUNDLED
+from qlr_jax.pipelines.verify import verify
+from qlr_jax.settings import thresholds
+from qlr_jax.settings.recipe import Recipe
+from qlr_jax.settings.thresholds import Thresholds
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

@@ -13,13 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 import qlr_jax as qlr
 from allocators import AllocationError, OptionTable
-from qlr_jax import job, preparation
+from qlr_jax import job
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
-from qlr_jax.planning import Constraints
+from qlr_jax.pipelines import preparation
+from qlr_jax.pipelines.allocate import Constraints
 from qlr_jax.progress import silent
-from qlr_jax.recipe import Recipe
+from qlr_jax.settings.recipe import Recipe
 
 LIGHT = Recipe(
     budget="2.25bpw",

@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from qlr_jax.errors import QLRError  # noqa: E402
-from qlr_jax.export import modeling_qlr as runtime  # noqa: E402
-from qlr_jax.export import torch_runtime  # noqa: E402
+from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
+from qlr_jax.formats.qlr import torch_runtime  # noqa: E402
 
 CASES = [  # spec, shape, tokens, rotation block, state bits
     ("trellis-2", (64, 40), 1, 0, 12),  # walks of 64 rows; the last ones half empty
@@ -67,8 +67,8 @@ def relative(y, wanted):
 @torch.no_grad()
 def interpret():
     """The results of everything that needs the interpreter."""
-    from qlr_jax.export import kernels
-    from qlr_jax.export.kernels import Kernel
+    from qlr_jax.formats.qlr import kernels
+    from qlr_jax.formats.qlr.kernels import Kernel
 
     # several steps a program, several programs a row
     kernels.WALKS, kernels.ROWS, kernels.UNITS, kernels.COLUMNS, kernels.PROGRAMS = 8, 64, 4, 64, 3
@@ -122,7 +122,7 @@ def compile_for_gpu():
         return compile
 
     JITFunction.__getitem__ = launch
-    from qlr_jax.export.kernels import Kernel
+    from qlr_jax.formats.qlr.kernels import Kernel
 
     for spec, tokens in (("trellis-2+r4@int-4", 1), ("int-3g16a+r4@bf16", 3)):
         kernel = Kernel(make_linear(spec, (96, 688)))

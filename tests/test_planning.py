@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 import allocators
 from allocators import AllocationError, ModelFacts, Option, OptionTable, Row
-from qlr_jax import cli, planning
+from qlr_jax import cli
 from qlr_jax.errors import QLRError
-from qlr_jax.report.plans import plans_text
+from qlr_jax.pipelines import allocate as planning
+from qlr_jax.report.terminal.plans import plans_text
 
 NAMES = tuple(f"model.layers.{layer}.{kind}_proj" for layer in range(2) for kind in ("q", "k", "v", "down"))
 

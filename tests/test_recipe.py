@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qlr_jax.errors import QLRError
-from qlr_jax.recipe import Recipe, read_settings
+from qlr_jax.settings.recipe import Recipe, read_settings
 
 CHANGED = Recipe(
     budget="900MB",

@@ -16,13 +16,13 @@ from allocators import Option, OptionTable, Row
 from qlr_jax import progress
 from qlr_jax.errors import QLRError
 from qlr_jax.report import evaluation, inspection, report_html, report_markdown, summary
-from qlr_jax.report.adapted import loss_curve
-from qlr_jax.report.draw import standalone, ticks
-from qlr_jax.report.fit import fit_rows, fit_sentence
-from qlr_jax.report.frontier import frontier_svg, frontier_text
-from qlr_jax.report.sensitivity import sensitivity_page, sensitivity_text, write_pictures
-from qlr_jax.report.sensitivity_figures import coefficient_map, damage_map, error_bits, spectra, worst_matrix
-from qlr_jax.report.spectra import decay, sensitivity_map
+from qlr_jax.report.html.adapted import loss_curve
+from qlr_jax.report.html.draw import standalone, ticks
+from qlr_jax.report.html.fit import fit_rows, fit_sentence
+from qlr_jax.report.html.frontier import frontier_svg, frontier_text
+from qlr_jax.report.html.sensitivity import sensitivity_page, sensitivity_text, write_pictures
+from qlr_jax.report.html.sensitivity_figures import coefficient_map, damage_map, error_bits, spectra, worst_matrix
+from qlr_jax.report.html.spectra import decay, sensitivity_map
 
 VOID = {"meta", "wbr", "br"}
 

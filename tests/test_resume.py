@@ -10,10 +10,11 @@ import time
 
 import pytest
 
-from qlr_jax import job, workspace
+from qlr_jax import job
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
-from qlr_jax.recipe import Recipe
+from qlr_jax.run import workspace
+from qlr_jax.settings.recipe import Recipe
 
 RECIPE = Recipe(
     budget="3.5bpw",

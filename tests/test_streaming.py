@@ -12,17 +12,18 @@ import pytest
 from safetensors.numpy import save_file
 
 import qlr_jax as qlr
-from qlr_jax import job, preparation
+from qlr_jax import job
 from qlr_jax.calibration import backward as backward_room
 from qlr_jax.calibration import hessians, output_hessians, read_hessians, squared_gradients, standard_library
-from qlr_jax.calibration.sequential import aimed, moments
+from qlr_jax.calibration.compensated import aimed, moments
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
 from qlr_jax.models import Llama, LlamaConfig, input_of, linear_names, load_model, save_model
+from qlr_jax.pipelines import preparation
 from qlr_jax.progress import silent
-from qlr_jax.recipe import Recipe
 from qlr_jax.sensitivity import path_shares
+from qlr_jax.settings.recipe import Recipe
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64

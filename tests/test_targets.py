@@ -9,14 +9,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlr_jax as qlr
-from qlr_jax import job, preparation
+from qlr_jax import job
 from qlr_jax.calibration import read_hessians, standard_library
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.export.targets import TARGETS, find_target
+from qlr_jax.formats.targets import TARGETS, find_target
 from qlr_jax.models import Llama, LlamaConfig, linear_names, load_model, save_model, shape_of
-from qlr_jax.recipe import Recipe
+from qlr_jax.pipelines import preparation
 from qlr_jax.sensitivity import options, price
+from qlr_jax.settings.recipe import Recipe
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64

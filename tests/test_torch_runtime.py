@@ -11,12 +11,12 @@ import pytest
 from test_export import TOKENS, change_config, logits, make_folder, random_matrix, relative, to_torch
 
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files, load, read_matrices
+from qlr_jax.formats import check_files, load, read_matrices
 
 torch = pytest.importorskip("torch")
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # noqa: E402
 
-from qlr_jax.export import modeling_qlr as runtime  # noqa: E402
+from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 
 INPUT = torch.tensor(TOKENS)
 SPECS = ["trellis-2.25+r16@trellis-2", "int-4g32", "int-3g16a/rot", "nf-4g32", "e8-3+r4@e8-2,bf16", "none+r12@int-8"]

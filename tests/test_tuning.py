@@ -9,12 +9,13 @@ from test_export import random_matrix
 from typer.testing import CliRunner
 
 import qlr_jax as qlr
-from qlr_jax import cli, job, tuning
+from qlr_jax import cli, job
 from qlr_jax.adaptation import AdaptConfig
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
-from qlr_jax.export import check_files, read_matrices, save_packed
+from qlr_jax.formats import check_files, read_matrices, save_packed
 from qlr_jax.models import Llama, LlamaConfig, save_model
+from qlr_jax.pipelines import adapt as tuning
 
 CONFIG = LlamaConfig(
     vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
@@ -76,8 +77,8 @@ def test_trained_embeddings_are_in_the_folder_in_pytorch_and_in_what_is_exported
     from safetensors.numpy import load_file
     from transformers import AutoModelForCausalLM
 
-    import qlr_jax.export.torch_runtime  # noqa: F401
-    from qlr_jax.export import export_dense, export_peft
+    import qlr_jax.formats.qlr.torch_runtime  # noqa: F401
+    from qlr_jax.formats import export_dense, export_peft
 
     config, dest = AdaptConfig(**{**vars(FEW), "train": ("embeddings",)}), tmp_path / "dest"
     told = tuning.adapt(folders / "out", dest, [folders / "text.txt"], config, judged_tokens=512)

@@ -13,7 +13,7 @@ import yaml
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import PAPER_TASKS, compare_zero_shot, zero_shot
 from qlr_jax.models import load_model, load_tokenizer
-from qlr_jax.preparation import BUNDLED
+from qlr_jax.pipelines.preparation import BUNDLED
 
 pytest.importorskip("lm_eval")
 import datasets

@@ -28,7 +28,7 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.metric import Metric
-from qlr_jax.core.regrid import Regrid
+from qlr_jax.core.requantize import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, input_of

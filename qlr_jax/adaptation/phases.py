@@ -14,7 +14,7 @@ from qlr_jax.adaptation import checkpoint, rounding
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.student import Student, Values
 from qlr_jax.adaptation.train import KINDS, Text, Trainer, joined, order, rates
-from qlr_jax.core.regrid import Regrid
+from qlr_jax.core.requantize import Regrid
 from qlr_jax.errors import QLRError
 from qlr_jax.progress import Stage
 

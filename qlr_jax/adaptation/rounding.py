@@ -19,7 +19,7 @@ from qlr_jax.core.ldlq import column_block
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import ldl, turned
-from qlr_jax.core.regrid import Regrid
+from qlr_jax.core.requantize import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 

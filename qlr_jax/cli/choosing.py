@@ -41,8 +41,8 @@ def allocate(
     with clear_errors(as_json):
         if not budget:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw")
-        from qlr_jax import planning
-        from qlr_jax.report.plans import plans_text
+        from qlr_jax.pipelines import allocate as planning
+        from qlr_jax.report.terminal.plans import plans_text
 
         held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(planning.read_table(table))
         plans = planning.plan(held, budget, gap=gap, seconds=seconds)
@@ -79,8 +79,8 @@ def frontier(
         qlr frontier measured --tie '*q_proj,*k_proj,*v_proj' --json
     """
     with clear_errors(as_json):
-        from qlr_jax import planning
-        from qlr_jax.report.frontier import frontier_text
+        from qlr_jax.pipelines import allocate as planning
+        from qlr_jax.report.html.frontier import frontier_text
 
         whole = planning.read_table(table)
         held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(whole)

@@ -122,7 +122,7 @@ def compress(
         qlr compress path/to/llama small --budget 2bpw --calibration text.txt --coordinator 10.0.0.1:9911 --processes 4 --process 2
     """
     with clear_errors(as_json):
-        from qlr_jax.recipe import Recipe, gathered
+        from qlr_jax.settings.recipe import Recipe, gathered
 
         settings = gathered(
             recipe,
@@ -143,7 +143,9 @@ def compress(
         if dry_run:
             return tell_plan(model, chosen, None, processes or 1, out, as_json)
 
-        from qlr_jax import distributed, job, planning, progress
+        from qlr_jax import job, progress
+        from qlr_jax.pipelines import allocate as planning
+        from qlr_jax.run import processes as distributed
 
         cluster = distributed.join(out, coordinator, processes, process)
         saved = planning.read_table(table) if table else None
@@ -199,7 +201,7 @@ def plan(
         qlr plan path/to/llama --budget 900MB --device 24GiB
     """
     with clear_errors(as_json):
-        from qlr_jax.recipe import DEMO, Recipe, gathered
+        from qlr_jax.settings.recipe import DEMO, Recipe, gathered
 
         settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
         tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
@@ -242,7 +244,7 @@ def sensitivity(
         qlr allocate measured --budget 2.25bpw --budget 3bpw
     """
     with clear_errors(as_json):
-        from qlr_jax.recipe import DEMO, Recipe, gathered
+        from qlr_jax.settings.recipe import DEMO, Recipe, gathered
 
         settings = gathered(
             recipe,
@@ -256,7 +258,7 @@ def sensitivity(
         chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
 
         from qlr_jax import job, progress
-        from qlr_jax.report.sensitivity import sensitivity_text
+        from qlr_jax.report.html.sensitivity import sensitivity_text
 
         result = job.sensitivity(
             model,
@@ -272,7 +274,7 @@ def sensitivity(
 
 def tell_plan(model: str, recipe: Any, device: str | None, hosts: int, out: Path | None, as_json: bool) -> None:
     from qlr_jax import cost
-    from qlr_jax.report.cost import plan_text
+    from qlr_jax.report.terminal.cost import plan_text
 
     config, size = cost.find_config(model)
     found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)

@@ -95,7 +95,8 @@ def verify(
         qlr verify small --text heldout.txt --json
     """
     with clear_errors(as_json):
-        from qlr_jax import gate, progress, report
+        from qlr_jax import progress, report
+        from qlr_jax.pipelines import verify as gate
 
         verdict = gate.verify(
             out,
@@ -129,7 +130,8 @@ def generate(
         qlr generate small --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 1 --stop '\n\n'
     """
     with clear_errors(as_json):
-        from qlr_jax import delivered, progress
+        from qlr_jax import progress
+        from qlr_jax.pipelines import delivered
 
         pieces = delivered.generate(
             out,
@@ -230,8 +232,9 @@ def adapt(
         qlr adapt small adapted --text mine.txt --train factors --train norms --train scales --factors bf16
     """
     with clear_errors(as_json):
-        from qlr_jax import progress, tuning
+        from qlr_jax import progress
         from qlr_jax.adaptation import AdaptConfig
+        from qlr_jax.pipelines import adapt as tuning
         from qlr_jax.report import adapted_text
 
         more = ("factors",) if fresh or factors != "same" or rank else ()
@@ -302,7 +305,7 @@ def export(
             raise QLRError(f"--base {base} is for --to peft; leave it out for --to {to}")
         if uniform_rank and to not in ("peft", "compressed-tensors"):
             raise QLRError(f"--uniform-rank is for --to peft and compressed-tensors; leave it out for --to {to}")
-        from qlr_jax import export as exporting
+        from qlr_jax import formats as exporting
 
         settings: dict[str, Any] = {"dtype": dtype}
         if to in ("peft", "compressed-tensors"):

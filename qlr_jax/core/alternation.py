@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.devices import by_rows, mesh_of, place, rows_shared, spread
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
 from qlr_jax.core.ldlq import column_block, echo, inflation, ldlq, ldlq_rows, pad_to_tiles, row_group
 from qlr_jax.core.low_rank import bucket, start_basis
@@ -27,6 +26,7 @@ from qlr_jax.core.objective import quadratic
 from qlr_jax.core.placed import PlacedMetric
 from qlr_jax.core.quantizers import Nothing, Quantizer
 from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.sharding import by_rows, mesh_of, place, rows_shared, spread
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 

@@ -9,10 +9,10 @@ from typing import TypeVar
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.correction import alone, joined
-from qlr_jax.core.devices import available
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
+from qlr_jax.core.reconstruction import alone, joined
+from qlr_jax.core.sharding import available
 from qlr_jax.core.solver import Solution, solve_batch
 from qlr_jax.core.spec import Spec
 

@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 from jax.scipy.linalg import solve_triangular
 
-from qlr_jax.core.devices import by_rows
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.sharding import by_rows
 from qlr_jax.core.typing import Array, Float
 
 EXACT = 256

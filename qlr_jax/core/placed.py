@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from qlr_jax.core.devices import place, spread
 from qlr_jax.core.ldlq import echo
 from qlr_jax.core.metric import Metric, _cholesky, ldl
+from qlr_jax.core.sharding import place, spread
 from qlr_jax.core.typing import Array
 
 

@@ -20,12 +20,12 @@ from qlr_jax.core.alternation import Candidate, Problem, first_step, improve_bac
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.devices import mesh_for
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import checked_hessian, checked_weight, relative_error
 from qlr_jax.core.quantizers import Integer, Nothing
+from qlr_jax.core.sharding import mesh_for
 from qlr_jax.core.spec import Spec
 
 

@@ -14,8 +14,8 @@ from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.machine import Machine
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
-from qlr_jax.preparation import OUTPUTS_SHARE, WEIGHTS_SHARE
-from qlr_jax.recipe import Recipe
+from qlr_jax.pipelines.preparation import OUTPUTS_SHARE, WEIGHTS_SHARE
+from qlr_jax.settings.recipe import Recipe
 
 CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration, of a backward pass, of a comparison
 

@@ -16,7 +16,7 @@ from qlr_jax.cost.rates import RATES, Rates
 from qlr_jax.cost.sizes import budget_and_sizes
 from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages
 from qlr_jax.models import LlamaConfig, parameter_count
-from qlr_jax.recipe import Recipe
+from qlr_jax.settings.recipe import Recipe
 
 COUNTS = (
     "sequences",

@@ -8,9 +8,9 @@ from typing import Any
 
 import allocators
 from qlr_jax.cost.counted import Counted
-from qlr_jax.export.targets import find_target
+from qlr_jax.formats.targets import find_target
 from qlr_jax.models import tensor_names
-from qlr_jax.preparation import tied
+from qlr_jax.pipelines.preparation import tied
 from qlr_jax.sensitivity.table import options, price
 
 

@@ -1,8 +1,8 @@
 """A finished job as a page to read (`report_html`, `report_markdown`), and text for the terminal (the others)."""
 
-from qlr_jax.report.html import report_html
+from qlr_jax.report.html.page import report_html
 from qlr_jax.report.markdown import report_markdown
-from qlr_jax.report.table import inspection, summary
-from qlr_jax.report.verdicts import adapted_text, evaluation, verdict_text
+from qlr_jax.report.terminal.table import inspection, summary
+from qlr_jax.report.terminal.verdicts import adapted_text, evaluation, verdict_text
 
 __all__ = ["adapted_text", "evaluation", "inspection", "report_html", "report_markdown", "summary", "verdict_text"]

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlr_jax.progress import duration
-from qlr_jax.report.adapted import adapted_rows, commands, how_line, won_sentence
-from qlr_jax.report.figures import certificate, predictions_line
-from qlr_jax.report.fit import ADVICE, fit_rows, fit_sentence
-from qlr_jax.report.html import HOW, LOADING, machine_line, stage_rows
-from qlr_jax.report.sizes import size_rows, target_note
-from qlr_jax.report.spectra import LEADING, kind_rows, spectra_line
-from qlr_jax.report.table import delivery_note, evaluated_on
+from qlr_jax.report.html.adapted import adapted_rows, commands, how_line, won_sentence
+from qlr_jax.report.html.figures import certificate, predictions_line
+from qlr_jax.report.html.fit import ADVICE, fit_rows, fit_sentence
+from qlr_jax.report.html.page import HOW, LOADING, machine_line, stage_rows
+from qlr_jax.report.html.sizes import size_rows, target_note
+from qlr_jax.report.html.spectra import LEADING, kind_rows, spectra_line
+from qlr_jax.report.terminal.table import delivery_note, evaluated_on
 from qlr_jax.report.words import (
     MISSING,
     MODELS,

@@ -16,11 +16,11 @@ from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison
-from qlr_jax.export.card import CARD, card_of
-from qlr_jax.export.targets import find_target
+from qlr_jax.formats.card import CARD, card_of
+from qlr_jax.formats.targets import find_target
 from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
-from qlr_jax.recipe import Recipe
 from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
+from qlr_jax.settings.recipe import Recipe
 
 PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
 FRONTIER_POINTS = 60
@@ -59,7 +59,7 @@ class Record:
 
     def files(self, report: dict[str, Any]) -> dict[str, str]:
         """Name -> text of the files that lie beside the weights."""
-        from qlr_jax.report.html import report_html
+        from qlr_jax.report.html.page import report_html
         from qlr_jax.report.markdown import report_markdown
 
         allocation = {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}

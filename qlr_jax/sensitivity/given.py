@@ -8,9 +8,9 @@ import numpy as np
 
 from allocators import Option, OptionTable
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.correction import alone
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import relative_error
+from qlr_jax.core.reconstruction import alone
 from qlr_jax.core.spec import Spec
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama

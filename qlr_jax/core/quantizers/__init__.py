@@ -4,9 +4,9 @@ import re
 from fractions import Fraction
 
 from qlr_jax.core.quantizers.base import Quantizer, stored_bytes
+from qlr_jax.core.quantizers.e8 import Lattice
 from qlr_jax.core.quantizers.exact import BFloat16, Nothing
 from qlr_jax.core.quantizers.integer import Integer
-from qlr_jax.core.quantizers.lattice import Lattice
 from qlr_jax.core.quantizers.normal_float import NormalFloat
 from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS, Trellis
 from qlr_jax.errors import QLRError

@@ -1,0 +1,1 @@
+"""Better an allocation by measuring others near it."""

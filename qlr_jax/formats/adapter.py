@@ -1,0 +1,112 @@
+"""The LoRA adapter that L and R are: what of a model it holds, at which ranks, and its two files.
+
+lora_B = B = g Uᵀ L diag(s)  (out, rank)      lora_A = A = R V  (rank, in)      lora_alpha / r = 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.errors import QLRError
+from qlr_jax.formats.dense import decoded
+from qlr_jax.formats.files import write_json
+
+UNIFORM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM takes as its --max-lora-rank
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def with_rank(values: Mapping[str, Any]) -> dict[str, QLRMatrix]:
+    """Linear layer's name -> its matrix, of those tensors that have factors."""
+    return {name.removesuffix(".weight"): v for name, v in values.items() if isinstance(v, QLRMatrix) and v.spec.rank}
+
+
+def backbone(value: Any) -> Any:
+    """What a base holds of a tensor: Q' of a matrix with factors (zeros where it is factors alone), else the tensor itself."""
+    if not isinstance(value, QLRMatrix) or not value.spec.rank:
+        return value
+    return np.broadcast_to(np.float32(0), value.shape) if value.spec.backbone == "none" else value.without_factors()
+
+
+def common_rank(ranked: Mapping[str, QLRMatrix], uniform: bool) -> int:
+    """The least of UNIFORM_RANKS that holds every matrix's rank; 0 where ranks stay as they are.
+
+    Raises:
+        QLRError: none does.
+    """
+    if not uniform or not ranked:
+        return 0
+    name, most = max(((name, matrix.spec.rank) for name, matrix in ranked.items()), key=lambda pair: pair[1])
+    if most > UNIFORM_RANKS[-1]:
+        raise QLRError(f"{name} has rank {most}, and the largest uniform rank is {UNIFORM_RANKS[-1]}; leave uniform_rank out")
+    return next(rank for rank in UNIFORM_RANKS if rank >= most)
+
+
+def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, common: int = 0) -> int:
+    """Write adapter_config.json and adapter_model.safetensors: the bytes of its tensors.
+
+    Args:
+        folder: an existing folder.
+        ranked: linear layer's name -> its matrix, each with a rank.
+        dtype: of the tensors.
+        common: the rank to which zeros pad; 0 for each its own.
+    """
+    import ml_dtypes  # noqa: F401  numpy learns bfloat16
+    from safetensors.numpy import save_file
+
+    tensors = {}
+    for name, matrix in ranked.items():
+        left, right = matrix.unrotated_factors()
+        missing = max(common - matrix.spec.rank, 0)
+        pairs = {"lora_A": np.pad(right, ((0, missing), (0, 0))), "lora_B": np.pad(left, ((0, 0), (0, missing)))}
+        for part, value in pairs.items():
+            key = f"base_model.model.{name}.{part}.weight"
+            tensors[key] = np.ascontiguousarray(decoded(key, value, dtype))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+    write_json(folder / CONFIG, adapter_config({name: common or matrix.spec.rank for name, matrix in ranked.items()}))
+    return sum(array.nbytes for array in tensors.values())
+
+
+def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """adapter_config.json of a LoRA with these ranks.
+
+    alpha_pattern repeats rank_pattern: without it PEFT scales a matrix of rank k by lora_alpha / k.
+
+    Example:
+        >>> config = adapter_config({"a": 8, "b": 2, "c": 8})
+        >>> config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]
+        (8, 8, {'b': 2}, {'b': 2})
+    """
+    largest = max(ranks.values())
+    others = {name: rank for name, rank in ranks.items() if rank != largest}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": list(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def rank_note(ranked: Mapping[str, QLRMatrix], common: int) -> str:
+    """What the card says of the adapter's ranks."""
+    ranks = sorted({matrix.spec.rank for matrix in ranked.values()})
+    if common:
+        return f"Every rank is padded with zeros to {common}: vLLM takes it with `--max-lora-rank {common}`."
+    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks of {ranks[0]} to {ranks[-1]}"
+    return f"The adapter holds {said} on {len(ranked)} matrices; LoRA's scale is 1 on each of them."

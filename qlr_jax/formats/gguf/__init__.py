@@ -1,0 +1,1 @@
+"""GGUF: the blocks that hold our integers exactly, the container file, the tokenizer's metadata, and the export."""

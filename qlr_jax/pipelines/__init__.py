@@ -1,0 +1,1 @@
+"""What the other commands do, and the stages that a job is made of."""

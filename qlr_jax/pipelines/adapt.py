@@ -1,0 +1,177 @@
+"""A compressed folder adapted on its receiver's text: read, train the small parts, judge, write another folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlr_jax import adaptation
+from qlr_jax import calibration as calibrating
+from qlr_jax import evaluation as evaluating
+from qlr_jax.adaptation import AdaptConfig
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import Comparison, divergence, reference
+from qlr_jax.formats.files import refuse_occupied
+from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
+from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
+from qlr_jax.pipelines.preparation import BUNDLED, BUNDLED_NAME, REFERENCE_BYTES
+from qlr_jax.progress import Progress, silent
+
+LENGTH = 512  # tokens of a sequence, where the model takes so many
+STOPPING = 20  # every so many sequences one is for early stopping
+KEPT_FILES = ("recipe.yaml", "allocation.json")
+
+
+def adapt(
+    out: str | Path,
+    dest: str | Path,
+    text: Sequence[str | Path] | None = None,
+    config: AdaptConfig | None = None,
+    *,
+    original: str | Path | None = None,
+    held_out: Sequence[str | Path] | None = None,
+    sequences: int = 4096,
+    judged_tokens: int = 16384,
+    resume: bool = False,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Adapt a compressed folder to a text, and write what comes of it as a folder of the same kind.
+
+    Args:
+        out: what `compress` wrote.
+        dest: the folder to write; new or empty.
+        text: file(s) to adapt to; for the bundled model its calibration text where none is given.
+        config: what is trained and how.
+        original: the uncompressed model, for the losses "kl" and "mix" and for the figures; what `out` names where not given.
+        held_out: file(s) that the figures are measured on; for the bundled model its own where no text is given; else the
+            sequences that early stopping looks at, which training does not see.
+        sequences: of the text, at most, spread over it.
+        judged_tokens: for the figures, at most.
+        resume: go on with an adaptation that was interrupted.
+        command: what was typed, for the report.
+
+    Returns:
+        What report.json has under "adapted", with `out` and `dest`.
+
+    Raises:
+        QLRError: no text, too little of it, no original where one is needed; and what `adaptation.adapt` raises.
+    """
+    config, progress = config or AdaptConfig(), progress or silent()
+    out, dest = Path(out).expanduser(), Path(dest).expanduser()
+    refuse_occupied(dest, keep=(JOB,))
+    checkpoint = dest / JOB / "adapt"
+    if checkpoint.exists() and not resume:
+        raise QLRError(f"{dest} holds an adaptation that was interrupted; go on with it (--resume), or remove {dest / JOB}")
+    with progress.stage("loading"):
+        settings = read_config(out)[1].get("settings", {})
+        model, tokenizer = load(out), load_tokenizer(out)
+        teacher = _original(original or settings.get("base_model"), needed=config.loss != "text", given=original is not None)
+    bundled = settings.get("base_model") == BUNDLED_NAME and not text
+    if not text and not bundled:
+        raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
+    content = calibrating.standard_library("calibration") if bundled else calibrating.read_text(text or ())
+    rows = _rows(content, tokenizer, model, sequences)
+    training, stopping = np.delete(rows, np.s_[::STOPPING], axis=0), rows[::STOPPING][:64]
+    judged, judged_on = stopping, "sequences of the text that training did not see"
+    if held_out or bundled:
+        other = calibrating.read_text(held_out) if held_out else calibrating.standard_library("heldout")
+        judged = evaluating.windows(other, tokenizer, rows.shape[1])
+        judged_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
+    judged = calibrating.thinned(judged, judged_tokens)
+
+    with progress.stage("measuring before"):
+        known = reference(teacher or model.densified(), judged, max_bytes=REFERENCE_BYTES)
+        before = divergence(model, known)
+    found = adaptation.adapt(model, training, config, teacher=teacher, held_out=stopping, checkpoint=checkpoint, progress=progress)
+    with progress.stage("measuring after"):
+        after = divergence(found.value, known)
+    told = {
+        "command": command,
+        "text": "the calibration text" if bundled else ", ".join(map(str, text or ())),
+        "judged_on": judged_on,
+        "tokens": int(judged.size),
+        "verdict": str(found.verdict),
+        "trained": list(config.train),
+        "loss": config.loss,
+        **{key: found.stats[key] for key in ("steps", "seconds", "bits_per_weight_before", "bits_per_weight", "history")},
+        "before": _figures(before, teacher is not None),
+        "after": _figures(after, teacher is not None),
+    }
+    with progress.stage("saving"):
+        _save(out, dest, found, told, settings)
+    return {"out": str(out), "dest": str(dest), **told}
+
+
+def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | None:
+    """The uncompressed model; None where it is not at hand and not needed."""
+    if not named:
+        if needed:
+            raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
+        return None
+    try:
+        return load_model(BUNDLED if str(named) == BUNDLED_NAME else find_folder(named))
+    except QLRError:
+        if needed or given:
+            raise
+        return None
+
+
+def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:
+    length = min(LENGTH, model.config.max_position_embeddings)
+    available = len(calibrating.encode(content, tokenizer)) // length
+    if available < 2 * STOPPING:
+        raise QLRError(
+            f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"
+        )
+    return calibrating.thinned(evaluating.windows(content, tokenizer, length), sequences * length)
+
+
+def _figures(found: Comparison, against_original: bool) -> dict[str, float]:
+    if not against_original:
+        return {"perplexity": found.perplexity}
+    return {"kl": found.kl, "perplexity": found.perplexity, "agreement": found.agreement}
+
+
+def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any], settings: dict[str, Any]) -> None:
+    """The packed folder, with the report of the compression, this adaptation added to it."""
+    import shutil
+
+    from qlr_jax.formats.card import CARD, card_of
+    from qlr_jax.report import report_html, report_markdown
+    from qlr_jax.report.record import SNIPPET
+
+    files = {name: (out / name).read_text(encoding="utf-8") for name in KEPT_FILES if (out / name).is_file()}
+    report: dict[str, Any] = {}
+    if (out / "report.json").is_file():
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        _updated(report, found)
+    earlier = (report.get("adapted") or {}).get("command")  # of a folder that was adapted before
+    report["adapted"] = told | {"command": "\n".join(filter(None, (earlier, told["command"])))}
+    files |= {
+        "report.json": json.dumps(report, indent=1) + "\n",
+        "report.html": report_html(report),
+        "report.md": report_markdown(report),
+    }
+    files[CARD] = card_of(report, settings.get("base_model"), target="qlr", snippet=SNIPPET)
+    save_packed(dest, found.value, found.matrices, source=out, settings=settings, files=files)
+    shutil.rmtree(dest / JOB, ignore_errors=True)
+
+
+def _updated(report: dict[str, Any], found: adaptation.Adapted) -> None:
+    """Specs and bytes as they are now; what was measured of the compression stays as it was measured."""
+    matrices = found.matrices
+    for row in report.get("matrices") or ():
+        if row.get("name") in matrices:
+            value = matrices[row["name"]]
+            row |= {"spec": str(value.spec), "bytes": value.nbytes, "bits": 8 * value.nbytes / (value.shape[0] * value.shape[1])}
+    gained = found.stats["bytes"] - found.stats["bytes_before"]
+    report["bits_per_weight"] = found.stats["bits_per_weight"]
+    if isinstance(sizes := report.get("bytes"), dict):
+        sizes |= {key: sizes[key] + gained for key in ("after", "compressed") if key in sizes}
+        if sizes.get("before"):
+            report["whole_model_bits_per_weight"] = 16 * sizes["after"] / sizes["before"]

@@ -1,0 +1,292 @@
+"""Planning from a saved option table, without the model: the allocation of a budget, and the frontier of all budgets.
+
+Nothing here needs JAX; the results are plain values that JSON can hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+import allocators
+from allocators import AllocationError, Infeasible, OptionTable
+from allocators.baselines import compared
+from qlr_jax.errors import QLRError
+
+TABLE = "table.json"
+KINDS = ("allocated", "uniform", "rank0")  # of measured models
+GAP, SECONDS, POINTS = 1e-4, 10.0, 200
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What the rows of a table are held to, as (pattern, value) pairs; a pattern is a row's name with ``*`` for any text.
+
+    lock       rows that keep one spec
+    at_least   rows that store at least so many bits per weight
+    tie        groups of patterns whose rows take the same backbone; tie_spec: the same spec
+    """
+
+    lock: tuple[tuple[str, str], ...] = ()
+    at_least: tuple[tuple[str, float], ...] = ()
+    tie: tuple[tuple[str, ...], ...] = ()
+    tie_spec: tuple[tuple[str, ...], ...] = ()
+
+    @classmethod
+    def parse(
+        cls,
+        lock: Sequence[str] | None = None,
+        at_least: Sequence[str] | None = None,
+        tie: Sequence[str] | None = None,
+        tie_spec: Sequence[str] | None = None,
+    ) -> Constraints:
+        """The constraints of a command line.
+
+        lock, at_least  each ``PATTERN=VALUE``
+        tie, tie_spec   each ``PATTERN,PATTERN[,...]``
+        raises          QLRError for a text that is not of that form
+
+        >>> Constraints.parse(lock=["*v_proj=trellis-4"], tie=["*q_proj,*k_proj"])
+        Constraints(lock=(('*v_proj', 'trellis-4'),), at_least=(), tie=(('*q_proj', '*k_proj'),), tie_spec=())
+        """
+        return cls(
+            tuple(_setting("lock", text, "*v_proj=trellis-4") for text in lock or ()),
+            tuple((pattern, _bits(pattern, value)) for pattern, value in (_floor(text) for text in at_least or ())),
+            tuple(_group("tie", text) for text in tie or ()),
+            tuple(_group("tie-spec", text) for text in tie_spec or ()),
+        )
+
+    def on(self, table: OptionTable) -> OptionTable:
+        """The table under these constraints; AllocationError where a pattern matches nothing or no option is left."""
+        for pattern, spec in self.lock:
+            table = table.lock(pattern, spec)
+        for pattern, bits in self.at_least:
+            table = table.at_least(pattern, bits)
+        for patterns in self.tie:
+            table = table.tie(*patterns)
+        for patterns in self.tie_spec:
+            table = table.tie(*patterns, on="spec")
+        return table
+
+
+def _setting(option: str, text: str, example: str) -> tuple[str, str]:
+    pattern, equals, value = (part.strip() for part in text.partition("="))
+    if not (equals and pattern and value):
+        wanted = "SPEC" if option == "lock" else "BITS"
+        raise QLRError(f"--{option} {text!r} is not PATTERN={wanted}; pass for example --{option} '{example}'")
+    return pattern, value
+
+
+def _floor(text: str) -> tuple[str, str]:
+    return _setting("at-least", text, "*down_proj=2.5")
+
+
+def _bits(pattern: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise QLRError(f"--at-least '{pattern}={text}': {text!r} is no number of bits; pass for example 2.5") from None
+
+
+def _group(option: str, text: str) -> tuple[str, ...]:
+    patterns = tuple(part.strip() for part in text.split(","))
+    if len(patterns) < 2 or not all(patterns):
+        raise QLRError(f"--{option} {text!r} is not two or more patterns; pass for example --{option} '*q_proj,*k_proj'")
+    return patterns
+
+
+def read_table(source: str | Path) -> OptionTable:
+    """The option table in a file, or in the file table.json of a folder.
+
+    raises  QLRError where there is none, AllocationError where it is something else or of another version
+    """
+    path = Path(source).expanduser()
+    path = path / TABLE if path.is_dir() else path
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror or error})"
+        raise QLRError(f"option table {path} {why}; pass a table.json or its folder, as qlr sensitivity writes it") from None
+    try:
+        return OptionTable.from_json(text)
+    except AllocationError as error:
+        raise AllocationError(f"{path}: {error}") from None
+
+
+def plan(
+    table: OptionTable, budgets: Sequence[str], *, gap: float = GAP, seconds: float = SECONDS, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The exact allocation of every budget, and what it is compared with: one dict a budget.
+
+    Each is ``Allocation.to_dict`` with the budget, where its limit comes from, how many options are dominated, and for every
+    baseline the `ratio` of its damage to the allocated one's (null where nothing is damaged).
+
+    budgets  ``2.25bpw`` | ``900MB`` | ``device:8GiB,context=8192``
+    gap      relative gap at which the search may stop; seconds: time for the search
+    seed     of the random baseline
+    raises   AllocationError for a budget that cannot be met, naming both ends
+
+    >>> from allocators import Option, Row
+    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))),
+    ...                      Row("k", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0)))))
+    >>> found = plan(table, ["3.5bpw"])[0]
+    >>> found["specs"], found["baselines"]["uniform"]["spec"], found["baselines"]["uniform"]["ratio"]
+    ({'q': 'int-4', 'k': 'int-3'}, 'int-3', 1.2)
+    """
+    problems = [allocators.Budget.parse(budget).on(table) for budget in budgets]  # all of them are refused before any is solved
+    return [_planned(problem, gap, seconds, seed) for problem in problems]
+
+
+def _planned(problem: allocators.Problem, gap: float, seconds: float, seed: int) -> dict[str, Any]:
+    table, limit = problem.table, problem.limit
+    best = compared(table, limit, gap=gap, seconds=seconds, seed=seed)
+    plain = best.to_dict()
+    for other in plain["baselines"].values():
+        other["ratio"] = other["damage"] / best.damage if best.damage else None
+    dropped = len(allocators.prune(table).dropped)
+    return {
+        "budget": str(problem.budget),
+        **plain,
+        "items": problem.items,
+        "explain": best.status.explain,
+        "everything_fits": problem.everything_fits,
+        "keeps_original": problem.keeps_original,
+        "pruned": {"options": sum(len(row.options) for row in table.rows), "dropped": dropped},
+    }
+
+
+def curves(table: OptionTable, points: int = POINTS) -> dict[str, Any]:
+    """Size against damage: the whole hull, and that without rank where every row offers rank 0 and some row offers more.
+
+    points  corners of each curve, at most
+    raises  QLRError for fewer than two
+
+    >>> from allocators import Option, Row
+    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.0), Option("int-4", 32, 1.5))),))
+    >>> found = curves(table)
+    >>> [corner["bytes"] for corner in found["all"]], [corner["damage"] for corner in found["rank0"]]
+    ([16, 24], [3.0, 1.5])
+    """
+    if points < 2:
+        raise QLRError(f"points is {points}; pass at least 2")
+    return {
+        "weights": table.weights(),
+        "all_counted": all(row.counted for row in table.rows),
+        "corners": len(allocators.frontier(table)),
+        "all": _corners(table, points),
+        "rank0": _without_rank(table, points),
+    }
+
+
+def _corners(table: OptionTable, points: int) -> list[dict[str, Any]]:
+    """Corners of the hull, each with the damage that a further byte saves (`price`; null at the last)."""
+    curve, found = allocators.frontier(table), []
+    for at in curve.thin(points):
+        price = float(curve.price[at]) if at < len(curve.price) else None
+        bits = curve.allocation(at).bits_per_weight
+        found.append({"bytes": int(curve.bytes[at]), "bits_per_weight": bits, "damage": float(curve.damage[at]), "price": price})
+    return found
+
+
+def _without_rank(table: OptionTable, points: int) -> list[dict[str, Any]] | None:
+    if not any(option.rank for row in table.rows for option in row.options):
+        return None
+    try:
+        return _corners(table.restrict(lambda row, option: option.rank == 0, "leaving out every rank"), points)
+    except Infeasible:
+        return None
+
+
+def measured_points(table: OptionTable, folders: Sequence[str | Path] = ()) -> list[dict[str, Any]]:
+    """Models that were built and measured: those that the table's notes tell of, then those of compressed folders.
+
+    The KL is that on the calibration text where it is known, which is what the table predicts; `on` says so. A folder's model that
+    the notes tell of as well is told of once.
+
+    folders  written by qlr compress, of the same matrices as the table
+    raises   QLRError for a folder without a report, or of other matrices
+    """
+    found = []
+    for row in table.notes.get("measured") or ():
+        if _is_number(row.get("bytes")) and _is_number(row.get("kl")):
+            found.append({"label": row.get("label") or row.get("kind"), **row})
+    given = [point for folder in folders for point in _report_points(table, Path(folder).expanduser())]
+    known = {(point["kind"], point["bytes"], point["kl"]) for point in given}
+    return [row for row in found if (row.get("kind"), row["bytes"], row["kl"]) not in known] + given
+
+
+def _report_points(table: OptionTable, folder: Path) -> list[dict[str, Any]]:
+    path = folder / "report.json" if folder.is_dir() else folder
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QLRError(f"{path} does not exist; pass --with the folder of a compressed model") from None
+    except (OSError, ValueError) as error:
+        raise QLRError(f"{path} cannot be read ({error}); pass --with the folder of a compressed model") from None
+    if not isinstance(report, Mapping):
+        raise QLRError(f"{path} is no report; pass --with the folder of a compressed model")
+    names = {row.get("name") for row in report.get("matrices") or ()}
+    if names and names != set(table.index):
+        odd = sorted(str(name) for name in names ^ set(table.index))[0]
+        raise QLRError(f"{path} is of other matrices than the table ({odd} is in one of them only); pass one of the same model")
+    calibration, held_out = report.get("calibration_kl") or {}, report.get("kl") or {}
+    points, found = report.get("points") or {}, []
+    for kind in KINDS:
+        point = points.get(kind) or {}
+        kl = calibration.get(kind) if _is_number(calibration.get(kind)) else held_out.get(kind)
+        if _is_number(point.get("bytes")) and _is_number(kl):
+            on = "calibration" if _is_number(calibration.get(kind)) else "held-out"
+            row = {"label": f"{kind} ({folder.name})", "kind": kind, "bytes": point["bytes"], "kl": kl, "on": on}
+            row |= {"bits_per_weight": point.get("bits_per_weight"), "predicted": point.get("damage")}
+            found.append(row | {"held_out_kl": held_out.get(kind), "delivered": kind == report.get("delivered")})
+    return found
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
+
+
+def write_json(path: str | Path, value: Any) -> Path:
+    """Write plain values as JSON; see ``write_text``."""
+    return write_text(Path(path).expanduser(), json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
+    """Write frontier.json and, drawn of it, frontier.svg into a folder, which is made where it is missing.
+
+    found   of ``curves``, with the ``measured_points`` under "measured"
+    raises  QLRError where the folder's name is taken by something else
+    """
+    from qlr_jax.report.html.draw import standalone
+    from qlr_jax.report.html.frontier import frontier_svg
+
+    path = Path(out).expanduser()
+    if path.exists() and not path.is_dir():
+        raise QLRError(f"{path} is a file; pass --out a folder, new or not")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise QLRError(f"folder {path} cannot be made: {error.strerror or error}; pass another") from None
+    drawing = standalone(frontier_svg(found, found.get("measured") or ()))
+    return [write_json(path / "frontier.json", found), write_text(path / "frontier.svg", drawing)]
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a file under a temporary name beside it and rename it, so that no half of it is ever seen.
+
+    raises  QLRError where the place cannot be written
+    """
+    if path.is_dir():
+        raise QLRError(f"{path} is a folder; pass the name of a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise QLRError(f"{path} cannot be written: {error.strerror or error}; pass a file in a folder that exists") from None
+    return path

@@ -1,0 +1,178 @@
+"""What can be asked of a compressed folder: how good it is, what it writes, and what is inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlr_jax import calibration as calibrating
+from qlr_jax import evaluation as evaluating
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation.windows import Windows, fitting_batch
+from qlr_jax.formats.qlr.packed import load, read_config, read_matrices
+from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
+from qlr_jax.pipelines.preparation import BUNDLED, BUNDLED_NAME
+from qlr_jax.progress import Progress, silent
+
+DRIFT_TOKENS = 32_768  # the mean over tokens has settled long before
+
+
+def evaluate(
+    out: str | Path,
+    *,
+    text: Sequence[str | Path] | None = None,
+    original: str | Path | None = None,
+    progress: Progress | None = None,
+    windows: int | None = None,
+    window: int | None = None,
+    drift: bool = True,
+    tasks: Sequence[str] = (),
+    task_path: str | Path | None = None,
+    limit: int | None = None,
+    batch: int = 8,
+) -> dict[str, Any]:
+    """How good a compressed folder is beside its original: on a text, on zero-shot tasks, or on both.
+
+    Args:
+        out: what `compress` wrote.
+        text: file(s); the held-out part of this machine's standard library where none is given and the model is the bundled one.
+            Without any, tasks alone are measured.
+        original: folder or name of the original; what the folder's config names where not given.
+        windows: how many windows at most, spread over the text.
+        window: tokens of a window; 2048 where not given, or as many as the model takes. Published figures are for 2048 or 4096.
+        drift: whether hidden states are compared after every block too, on 32,768 tokens at most.
+        tasks, task_path, limit: as `evaluation.zero_shot` has them.
+        batch: windows or requests of a batch, at most; fewer where logits would take more than 1 GB.
+
+    Returns:
+        The fields of `evaluation.Comparison` and perplexity_ratio; intervals (95 %, windows resampled) by the same names; worst
+        (the token with the largest KL); drift; zero_shot; and the protocol: in a sentence, and as tokenizer, bos, window,
+        windows, windows_in_text, dropped_tokens.
+
+    Raises:
+        QLRError: nothing to evaluate on, an unknown original, or what the folder, the text or a task lacks.
+    """
+    progress = progress or silent()
+    with progress.stage("loading"):
+        base = original or read_config(out)[1].get("settings", {}).get("base_model")
+        if not base:
+            raise QLRError(f"{out} does not say what it was compressed from; pass the original model's folder (--original)")
+        base = BUNDLED if base == BUNDLED_NAME else base
+        compressed, tokenizer, first = load(out).densified(), load_tokenizer(out), load_model(base)
+    if not text and not tasks and find_folder(base) != BUNDLED:
+        raise QLRError("no text was given to evaluate on; pass --text FILE, or --tasks")
+    result: dict[str, Any] = {}
+    if text or not tasks:
+        content = calibrating.read_text(text) if text else calibrating.standard_library("heldout")
+        most = compressed.config.max_position_embeddings
+        if window is not None and window > most:
+            raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
+        whole = evaluating.cut(content, tokenizer, window or min(2048, most))
+        rows = whole.rows if windows is None else calibrating.thinned(whole.rows, windows * whole.rows.shape[1])
+        result = _on_text(first, compressed, tokenizer, rows, drift, batch, progress) | _protocol(out, tokenizer, whole, rows)
+    if tasks:
+        settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
+        result["zero_shot"] = evaluating.compare_zero_shot(first, compressed, tokenizer, tasks, **settings)
+    return result
+
+
+def _on_text(
+    original: Llama, compressed: Llama, tokenizer: Any, rows: np.ndarray, drift: bool, batch: int, progress: Progress
+) -> dict[str, Any]:
+    size = fitting_batch(compressed.config.vocab_size, rows.shape[1], batch)
+    with progress.stage(f"evaluating {rows.size} tokens"):
+        found = evaluating.positions(original, compressed, rows, size)
+    figures = evaluating.summary(found)
+    result = dataclasses.asdict(figures) | {"perplexity_ratio": figures.perplexity_ratio}
+    result |= {"intervals": evaluating.intervals(found), "worst": evaluating.worst_token(found, tokenizer)}
+    if drift:
+        some = calibrating.thinned(rows, DRIFT_TOKENS)
+        with progress.stage("comparing hidden states", total=original.config.num_hidden_layers) as stage:
+            drifted = evaluating.drift(original, compressed, some, size, stage)
+        result["drift"] = dataclasses.asdict(drifted) | {"worst_layer": drifted.worst, "worst": drifted.layers[drifted.worst]}
+    return result
+
+
+def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray) -> dict[str, Any]:
+    """Every choice that perplexity depends on, as data and in a sentence."""
+    file, bos = Path(out) / "tokenizer.json", None if whole.bos is None else tokenizer.decode([whole.bos])
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else None
+    named = f"{len(tokenizer)} tokens" + (f", sha256 {digest} of tokenizer.json" if digest else "")
+    used = f"{len(rows)} of {len(whole.rows)} windows" if len(rows) < len(whole.rows) else f"{len(rows)} windows"
+    return {
+        "tokenizer": named,
+        "bos": bos,
+        "window": int(rows.shape[1]),
+        "windows": len(rows),
+        "windows_in_text": len(whole.rows),
+        "dropped_tokens": whole.dropped,
+        "protocol": (
+            f"the whole text tokenized once by the model's tokenizer ({named}), {f'one BOS ({bos}) before' if bos else 'no BOS'}; "
+            f"{used} of {rows.shape[1]} tokens that do not overlap, {whole.dropped} tokens at the end dropped; "
+            "exp of the mean over windows of each window's mean negative log-likelihood of its tokens after the first"
+        ),
+    }
+
+
+def generate(
+    source: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    progress: Progress | None = None,
+) -> Iterator[str]:
+    """What a model writes after a prompt, piece by piece as it comes.
+
+    Args:
+        source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
+        prompt, max_new_tokens, temperature, top_k, top_p, seed, stop: as for `evaluation.stream_text`.
+
+    Raises:
+        QLRError: as `load`, `load_model` and `evaluation.stream_text`; before the first piece.
+    """
+    with (progress or silent()).stage("loading"):
+        folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
+        model, tokenizer = load(folder) if _is_packed(folder) else load_model(folder), load_tokenizer(folder)
+    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
+    return evaluating.stream_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, **settings)
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "qlr"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # load_model says what is wrong
+
+
+def inspect(out: str | Path) -> dict[str, Any]:
+    """What is inside a compressed folder: every matrix with its spec and bytes, and the totals."""
+    matrices = read_matrices(Path(out))
+    rows = [
+        {
+            "name": n,
+            "spec": str(m.spec),
+            "shape": list(m.shape),
+            "bytes": m.nbytes,
+            "bits": 8 * m.nbytes / (m.shape[0] * m.shape[1]),
+        }
+        for n, m in matrices.items()
+    ]
+    total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
+    settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
+    size = sum(f.stat().st_size for f in Path(out).glob("*.safetensors"))
+    return {
+        "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
+        "bits_per_weight": 8 * total / count if count else None, "safetensors_bytes": size,
+    }  # fmt: skip

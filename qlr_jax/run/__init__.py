@@ -1,0 +1,1 @@
+"""The work folder of a job, its status and log, and its processes."""

@@ -1,0 +1,1 @@
+"""Recipe, thresholds, constraints and limits: each setting stated once, resolved once."""
