@@ -6,7 +6,7 @@ improves any of them by a few measurements of the true loss.
 """
 
 from allocators.allocation import Allocation, Status, from_specs
-from allocators.baselines import baselines, compared, filled_uniform, greedy, random, rank0, uniform
+from allocators.baselines import filled_uniform, greedy, random, rank0, uniform
 from allocators.budget import Budget, Problem, format_size, parse_size
 from allocators.errors import AllocationError, Infeasible
 from allocators.exact.knapsack import allocate
@@ -15,10 +15,22 @@ from allocators.interactions import Interactions, Pairwise, Saturating
 from allocators.joint import allocate_jointly
 from allocators.options import ModelFacts, Option, Row, Tie, backbone
 from allocators.prune import Dropped, Pruned, prune
-from allocators.refine.refine import Refined, Trial, refine
+from allocators.refinement.trials import Refined, Trial, refine
+from allocators.strategies import (
+    STRATEGIES,
+    Role,
+    Strategy,
+    baselines,
+    compared,
+    delivered,
+    find_strategy,
+    job_plans,
+    solved_strategies,
+)
 from allocators.table import OptionTable
 
 __all__ = [
+    "STRATEGIES",
     "Allocation",
     "AllocationError",
     "Budget",
@@ -33,9 +45,11 @@ __all__ = [
     "Problem",
     "Pruned",
     "Refined",
+    "Role",
     "Row",
     "Saturating",
     "Status",
+    "Strategy",
     "Tie",
     "Trial",
     "allocate",
@@ -43,15 +57,19 @@ __all__ = [
     "backbone",
     "baselines",
     "compared",
+    "delivered",
     "filled_uniform",
+    "find_strategy",
     "format_size",
     "from_specs",
     "frontier",
     "greedy",
+    "job_plans",
     "parse_size",
     "prune",
     "random",
     "rank0",
     "refine",
+    "solved_strategies",
     "uniform",
 ]

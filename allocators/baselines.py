@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 
 from allocators.allocation import Allocation, check_limit, from_picks
 from allocators.errors import Infeasible
-from allocators.exact.greedy import fill
 from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import allocate
+from allocators.greedy import fill
 from allocators.table import OptionTable
 
 
@@ -111,56 +110,3 @@ def random(table: OptionTable, limit: int, seed: int = 0) -> Allocation:
     steps = blocks.walk.steps_within(limit)
     at = fill(blocks, blocks.at(steps), limit - int(blocks.walk.size[steps]))
     return from_picks(table, blocks.options(at), limit, "random", seconds=time.perf_counter() - start)
-
-
-def baselines(table: OptionTable, limit: int, seed: int = 0, *, gap: float = 0.0, seconds: float = 10.0) -> dict[str, Allocation]:
-    """Every baseline that exists at this limit, by name; one that does not (no single spec fits) is left out.
-
-    seed          of the random one
-    gap, seconds  of the exact solve without rank
-
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
-    >>> table = OptionTable((Row("q", 64, options), Row("k", 64, options)))
-    >>> {name: allocation.damage for name, allocation in baselines(table, 56).items() if name != "random"}
-    {'uniform': 3.0, 'filled_uniform': 2.5, 'rank0': 2.5, 'greedy': 2.5}
-    """
-    check_limit(table, limit)
-    makers: dict[str, Callable[[], Allocation]] = {
-        "uniform": lambda: uniform(table, limit),
-        "filled_uniform": lambda: filled_uniform(table, limit),
-        "rank0": lambda: rank0(table, limit, gap=gap, seconds=seconds),
-        "greedy": lambda: greedy(table, limit),
-        "random": lambda: random(table, limit, seed),
-    }
-    found = {}
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except Infeasible:
-            continue
-    return found
-
-
-def compared(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float = 10.0, seed: int = 0) -> Allocation:
-    """The exact allocation with its baselines attached, and never worse than any of them.
-
-    Where a gap is asked for, a baseline may happen to do less damage within it; then the exact one takes over its specs.
-
-    table, limit, gap, seconds  as for ``allocate``
-    seed                        of the random baseline
-    raises                      Infeasible where the limit is below the table's least
-
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
-    >>> best = compared(OptionTable((Row("q", 64, options), Row("k", 64, options))), 56)
-    >>> best.damage, best.baselines["uniform"].damage, best.to_dict()["baselines"]["uniform"]["spec"]
-    (2.5, 3.0, 'int-3')
-    """
-    found = allocate(table, limit, gap=gap, seconds=seconds)
-    others = baselines(table, limit, seed, gap=gap, seconds=seconds)
-    better = min(others.values(), key=lambda other: other.damage)
-    if better.damage < found.damage:
-        taken = {name: getattr(better, name) for name in ("specs", "bytes", "damage", "bits_per_weight")}
-        found = replace(found, **taken, bound=None if found.bound is None else min(found.bound, better.damage))
-    return replace(found, baselines=others)

@@ -11,7 +11,7 @@ import numpy as np
 from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import CELLS, Solved, solve
 from allocators.interactions import Pairwise
-from allocators.refine.moves import moves, promising
+from allocators.refinement.moves import moves, promising
 from allocators.table import OptionTable
 
 ROUNDS = 12  # tangents tried for the bound

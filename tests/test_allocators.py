@@ -25,11 +25,11 @@ from allocators import (
     compared,
     from_specs,
     frontier,
-    knapsack,
     prune,
     random,
     rank0,
 )
+from allocators.exact import knapsack
 from allocators.exact.dynamic import thin
 
 SPECS = [f"int-{bits}" + (f"+r{rank}@bf16" if rank else "") for bits in (2, 3, 4, 5) for rank in (0, 4, 8)]

@@ -22,7 +22,7 @@ from allocators import (
     refine,
     uniform,
 )
-from allocators.refine.learn import learned
+from allocators.refinement.regression import learned
 
 
 def make_table(seed: int, layers: int = 4) -> OptionTable:

@@ -17,6 +17,7 @@ from qlr_jax.cli.options import (
     Lock,
     RecipeFile,
     StateBits,
+    Strategy,
     Target,
     TieBackbone,
     TieSpec,
@@ -82,6 +83,7 @@ def compress(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
+    strategy: Strategy = None,
     sequential: Annotated[
         bool | None,
         typer.Option(
@@ -134,6 +136,7 @@ def compress(
             target=target,
             backbone_from=text_of(backbone_from),
             hessians_from=text_of(hessians),
+            strategy=strategy,
             sequential=sequential,
             force=force or None,
         )

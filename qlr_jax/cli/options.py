@@ -57,3 +57,11 @@ Exclude = Annotated[
 StateBits = Annotated[
     int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: more is better, and time grows with 2^bits.")
 ]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        "--strategy",
+        metavar="NAME",
+        help="Of allocation, whose result is delivered: allocated (the default), uniform, filled_uniform, rank0, greedy or random.",
+    ),
+]

@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 
 import allocators
 from allocators import AllocationError, Infeasible, OptionTable
-from allocators.baselines import compared
+from allocators.strategies import compared
 from qlr_jax.errors import QLRError
 
 TABLE = "table.json"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from allocators.strategies import DEFAULT, STRATEGIES
 from qlr_jax.errors import QLRError
 from qlr_jax.settings.thresholds import Thresholds
 
@@ -66,6 +67,11 @@ class Recipe:
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
+    strategy: str = _field(
+        "allocated",
+        "of allocation, whose result is delivered: allocated (exact, refined by measuring) or, as it is, "
+        + ", ".join(name for name in STRATEGIES if name != DEFAULT),
+    )
     refine: int = _field(12, "other allocations, at most, that are built and measured after the first; 0 = none")
     refine_seconds: float = _field(600.0, "that these may take")
     sequential: bool = _field(
@@ -234,7 +240,7 @@ def _converted(name: str, kind: str, value: Any) -> Any:
     else:
         if isinstance(value, str) and value.strip():
             return value.strip()
-        examples = {"budget": "2.25bpw", "hessians": "plain", "outputs": "fisher", "attribution": "alone"}
+        examples = {"budget": "2.25bpw", "hessians": "plain", "outputs": "fisher", "attribution": "alone", "strategy": DEFAULT}
         wanted = "a text such as " + examples.get(name, "'*.mlp.*'")
     raise QLRError(f"recipe: {name} is {value!r}; give {wanted}")
 
@@ -252,7 +258,12 @@ def _check_choices(recipe: Recipe) -> None:
     from qlr_jax.calibration import WEIGHTINGS  # brings JAX along, which a recipe's mere definition does not need
     from qlr_jax.sensitivity import ATTRIBUTIONS
 
-    for name, known in (("hessians", WEIGHTINGS), ("outputs", OUTPUTS), ("attribution", tuple(ATTRIBUTIONS))):
+    for name, known in (
+        ("hessians", WEIGHTINGS),
+        ("outputs", OUTPUTS),
+        ("attribution", tuple(ATTRIBUTIONS)),
+        ("strategy", tuple(STRATEGIES)),
+    ):
         if (value := getattr(recipe, name)) not in known:
             raise QLRError(f"recipe: {name} {value!r} is not known; give one of {', '.join(known)}")
     if recipe.attribution == "kronecker" and recipe.outputs != "fisher":

@@ -14,8 +14,8 @@ from allocators.errors import AllocationError
 from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import CELLS, solve
 from allocators.options import few
-from allocators.refine.learn import learned
-from allocators.refine.moves import moves, promising
+from allocators.refinement.moves import moves, promising
+from allocators.refinement.regression import learned
 from allocators.table import OptionTable
 
 STEP, LEAST = 1.5, 1.1  # factor of the first tilts, and of the last: the logarithm is halved from round to round
