@@ -16,6 +16,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import HIGHEST, Block, Llama, Top
 from qlr_jax.models.names import layer_of, linear_names, shape_of
+from qlr_jax.models.sites import BY_PATH
 
 # ---- watchers: y itself, and what the probe's "gradient" becomes, so that no gradient of a token need be kept
 
@@ -89,7 +90,7 @@ def squared_gradients(
         >>> found["model.layers.0.mlp.down_proj"].shape, found["model.layers.0.mlp.down_proj"][0, -1].item()
         ((1, 3), 0.0)
     """
-    tokens, names = _checked(tokens), _local_names(model)
+    tokens = _checked(tokens)
     out = {name: np.empty(tokens.shape, np.float32) for name in linear_names(model.config)}
 
     def following(j: int, top: Top, x: Array) -> np.ndarray:
@@ -97,7 +98,7 @@ def squared_gradients(
         return np.concatenate([rows[:, 1:], np.full((len(rows), 1), NOTHING, np.int32)], axis=1)
 
     run = _Pass(model, tokens, batch, devices, following)
-    probes = dict.fromkeys(names, run.placed.spread(jnp.zeros((run.batch, tokens.shape[1]))))
+    probes = dict.fromkeys(BY_PATH, run.placed.spread(jnp.zeros((run.batch, tokens.shape[1]))))
     for i, j, found in run.watched(dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
         start, live = run.starts[j], run.live[j]
         for name, value in found.items():
@@ -197,10 +198,6 @@ def _finite(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return found
 
 
-def _local_names(model: Llama) -> list[str]:
-    return [name.removeprefix("model.layers.0.") for name in linear_names(model.config) if layer_of(name) == 0]
-
-
 class _Pass:
     """One backward pass of −Σ log p(labels), batch by batch; what is not finite on the way is left out.
 
@@ -262,7 +259,7 @@ class _Pass:
             pulled, found, finite = of(x, g)
             bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
             if any(rows.any() for rows in bad.values()):
-                for name in reversed(_local_names(self._model)):  # in the order in which the backward pass meets them
+                for name in reversed(BY_PATH):  # in the order in which the backward pass meets them
                     if name in bad:
                         self._lose(j, bad[name], f"the gradients at the output of model.layers.{i}.{name}")
                 pulled, found, _ = of(x, g)

@@ -13,12 +13,10 @@ from qlr_jax.calibration.placement import placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import input_names, input_of, linear_names
+from qlr_jax.models.sites import INPUTS
 
 Progress = Callable[[int, int], None]
 """Called with (blocks done, blocks in all)."""
-
-LOCAL = ("self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj")
-"""The inputs of a block, in the order in which the forward pass meets them."""
 
 TokenWeights = Float[np.ndarray, "sequences time"]
 """How much every token counts; any scale."""
@@ -97,7 +95,7 @@ def hessians(
             y, found, finite = _advance(block, spread(states[j]), rope, _of_block(here, w, prefix, s, batch, spread))
             bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
             if any(rows.any() for rows in bad.values()):
-                for name in LOCAL:  # in the order in which the forward pass meets them
+                for name in INPUTS:  # in the order in which the forward pass meets them
                     tally.add(bad[name], s, f"the activations that enter {prefix}{name}")
                 lost = np.logical_or.reduce(list(bad.values()))
                 states[j] = without(lost, states[j])

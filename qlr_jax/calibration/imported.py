@@ -11,7 +11,8 @@ from jaxtyping import Float
 
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.errors import QLRError
-from qlr_jax.models.names import input_of
+from qlr_jax.models.names import input_of, kind_of, layer_of
+from qlr_jax.models.sites import BY_KIND, siblings
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
 
@@ -80,10 +81,8 @@ def read_hessians(
 
 def _names(linear: str) -> list[str]:
     """What the Hessian of a layer's input may be called: by the layer, by the input, by another layer that reads it."""
-    shared = input_of(linear)
-    room = shared.rsplit(".", 1)[0]
-    others = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}.get(shared.rsplit(".", 1)[1], ())
-    return [linear, shared, *(f"{room}.{kind}_proj" for kind in others)]
+    prefix = f"model.layers.{layer_of(linear)}."
+    return [linear, input_of(linear), *(prefix + BY_KIND[kind].path for kind in siblings(kind_of(linear)))]
 
 
 def _keys(file: Path) -> list[str]:

@@ -1,12 +1,15 @@
-"""The forward of Llama and its relatives in flax.nnx, the names of its tensors, and Hugging Face folders in and out."""
+"""The forward of Llama and its relatives in flax.nnx, the names of its tensors, and Hugging Face folders in and out.
+
+Configurations, families, sites and names are light; what needs JAX is imported on first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from qlr_jax.models.config import LlamaConfig, RopeScaling
-from qlr_jax.models.families import FAMILIES, Family
-from qlr_jax.models.folder import find_folder, load_model, load_tokenizer, save_model
+from qlr_jax.models.families import FAMILIES, Family, Norms
 from qlr_jax.models.known import known_config
-from qlr_jax.models.llama import Linear, Llama
 from qlr_jax.models.names import (
-    KINDS,
     input_names,
     input_of,
     kind_of,
@@ -17,15 +20,32 @@ from qlr_jax.models.names import (
     shape_of,
     tensor_names,
 )
+from qlr_jax.models.sites import KINDS, SITES, Site
+
+if TYPE_CHECKING:
+    from qlr_jax.models.folder import find_folder, load_model, load_tokenizer, save_model
+    from qlr_jax.models.llama import Linear, Llama
+
+_HOMES = {
+    "Linear": "qlr_jax.models.llama",
+    "Llama": "qlr_jax.models.llama",
+    "find_folder": "qlr_jax.models.folder",
+    "load_model": "qlr_jax.models.folder",
+    "load_tokenizer": "qlr_jax.models.folder",
+    "save_model": "qlr_jax.models.folder",
+}
 
 __all__ = [
     "FAMILIES",
     "KINDS",
+    "SITES",
     "Family",
     "Linear",
     "Llama",
     "LlamaConfig",
+    "Norms",
     "RopeScaling",
+    "Site",
     "find_folder",
     "input_names",
     "input_of",
@@ -41,3 +61,9 @@ __all__ = [
     "shape_of",
     "tensor_names",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'qlr_jax.models' has no attribute {name!r}")

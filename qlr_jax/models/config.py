@@ -7,6 +7,7 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
+from qlr_jax.models.sites import BY_KIND
 
 # Attributes that change no logit here: they are read past, each by name, so that a new one is noticed.
 IRRELEVANT = frozenset({
@@ -124,6 +125,32 @@ class LlamaConfig:
     def traits(self) -> Family:
         """What this model's family does differently from Llama."""
         return FAMILIES[self.family]
+
+    @property
+    def query_size(self) -> int:
+        """Width of q of all heads together."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def key_size(self) -> int:
+        """Width of k, and of v, of all key-value heads together."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
+    def qk_norm_sizes(self) -> tuple[int, int]:
+        """How many numbers the norms of q and of k have; 0 where the family has none."""
+        sizes = {"": (0, 0), "head": (self.head_dim, self.head_dim), "width": (self.query_size, self.key_size)}
+        return sizes[self.traits.qk_norm]
+
+    def shape_of(self, kind: str) -> tuple[int, int]:
+        """(out, in) of the linear layers of a kind.
+
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+        >>> LlamaConfig(**sizes, num_key_value_heads=2).shape_of("k")
+        (8, 16)
+        """
+        site = BY_KIND[kind]
+        return getattr(self, site.rows), getattr(self, site.columns)
 
     @property
     def biases(self) -> frozenset[str]:

@@ -8,6 +8,27 @@ from qlr_jax.errors import QLRError
 
 
 @dataclasses.dataclass(frozen=True)
+class Norms:
+    """Names of a block's RMSNorms by where they stand, "" where there is none; those of a Llama unless given.
+
+    Attributes:
+        before_attention, before_mlp: of what a sublayer reads.
+        after_attention, after_mlp: of what it puts out, before that is added to the hidden state.
+    """
+
+    before_attention: str = "input_layernorm"
+    after_attention: str = ""
+    before_mlp: str = "post_attention_layernorm"
+    after_mlp: str = ""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those that there are, in the order of the forward pass."""
+        places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in places if name)
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One architecture of transformers, as its differences from a Llama without biases.
 
@@ -16,8 +37,11 @@ class Family:
         switches: optional fields of `LlamaConfig` that this family's config.json sets: "attention_bias" (q, k, v and o get a
             bias), "mlp_bias" (gate, up and down get one), "sliding_window" (a token sees so many positions, its own included).
         biases: kinds of linear layers that have a bias whatever the config says.
-        qk_norm: q and k of every head pass through an RMSNorm of their own before they are rotated.
+        norms: the RMSNorms of a block.
+        qk_norm: q and k pass through an RMSNorm of their own before they are rotated, "head": every head for itself, "width": all
+            heads together; "" where there is none.
         norm_offset: an RMSNorm multiplies by (norm_offset + weight).
+        wide_norm: it does so in float32, whatever the type of the activations.
         scaled_embedding: token embeddings are multiplied by sqrt(hidden_size) as they enter the first block.
         activation: of the gate, as `hidden_act` names it.
         defaults: what transformers takes where config.json leaves an attribute out, where that is not LlamaConfig's default.
@@ -29,8 +53,10 @@ class Family:
     architecture: str
     switches: tuple[str, ...] = ()
     biases: tuple[str, ...] = ()
-    qk_norm: bool = False
+    norms: Norms = Norms()
+    qk_norm: str = ""
     norm_offset: float = 0.0
+    wide_norm: bool = False
     scaled_embedding: bool = False
     activation: str = "silu"
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -60,7 +86,7 @@ FAMILIES: Mapping[str, Family] = {
             "qwen3",
             "Qwen3ForCausalLM",
             switches=("attention_bias",),
-            qk_norm=True,
+            qk_norm="head",
             defaults={"head_dim": 128, **_QWEN_DEFAULTS},
             **_QWEN,
         ),
@@ -69,6 +95,7 @@ FAMILIES: Mapping[str, Family] = {
             "GemmaForCausalLM",
             switches=("attention_bias",),
             norm_offset=1.0,
+            wide_norm=True,
             scaled_embedding=True,
             activation="gelu_pytorch_tanh",
             defaults={

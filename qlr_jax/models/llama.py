@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlr_jax.models.config import LlamaConfig
+from qlr_jax.models.sites import SITES
 
 Tap = Callable[[str, Array], None]
 """Called with (input name, x) for every distinct input of linear layers."""
@@ -75,22 +77,22 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x · (offset + weight) / sqrt(mean(x²) + eps), the mean in float32; without an offset the product is in x's type."""
+    """x · (offset + weight) / sqrt(mean(x²) + eps), the mean in float32; the product in x's type, or in float32 where `wide`."""
 
-    def __init__(self, weight: Any, eps: float, offset: float = 0.0):
-        self.weight, self.eps, self.offset = nnx.Param(weight), eps, offset
+    def __init__(self, weight: Any, eps: float, offset: float = 0.0, wide: bool = False):
+        self.weight, self.eps, self.offset, self.wide = nnx.Param(weight), eps, offset, wide
 
     def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch n"]:
         h, weight = x.astype(jnp.float32), self.weight.get_value()
         h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            # In float32, as where it was trained: bfloat16 would round 1 + weight to steps of 2⁻⁷.
+        if self.wide:
+            # As where it was trained; with an offset, bfloat16 would round 1 + weight to steps of 2⁻⁷.
             return (h * (self.offset + weight.astype(jnp.float32))).astype(x.dtype)
         return weight.astype(x.dtype) * h.astype(x.dtype)
 
 
-Make = Callable[[int, int, bool], Linear]
-"""(out, in, whether it has a bias) -> a new linear layer."""
+Make = Callable[[str], Linear]
+"""Kind -> a new linear layer of a block's site of this kind."""
 
 Norm = Callable[[int], RMSNorm]
 """size -> a new norm that changes nothing but the length."""
@@ -99,29 +101,25 @@ Norm = Callable[[int], RMSNorm]
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions; several query heads may share a key-value head.
 
-    Position t sees positions s with 0 <= t − s, and t − s < window where there is a window. Where the family has it, each head's
-    q and k are normalised (`q_norm`, `k_norm`) before they are rotated.
+    Position t sees positions s with 0 <= t − s, and t − s < window where there is a window. Where the family has it, q and k are
+    normalised (`q_norm`, `k_norm`) before they are rotated: each head for itself, or all heads together.
     """
 
     def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
         self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, config.head_dim, config.sliding_window
-        q, kv = config.num_attention_heads * config.head_dim, self.kv_heads * config.head_dim
-        self.q_proj = make(q, config.hidden_size, "q" in config.biases)
-        self.k_proj = make(kv, config.hidden_size, "k" in config.biases)
-        self.v_proj = make(kv, config.hidden_size, "v" in config.biases)
-        self.o_proj = make(config.hidden_size, q, "o" in config.biases)
-        self.q_norm = norm(config.head_dim) if config.traits.qk_norm else None
-        self.k_norm = norm(config.head_dim) if config.traits.qk_norm else None
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = make("q"), make("k"), make("v"), make("o")
+        self.norm_heads = config.traits.qk_norm == "head"
+        query, key = config.qk_norm_sizes
+        self.q_norm = norm(query) if query else None
+        self.k_norm = norm(key) if key else None
 
     def __call__(self, x: Array, rope: tuple[Array, Array], tap: Tap | None, adjust: Adjust, cache: Cache | None = None) -> Array:
         batch, time, _ = x.shape
         if tap is not None:
             tap("self_attn.qkv", x)
         heads = lambda y: y.reshape(batch, time, -1, self.head_dim).swapaxes(1, 2)  # noqa: E731
-        q = heads(adjust("self_attn.q_proj", self.q_proj(x)))
-        k = heads(adjust("self_attn.k_proj", self.k_proj(x)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q = self._normed_heads(self.q_norm, adjust("self_attn.q_proj", self.q_proj(x)), heads)
+        k = self._normed_heads(self.k_norm, adjust("self_attn.k_proj", self.k_proj(x)), heads)
         q, k = rotate(q, rope), rotate(k, rope)
         v = heads(adjust("self_attn.v_proj", self.v_proj(x)))
         at = jnp.arange(time)
@@ -141,15 +139,18 @@ class Attention(nnx.Module):
             tap("self_attn.o_proj", out)
         return adjust("self_attn.o_proj", self.o_proj(out))
 
+    def _normed_heads(self, norm: RMSNorm | None, y: Array, heads: Callable[[Array], Array]) -> Array:
+        if norm is None:
+            return heads(y)
+        return norm(heads(y)) if self.norm_heads else heads(norm(y))
+
 
 class MLP(nnx.Module):
     """down( act(gate(x)) · up(x) ), act the family's activation."""
 
     def __init__(self, config: LlamaConfig, make: Make):
         self.activation = config.traits.activation
-        self.gate_proj = make(config.intermediate_size, config.hidden_size, "gate" in config.biases)
-        self.up_proj = make(config.intermediate_size, config.hidden_size, "up" in config.biases)
-        self.down_proj = make(config.hidden_size, config.intermediate_size, "down" in config.biases)
+        self.gate_proj, self.up_proj, self.down_proj = make("gate"), make("up"), make("down")
 
     def __call__(self, x: Array, tap: Tap | None, adjust: Adjust) -> Array:
         if tap is not None:
@@ -165,10 +166,11 @@ class Block(nnx.Module):
     """One layer. Holds no index, so every block has one structure and one compiled function serves them all."""
 
     def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
-        self.input_layernorm = norm(config.hidden_size)
         self.self_attn = Attention(config, make, norm)
-        self.post_attention_layernorm = norm(config.hidden_size)
         self.mlp = MLP(config, make)
+        self.norms = config.traits.norms
+        for name in self.norms.names:
+            setattr(self, name, norm(config.hidden_size))
 
     def __call__(
         self,
@@ -180,13 +182,14 @@ class Block(nnx.Module):
     ) -> Float[Array, "batch time n"]:
         """Names given to `tap` and `adjust` are local here ("mlp.down_proj"); `Llama` adds "model.layers.<i>."."""
         adjust = adjust or (lambda name, y: y)
-        x = x + self.self_attn(self.input_layernorm(x), rope, tap, adjust, cache)
-        return x + self.mlp(self.post_attention_layernorm(x), tap, adjust)
+        norm = lambda name, v: getattr(self, name)(v) if name else v  # noqa: E731
+        y = self.self_attn(norm(self.norms.before_attention, x), rope, tap, adjust, cache)
+        x = x + norm(self.norms.after_attention, y)
+        return x + norm(self.norms.after_mlp, self.mlp(norm(self.norms.before_mlp, x), tap, adjust))
 
     def linears(self) -> dict[str, Linear]:
         """The linear layers by their local names, in the order q, k, v, o, gate, up, down."""
-        rooms = (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down")))
-        return {f"{room}.{name}_proj": getattr(getattr(self, room), f"{name}_proj") for room, names in rooms for name in names}
+        return {site.path: attrgetter(site.path)(self) for site in SITES}
 
     def tensors(self) -> dict[str, nnx.Param]:
         """Every parameter by its local tensor name: linear layers, then norms."""
@@ -195,7 +198,7 @@ class Block(nnx.Module):
             out[f"{name}.weight"] = linear.weight
             if linear.bias is not None:
                 out[f"{name}.bias"] = linear.bias
-        for norm in ("input_layernorm", "post_attention_layernorm"):
+        for norm in self.norms.names:
             out[f"{norm}.weight"] = getattr(self, norm).weight
         for norm in ("q_norm", "k_norm"):
             if getattr(self.self_attn, norm) is not None:
@@ -206,9 +209,9 @@ class Block(nnx.Module):
 class Backbone(nnx.Module):
     """What Hugging Face calls `model`: embedding, layers, final norm."""
 
-    def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
+    def __init__(self, config: LlamaConfig, rows: Any, make: Make, norm: Norm):
         scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
-        self.embed_tokens = Embedding(make(config.vocab_size, config.hidden_size, False).weight.get_value(), scale)
+        self.embed_tokens = Embedding(rows, scale)
         self.layers = nnx.List([Block(config, make, norm) for _ in range(config.num_hidden_layers)])
         self.norm = norm(config.hidden_size)
 
@@ -238,21 +241,24 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, key: Any = None, dtype: Any = jnp.float32, product: Product = exact_product):
         keys = [key.params() if isinstance(key, nnx.Rngs) else key]
 
-        offset = config.traits.norm_offset
+        offset, wide = config.traits.norm_offset, config.traits.wide_norm
 
-        def make(m: int, n: int, biased: bool) -> Linear:
-            bias = jnp.zeros(m, dtype) if biased else None
+        def weight(m: int, n: int) -> Array:
             if keys[0] is None:
-                return Linear(jnp.zeros((m, n), dtype), product, bias)
+                return jnp.zeros((m, n), dtype)
             keys[0], now = jax.random.split(keys[0])
-            return Linear((0.02 * jax.random.normal(now, (m, n))).astype(dtype), product, bias)
+            return (0.02 * jax.random.normal(now, (m, n))).astype(dtype)
+
+        def make(kind: str) -> Linear:
+            m, n = config.shape_of(kind)
+            return Linear(weight(m, n), product, jnp.zeros(m, dtype) if kind in config.biases else None)
 
         def norm(n: int) -> RMSNorm:
-            return RMSNorm(jnp.full(n, 1.0 - offset, dtype), config.rms_norm_eps, offset)
+            return RMSNorm(jnp.full(n, 1.0 - offset, dtype), config.rms_norm_eps, offset, wide)
 
         self.config, self.product = config, product
-        self.model = Backbone(config, make, norm)
-        self.lm_head = None if config.tie_word_embeddings else make(config.vocab_size, config.hidden_size, False)
+        self.model = Backbone(config, weight(config.vocab_size, config.hidden_size), make, norm)
+        self.lm_head = None if config.tie_word_embeddings else Linear(weight(config.vocab_size, config.hidden_size), product)
 
     def __call__(
         self, tokens: Int[Array, "batch time"], tap: Tap | None = None, adjust: Adjust | None = None

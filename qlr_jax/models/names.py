@@ -5,13 +5,9 @@ import re
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
+from qlr_jax.models.sites import BY_KIND, BY_PATH, SITES
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
-"""Kinds of linear layers, in the order in which they are listed everywhere."""
-
-_ROOM = {kind: "self_attn" if kind in "qkvo" else "mlp" for kind in KINDS}
-_INPUT = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o_proj", "gate": "gate_up", "up": "gate_up", "down": "down_proj"}
-_PATTERN = re.compile(r"model\.layers\.(\d+)\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj")
+_LINEAR = re.compile(rf"model\.layers\.(\d+)\.({'|'.join(map(re.escape, BY_PATH))})")
 
 
 def linear_names(config: LlamaConfig) -> list[str]:
@@ -21,7 +17,7 @@ def linear_names(config: LlamaConfig) -> list[str]:
     >>> linear_names(config)[0], len(linear_names(config))
     ('model.layers.0.self_attn.q_proj', 14)
     """
-    return [f"model.layers.{i}.{_ROOM[kind]}.{kind}_proj" for i in range(config.num_hidden_layers) for kind in KINDS]
+    return [f"model.layers.{i}.{site.path}" for i in range(config.num_hidden_layers) for site in SITES]
 
 
 def parts_of(name: str) -> tuple[int, str]:
@@ -30,10 +26,10 @@ def parts_of(name: str) -> tuple[int, str]:
     >>> parts_of("model.layers.3.mlp.down_proj")
     (3, 'down')
     """
-    match = _PATTERN.fullmatch(name)
-    if match is None or _ROOM[match[3]] != match[2]:
+    match = _LINEAR.fullmatch(name)
+    if match is None:
         raise QLRError(f"{name!r} is no linear layer; give a name such as 'model.layers.0.self_attn.q_proj'")
-    return int(match[1]), match[3]
+    return int(match[1]), BY_PATH[match[2]].kind
 
 
 def layer_of(name: str) -> int:
@@ -53,7 +49,7 @@ def input_of(name: str) -> str:
     ('model.layers.3.self_attn.qkv', 'model.layers.3.mlp.down_proj')
     """
     layer, kind = parts_of(name)
-    return f"model.layers.{layer}.{_ROOM[kind]}.{_INPUT[kind]}"
+    return f"model.layers.{layer}.{BY_KIND[kind].input}"
 
 
 def input_names(config: LlamaConfig) -> list[str]:
@@ -63,12 +59,7 @@ def input_names(config: LlamaConfig) -> list[str]:
 
 def shape_of(config: LlamaConfig, name: str) -> tuple[int, int]:
     """(out, in) of a linear layer."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    return {
-        "q": (q, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, q),
-        "gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner),
-    }[kind_of(name)]  # fmt: skip
+    return config.shape_of(kind_of(name))
 
 
 def tensor_names(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -79,10 +70,10 @@ def tensor_names(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         if kind_of(name) in config.biases:
             out[f"{name}.bias"] = shape_of(config, name)[:1]
     for i in range(config.num_hidden_layers):
-        out[f"model.layers.{i}.input_layernorm.weight"] = (config.hidden_size,)
-        out[f"model.layers.{i}.post_attention_layernorm.weight"] = (config.hidden_size,)
-        if config.traits.qk_norm:
-            out |= {f"model.layers.{i}.self_attn.{name}_norm.weight": (config.head_dim,) for name in "qk"}
+        out |= {f"model.layers.{i}.{norm}.weight": (config.hidden_size,) for norm in config.traits.norms.names}
+        for name, size in zip("qk", config.qk_norm_sizes, strict=True):
+            if size:
+                out[f"model.layers.{i}.self_attn.{name}_norm.weight"] = (size,)
     out["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         out["lm_head.weight"] = (config.vocab_size, config.hidden_size)

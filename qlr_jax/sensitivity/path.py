@@ -80,9 +80,9 @@ def path_shares(
 def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]) -> Block:
     """The block with `steps` · ΔW added to its matrices; names are local."""
     copy: Block = jax.tree.map(lambda leaf: leaf, block)
+    linears = copy.linears()
     for name, error in errors.items():
-        room, kind = name.split(".")
-        weight = getattr(getattr(copy, room), kind).weight
+        weight = linears[name].weight
         kept = weight.get_value()
         weight.set_value((kept + steps[name] * error).astype(kept.dtype))
     return copy
