@@ -9,9 +9,9 @@ import numpy as np
 
 from allocators.allocation import Allocation, check_limit, from_picks
 from allocators.errors import Infeasible
+from allocators.exact.fill import fill
 from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import allocate
-from allocators.greedy import fill
 from allocators.table import OptionTable
 
 

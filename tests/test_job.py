@@ -18,8 +18,8 @@ from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
 from qlr_jax.pipelines import preparation
-from qlr_jax.pipelines.allocate import Constraints
 from qlr_jax.progress import silent
+from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
 
 LIGHT = Recipe(

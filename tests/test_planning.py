@@ -15,6 +15,7 @@ from qlr_jax import cli
 from qlr_jax.errors import QLRError
 from qlr_jax.pipelines import allocate as planning
 from qlr_jax.report.terminal.plans import plans_text
+from qlr_jax.settings.constraints import Constraints
 
 NAMES = tuple(f"model.layers.{layer}.{kind}_proj" for layer in range(2) for kind in ("q", "k", "v", "down"))
 
@@ -44,7 +45,10 @@ def folder(tmp_path):
 @pytest.fixture
 def compressed(tmp_path):
     """A compressed model's report, of the matrices of the table."""
-    points = {kind: {"bytes": 9000 + at, "damage": 1.0 + at, "bits_per_weight": 2.2} for at, kind in enumerate(planning.KINDS)}
+    points = {
+        kind: {"bytes": 9000 + at, "damage": 1.0 + at, "bits_per_weight": 2.2}
+        for at, kind in enumerate(allocators.solved_strategies())
+    }
     kl = {"allocated": 1.1, "uniform": 2.1, "rank0": 1.2}
     report = {"points": points, "calibration_kl": kl, "kl": {"allocated": 1.3}, "delivered": "allocated"}
     report["matrices"] = [{"name": name} for name in NAMES]
@@ -90,7 +94,7 @@ def test_tables_that_cannot_be_read(folder, tmp_path):
 
 
 def test_constraints_hold():
-    given = planning.Constraints.parse(
+    given = Constraints.parse(
         lock=["*0.v_proj=trellis-4"], at_least=["*down_proj = 3"], tie=["*q_proj, *k_proj"], tie_spec=["*1.v_proj,*1.down_proj"]
     )
     table = given.on(small_table())
@@ -120,7 +124,7 @@ def test_constraints_hold():
 )
 def test_constraints_that_cannot_be(given, says):
     with pytest.raises((QLRError, AllocationError)) as error:
-        planning.Constraints.parse(**given).on(small_table())
+        Constraints.parse(**given).on(small_table())
     assert says in str(error.value)
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from allocators.allocation import Allocation, Status, check_limit, from_picks
 from allocators.errors import AllocationError
 from allocators.exact.dynamic import Choices, Relaxation, relax, remaining
+from allocators.exact.fill import fill
 from allocators.exact.hull import Blocks
 from allocators.exact.search import aim, search
-from allocators.greedy import fill
 from allocators.table import OptionTable
 
 CELLS = (2**17, 2**20, 2**22)  # of states × choices that a search may hold: one after another, until one is whole

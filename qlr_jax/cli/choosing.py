@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, TieBackbone, TieSpec
+from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, Strategy, TieBackbone, TieSpec
 from qlr_jax.cli.shell import app, clear_errors, plain, tell
 from qlr_jax.errors import QLRError
 
@@ -22,8 +22,9 @@ def allocate(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
+    strategy: Strategy = None,
     gap: Annotated[float, typer.Option("--gap", help="Stop where no better one can be better by more than this share.")] = 1e-4,
-    seconds: Annotated[float, typer.Option("--seconds", help="Time for the search; what is proved by then is told.")] = 10.0,
+    seconds: Annotated[float, typer.Option("--seconds", help="Time for the search; what is proved by then is reported.")] = 10.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="JSON of all allocations with their specs.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -37,16 +38,19 @@ def allocate(
         qlr allocate measured --budget 2.25bpw --budget 900MB --out plans.json
         qlr allocate measured --budget 3bpw --lock '*v_proj=trellis-4' --at-least '*down_proj=2.5'
         qlr allocate measured --budget 3bpw --tie '*q_proj,*k_proj,*v_proj'
+        qlr allocate measured --budget 3bpw --strategy uniform
     """
     with clear_errors(as_json):
         if not budget:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw")
-        from qlr_jax.pipelines import allocate as planning
+        from allocators.strategies import DEFAULT
+        from qlr_jax.pipelines.allocate import plan, read_table, write_plans
         from qlr_jax.report.terminal.plans import plans_text
+        from qlr_jax.settings.constraints import Constraints
 
-        held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(planning.read_table(table))
-        plans = planning.plan(held, budget, gap=gap, seconds=seconds)
-        written = planning.write_json(out, plain(plans)) if out else None
+        constrained = Constraints.parse(lock, at_least, tie, tie_spec).on(read_table(table))
+        plans = plan(constrained, budget, gap=gap, seconds=seconds, strategy=strategy or DEFAULT)
+        written = write_plans(out, plain(plans)) if out else None
         result = {"table": table, "allocations": plans, "out": written}
         tell(result, as_json, lambda _: plans_text(plans) + (f"\n\nwritten: {written}" if written else ""))
 
@@ -79,13 +83,14 @@ def frontier(
         qlr frontier measured --tie '*q_proj,*k_proj,*v_proj' --json
     """
     with clear_errors(as_json):
-        from qlr_jax.pipelines import allocate as planning
+        from qlr_jax.pipelines.allocate import curves, measured_points, read_table, write_frontier
         from qlr_jax.report.html.frontier import frontier_text
+        from qlr_jax.settings.constraints import Constraints
 
-        whole = planning.read_table(table)
-        held = planning.Constraints.parse(lock, at_least, tie, tie_spec).on(whole)
-        found = planning.curves(held, points) | {"measured": planning.measured_points(whole, beside or ())}
-        files = planning.write_frontier(out, plain(found)) if out else []
+        whole = read_table(table)
+        constrained = Constraints.parse(lock, at_least, tie, tie_spec).on(whole)
+        found = curves(constrained, points) | {"measured": measured_points(whole, beside or ())}
+        files = write_frontier(out, plain(found)) if out else []
         result = {"table": table, **found, "files": files}
         lines = "".join(f"\nwritten: {file}" for file in files)
         tell(result, as_json, lambda _: frontier_text(found, found["measured"]) + ("\n" + lines if lines else ""))

@@ -147,11 +147,12 @@ def compress(
             return tell_plan(model, chosen, None, processes or 1, out, as_json)
 
         from qlr_jax import job, progress
-        from qlr_jax.pipelines import allocate as planning
+        from qlr_jax.pipelines.allocate import read_table
         from qlr_jax.run import processes as distributed
+        from qlr_jax.settings.constraints import Constraints
 
         cluster = distributed.join(out, coordinator, processes, process)
-        saved = planning.read_table(table) if table else None
+        saved = read_table(table) if table else None
         result = job.compress(
             model,
             out,
@@ -162,7 +163,7 @@ def compress(
             command=command(),
             evaluate_on=list(evaluate_on) if evaluate_on else None,
             table=saved,
-            constraints=planning.Constraints.parse(lock, at_least, tie, tie_spec),
+            constraints=Constraints.parse(lock, at_least, tie, tie_spec),
             resume=resume,
             cluster=cluster,
         )

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from qlr_jax.errors import QLRError
-from qlr_jax.models.folder import TOKENIZER_FILES
 
 CHECKSUMS = "checksums.json"
 SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"  # set to 1, a load compares nothing
@@ -101,8 +100,28 @@ def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+def replace_text(path: Path, text: str) -> Path:
+    """Write a file under a temporary name beside it and rename it, so that no half of it is ever seen; returns the path.
+
+    Raises:
+        QLRError: where the place cannot be written.
+    """
+    if path.is_dir():
+        raise QLRError(f"{path} is a folder; pass the name of a file")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise QLRError(f"{path} cannot be written: {error.strerror or error}; pass a file in a folder that exists") from None
+    return path
+
+
 def copy_companions(source: Path, folder: Path) -> None:
     """Copy what belongs to a model beside its weights: tokenizer files, chat template, generation_config.json."""
+    from qlr_jax.models.folder import TOKENIZER_FILES  # brings JAX along, which writing a text does not need
+
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

@@ -1,4 +1,4 @@
-"""Planning from a saved option table, without the model: the allocation of a budget, and the frontier of all budgets.
+"""What `qlr allocate` and `qlr frontier` do with a saved option table, without the model: one budget, and all of them.
 
 Nothing here needs JAX; the results are plain values that JSON can hold.
 """
@@ -6,103 +6,27 @@ Nothing here needs JAX; the results are plain values that JSON can hold.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
 import allocators
 from allocators import AllocationError, Infeasible, OptionTable
-from allocators.strategies import compared
+from allocators.strategies import DEFAULT, compared, solved_strategies
 from qlr_jax.errors import QLRError
+from qlr_jax.formats.files import replace_text
+from qlr_jax.settings.constraints import Constraints as Constraints
 
 TABLE = "table.json"
-KINDS = ("allocated", "uniform", "rank0")  # of measured models
 GAP, SECONDS, POINTS = 1e-4, 10.0, 200
-
-
-@dataclass(frozen=True)
-class Constraints:
-    """What the rows of a table are held to, as (pattern, value) pairs; a pattern is a row's name with ``*`` for any text.
-
-    lock       rows that keep one spec
-    at_least   rows that store at least so many bits per weight
-    tie        groups of patterns whose rows take the same backbone; tie_spec: the same spec
-    """
-
-    lock: tuple[tuple[str, str], ...] = ()
-    at_least: tuple[tuple[str, float], ...] = ()
-    tie: tuple[tuple[str, ...], ...] = ()
-    tie_spec: tuple[tuple[str, ...], ...] = ()
-
-    @classmethod
-    def parse(
-        cls,
-        lock: Sequence[str] | None = None,
-        at_least: Sequence[str] | None = None,
-        tie: Sequence[str] | None = None,
-        tie_spec: Sequence[str] | None = None,
-    ) -> Constraints:
-        """The constraints of a command line.
-
-        lock, at_least  each ``PATTERN=VALUE``
-        tie, tie_spec   each ``PATTERN,PATTERN[,...]``
-        raises          QLRError for a text that is not of that form
-
-        >>> Constraints.parse(lock=["*v_proj=trellis-4"], tie=["*q_proj,*k_proj"])
-        Constraints(lock=(('*v_proj', 'trellis-4'),), at_least=(), tie=(('*q_proj', '*k_proj'),), tie_spec=())
-        """
-        return cls(
-            tuple(_setting("lock", text, "*v_proj=trellis-4") for text in lock or ()),
-            tuple((pattern, _bits(pattern, value)) for pattern, value in (_floor(text) for text in at_least or ())),
-            tuple(_group("tie", text) for text in tie or ()),
-            tuple(_group("tie-spec", text) for text in tie_spec or ()),
-        )
-
-    def on(self, table: OptionTable) -> OptionTable:
-        """The table under these constraints; AllocationError where a pattern matches nothing or no option is left."""
-        for pattern, spec in self.lock:
-            table = table.lock(pattern, spec)
-        for pattern, bits in self.at_least:
-            table = table.at_least(pattern, bits)
-        for patterns in self.tie:
-            table = table.tie(*patterns)
-        for patterns in self.tie_spec:
-            table = table.tie(*patterns, on="spec")
-        return table
-
-
-def _setting(option: str, text: str, example: str) -> tuple[str, str]:
-    pattern, equals, value = (part.strip() for part in text.partition("="))
-    if not (equals and pattern and value):
-        wanted = "SPEC" if option == "lock" else "BITS"
-        raise QLRError(f"--{option} {text!r} is not PATTERN={wanted}; pass for example --{option} '{example}'")
-    return pattern, value
-
-
-def _floor(text: str) -> tuple[str, str]:
-    return _setting("at-least", text, "*down_proj=2.5")
-
-
-def _bits(pattern: str, text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise QLRError(f"--at-least '{pattern}={text}': {text!r} is no number of bits; pass for example 2.5") from None
-
-
-def _group(option: str, text: str) -> tuple[str, ...]:
-    patterns = tuple(part.strip() for part in text.split(","))
-    if len(patterns) < 2 or not all(patterns):
-        raise QLRError(f"--{option} {text!r} is not two or more patterns; pass for example --{option} '*q_proj,*k_proj'")
-    return patterns
 
 
 def read_table(source: str | Path) -> OptionTable:
     """The option table in a file, or in the file table.json of a folder.
 
-    raises  QLRError where there is none, AllocationError where it is something else or of another version
+    Raises:
+        QLRError: where there is none.
+        AllocationError: where it is something else, or of another version.
     """
     path = Path(source).expanduser()
     path = path / TABLE if path.is_dir() else path
@@ -118,38 +42,54 @@ def read_table(source: str | Path) -> OptionTable:
 
 
 def plan(
-    table: OptionTable, budgets: Sequence[str], *, gap: float = GAP, seconds: float = SECONDS, seed: int = 0
+    table: OptionTable,
+    budgets: Sequence[str],
+    *,
+    gap: float = GAP,
+    seconds: float = SECONDS,
+    seed: int = 0,
+    strategy: str = DEFAULT,
 ) -> list[dict[str, Any]]:
-    """The exact allocation of every budget, and what it is compared with: one dict a budget.
+    """The allocation of every budget, and what it is compared with.
 
-    Each is ``Allocation.to_dict`` with the budget, where its limit comes from, how many options are dominated, and for every
-    baseline the `ratio` of its damage to the allocated one's (null where nothing is damaged).
+    Args:
+        table: matrices × options.
+        budgets: `2.25bpw`, `900MB` or `device:8GiB,context=8192` each.
+        gap: relative gap at which the exact search may stop.
+        seconds: time for the search.
+        seed: of the random strategy.
+        strategy: whose allocation it is, a name of `allocators.STRATEGIES`; the others' are beside it.
 
-    budgets  ``2.25bpw`` | ``900MB`` | ``device:8GiB,context=8192``
-    gap      relative gap at which the search may stop; seconds: time for the search
-    seed     of the random baseline
-    raises   AllocationError for a budget that cannot be met, naming both ends
+    Returns:
+        One dict a budget: `Allocation.to_dict` with the budget, what its limit is made of (`items`, bytes), how many options are
+        dominated, and for every other strategy the `ratio` of its damage to this one's (null where nothing is damaged).
 
-    >>> from allocators import Option, Row
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))),
-    ...                      Row("k", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0)))))
-    >>> found = plan(table, ["3.5bpw"])[0]
-    >>> found["specs"], found["baselines"]["uniform"]["spec"], found["baselines"]["uniform"]["ratio"]
-    ({'q': 'int-4', 'k': 'int-3'}, 'int-3', 1.2)
+    Raises:
+        AllocationError: for a budget that cannot be met, naming both ends, or a strategy that does not exist.
+
+    Example:
+        >>> from allocators import Option, Row
+        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))),
+        ...                      Row("k", 64, (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0)))))
+        >>> found = plan(table, ["3.5bpw"])[0]
+        >>> found["specs"], found["baselines"]["uniform"]["spec"], found["baselines"]["uniform"]["ratio"]
+        ({'q': 'int-4', 'k': 'int-3'}, 'int-3', 1.2)
     """
     problems = [allocators.Budget.parse(budget).on(table) for budget in budgets]  # all of them are refused before any is solved
-    return [_planned(problem, gap, seconds, seed) for problem in problems]
+    settings = {"gap": gap, "seconds": seconds, "seed": seed, "strategy": strategy}
+    return [_planned(problem, settings) for problem in problems]
 
 
-def _planned(problem: allocators.Problem, gap: float, seconds: float, seed: int) -> dict[str, Any]:
-    table, limit = problem.table, problem.limit
-    best = compared(table, limit, gap=gap, seconds=seconds, seed=seed)
+def _planned(problem: allocators.Problem, settings: dict[str, Any]) -> dict[str, Any]:
+    table = problem.table
+    best = compared(table, problem.limit, **settings)
     plain = best.to_dict()
     for other in plain["baselines"].values():
         other["ratio"] = other["damage"] / best.damage if best.damage else None
     dropped = len(allocators.prune(table).dropped)
     return {
         "budget": str(problem.budget),
+        "strategy": settings["strategy"],
         **plain,
         "items": problem.items,
         "explain": best.status.explain,
@@ -162,14 +102,19 @@ def _planned(problem: allocators.Problem, gap: float, seconds: float, seed: int)
 def curves(table: OptionTable, points: int = POINTS) -> dict[str, Any]:
     """Size against damage: the whole hull, and that without rank where every row offers rank 0 and some row offers more.
 
-    points  corners of each curve, at most
-    raises  QLRError for fewer than two
+    Args:
+        table: matrices × options.
+        points: corners of each curve, at most.
 
-    >>> from allocators import Option, Row
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.0), Option("int-4", 32, 1.5))),))
-    >>> found = curves(table)
-    >>> [corner["bytes"] for corner in found["all"]], [corner["damage"] for corner in found["rank0"]]
-    ([16, 24], [3.0, 1.5])
+    Raises:
+        QLRError: for fewer than two points.
+
+    Example:
+        >>> from allocators import Option, Row
+        >>> options = (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.0), Option("int-4", 32, 1.5))
+        >>> found = curves(OptionTable((Row("q", 64, options),)))
+        >>> [corner["bytes"] for corner in found["all"]], [corner["damage"] for corner in found["rank0"]]
+        ([16, 24], [3.0, 1.5])
     """
     if points < 2:
         raise QLRError(f"points is {points}; pass at least 2")
@@ -202,13 +147,17 @@ def _without_rank(table: OptionTable, points: int) -> list[dict[str, Any]] | Non
 
 
 def measured_points(table: OptionTable, folders: Sequence[str | Path] = ()) -> list[dict[str, Any]]:
-    """Models that were built and measured: those that the table's notes tell of, then those of compressed folders.
+    """Models that were built and measured: those in the table's notes, then those of compressed folders.
 
     The KL is that on the calibration text where it is known, which is what the table predicts; `on` says so. A folder's model that
-    the notes tell of as well is told of once.
+    the notes have as well is listed once.
 
-    folders  written by qlr compress, of the same matrices as the table
-    raises   QLRError for a folder without a report, or of other matrices
+    Args:
+        table: whose matrices the models are of.
+        folders: written by qlr compress.
+
+    Raises:
+        QLRError: for a folder without a report, or of other matrices.
     """
     found = []
     for row in table.notes.get("measured") or ():
@@ -235,7 +184,7 @@ def _report_points(table: OptionTable, folder: Path) -> list[dict[str, Any]]:
         raise QLRError(f"{path} is of other matrices than the table ({odd} is in one of them only); pass one of the same model")
     calibration, held_out = report.get("calibration_kl") or {}, report.get("kl") or {}
     points, found = report.get("points") or {}, []
-    for kind in KINDS:
+    for kind in solved_strategies():
         point = points.get(kind) or {}
         kl = calibration.get(kind) if _is_number(calibration.get(kind)) else held_out.get(kind)
         if _is_number(point.get("bytes")) and _is_number(kl):
@@ -250,16 +199,28 @@ def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf")
 
 
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write plain values as JSON; see ``write_text``."""
-    return write_text(Path(path).expanduser(), json.dumps(value, indent=1, allow_nan=False) + "\n")
+def write_plans(path: str | Path, plans: Sequence[Mapping[str, Any]]) -> Path:
+    """Write allocations, as `plan` returns them, as JSON.
+
+    Raises:
+        QLRError: where the place cannot be written.
+    """
+    return replace_text(Path(path).expanduser(), _as_json(plans))
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
     """Write frontier.json and, drawn of it, frontier.svg into a folder, which is made where it is missing.
 
-    found   of ``curves``, with the ``measured_points`` under "measured"
-    raises  QLRError where the folder's name is taken by something else
+    Args:
+        out: the folder.
+        found: what `curves` returns, with the `measured_points` under "measured".
+
+    Raises:
+        QLRError: where the folder's name is taken by something else.
     """
     from qlr_jax.report.html.draw import standalone
     from qlr_jax.report.html.frontier import frontier_svg
@@ -272,21 +233,4 @@ def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
     except OSError as error:
         raise QLRError(f"folder {path} cannot be made: {error.strerror or error}; pass another") from None
     drawing = standalone(frontier_svg(found, found.get("measured") or ()))
-    return [write_json(path / "frontier.json", found), write_text(path / "frontier.svg", drawing)]
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name beside it and rename it, so that no half of it is ever seen.
-
-    raises  QLRError where the place cannot be written
-    """
-    if path.is_dir():
-        raise QLRError(f"{path} is a folder; pass the name of a file")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise QLRError(f"{path} cannot be written: {error.strerror or error}; pass a file in a folder that exists") from None
-    return path
+    return [replace_text(path / "frontier.json", _as_json(found)), replace_text(path / "frontier.svg", drawing)]
