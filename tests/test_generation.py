@@ -12,7 +12,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import generate, stream
 from qlr_jax.evaluation.cache import empty, extend, prefill, step
 from qlr_jax.evaluation.generation import _steps, bucket
-from qlr_jax.evaluation.sampling import Sampling, choose, truncated
+from qlr_jax.evaluation.sampling import GenerationSettings, choose, truncated
 from qlr_jax.evaluation.scoring import _scored, scores
 from qlr_jax.evaluation.text import pieces
 from qlr_jax.models import Llama, LlamaConfig, RopeScaling, load_model, load_tokenizer
@@ -178,7 +178,7 @@ def test_what_cannot_be_generated_is_said_at_once(model, tokens, settings, says)
 )
 def test_truncation_equals_numpy(temperature, top_k, top_p):
     logits = np.random.default_rng(0).standard_normal((3, 20)).astype(np.float32) * 2
-    found = np.asarray(truncated(jnp.asarray(logits), *Sampling(temperature, top_k, top_p).traced()))
+    found = np.asarray(truncated(jnp.asarray(logits), *GenerationSettings(temperature, top_k, top_p).traced()))
     for row, out in zip(logits / temperature, found, strict=True):
         order = np.argsort(-row)
         kept = order[: top_k or 20]
@@ -192,7 +192,7 @@ def test_truncation_equals_numpy(temperature, top_k, top_p):
 
 def test_draws_follow_the_distribution():
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    draw = jax.jit(lambda key: choose(jnp.tile(logits, (4000, 1)), key, *Sampling(1.0, top_k=3).traced()))
+    draw = jax.jit(lambda key: choose(jnp.tile(logits, (4000, 1)), key, *GenerationSettings(1.0, top_k=3).traced()))
     shares = np.bincount(np.asarray(draw(jax.random.key(0))), minlength=4) / 4000
     np.testing.assert_allclose(shares, np.asarray([0.5, 0.3, 0.15, 0]) / 0.95, atol=0.03)
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from qlr_jax.errors import QLRError
-from qlr_jax.evaluation import PAPER_TASKS, compare_zero_shot, zero_shot
+from qlr_jax.evaluation import PAPER_TASKS, GenerationSettings, compare_zero_shot, zero_shot
 from qlr_jax.models import load_model, load_tokenizer
 from qlr_jax.pipelines.preparation import BUNDLED
 
@@ -20,7 +20,7 @@ import datasets
 import huggingface_hub.constants
 
 from qlr_jax.evaluation import harness
-from qlr_jax.evaluation.harness import HarnessModel, generation_settings
+from qlr_jax.evaluation.harness import HarnessModel, task_settings
 
 QUESTIONS = [
     ("import os\nimport", ["sys", "zebra", "==="], 0),
@@ -211,12 +211,13 @@ def test_a_missing_task_missing_data_and_missing_lm_eval_are_one_sentence(model,
     assert list(PAPER_TASKS) == ["winogrande", "rte", "piqa", "arc_easy", "arc_challenge"]
 
 
-def test_generation_settings():
+def test_generation_settings_of_a_task():
     assert doctest.testmod(harness).failed == 0
-    assert generation_settings({})["max_new_tokens"] == 256 and generation_settings({})["temperature"] == 0
-    assert generation_settings({"do_sample": True})["temperature"] == 1
-    assert generation_settings({"temperature": 0.5, "max_tokens": 3, "top_k": 4})["temperature"] == 0.5
-    assert generation_settings({"do_sample": False, "temperature": 0.5, "until": "a"})["until"] == ["a"]
+    assert task_settings({}) == (GenerationSettings(max_new_tokens=256), [])
+    assert task_settings({"do_sample": True}, seed=3)[0] == GenerationSettings(1.0, max_new_tokens=256, seed=3)
+    assert task_settings({"temperature": 0.5, "max_tokens": 3, "top_k": 4})[0] == GenerationSettings(0.5, 4, max_new_tokens=3)
+    settings, until = task_settings({"do_sample": False, "temperature": 0.5, "until": "a"})
+    assert settings.temperature == 0 and until == ["a"]
     for wrong in ({"num_beams": 4}, {"repetition_penalty": 1.1}):
         with pytest.raises(QLRError, match="is not supported"):
-            generation_settings(wrong)
+            task_settings(wrong)

@@ -14,6 +14,7 @@ from qlr_jax.evaluation.compare import (
 from qlr_jax.evaluation.details import intervals, worst_token
 from qlr_jax.evaluation.drift import Drift, drift
 from qlr_jax.evaluation.generation import generate, stream
+from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.evaluation.text import stream_text
 from qlr_jax.evaluation.windows import Windows, cut, windows
 from qlr_jax.evaluation.zero_shot import PAPER_TASKS, compare_zero_shot, zero_shot
@@ -22,6 +23,7 @@ __all__ = [
     "PAPER_TASKS",
     "Comparison",
     "Drift",
+    "GenerationSettings",
     "Positions",
     "Reference",
     "Windows",

@@ -1,7 +1,7 @@
 """Text from a model: a cached prompt, then tokens by a compiled loop, a few at a time, so that they can be shown as they come."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int
 
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.cache import Cache, prefill, step
-from qlr_jax.evaluation.sampling import Sampling, choose
+from qlr_jax.evaluation.sampling import GenerationSettings, choose, resolved
 from qlr_jax.models.llama import Llama
 
 SMALLEST_BUCKET = 32  # tokens; prompts and caches are as long as the next power of two from here
@@ -22,8 +22,9 @@ CHUNK = 8  # tokens that a compiled loop makes before the host looks at them; on
 def bucket(length: int, most: int | None = None) -> int:
     """The length that `length` tokens are padded to: the next power of two, 32 at least, `most` at most.
 
-    >>> bucket(5), bucket(33), bucket(90, most=100)
-    (32, 64, 100)
+    Example:
+        >>> bucket(5), bucket(33), bucket(90, most=100)
+        (32, 64, 100)
     """
     size = max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
     return size if most is None else max(length, min(size, most))
@@ -32,46 +33,52 @@ def bucket(length: int, most: int | None = None) -> int:
 def stream(
     model: Llama,
     tokens: Sequence[Sequence[int]] | Int[np.ndarray, "batch time"],
+    settings: GenerationSettings | None = None,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[int] | None = None,
+    stop: Iterable[int] | None = None,
     chunk: int = CHUNK,
+    **options: Any,
 ) -> Iterator[Int[np.ndarray, "batch chunk"]]:
-    """As `generate`, the new tokens as they come: one column, then at most `chunk` at a time; ends once every row has stopped."""
-    rows = _prompts(model, tokens, max_new_tokens)
-    sampling = Sampling(temperature, top_k, top_p)
+    """As `generate`, the new tokens as they come: one column, then at most `chunk` at a time; ends once every row has stopped.
+
+    Args:
+        model, tokens, settings, stop, options: as for `generate`.
+        chunk: tokens that a compiled loop makes before they are handed on.
+
+    Returns:
+        Parts (batch, at most chunk), which put side by side are what `generate` returns.
+
+    Raises:
+        QLRError: as `generate`, before the first part; a chunk below 1.
+    """
+    settings = resolved(settings, options)
+    rows = _prompts(model, tokens, settings.max_new_tokens)
     if chunk < 1:
         raise QLRError(f"chunk is {chunk}; give at least 1 token")
-    return _stream(model.densified(), rows, max_new_tokens, sampling, seed, _stops(model, stop), chunk)
+    return _stream(model.densified(), rows, settings, _stop_tokens(model, stop), chunk)
 
 
 def generate(
     model: Llama,
     tokens: Sequence[Sequence[int]] | Int[np.ndarray, "batch time"],
+    settings: GenerationSettings | None = None,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    stop: Sequence[int] | None = None,
+    stop: Iterable[int] | None = None,
+    **options: Any,
 ) -> Int[np.ndarray, "batch new"]:
-    """Continue each row of `tokens`: x_{t+1} ~ p(· | x_1 … x_t), or the likeliest token where the temperature is 0.
+    """Continue each row of `tokens`.
+
+        x_{t+1} ~ p(· | x_1 … x_t), or the likeliest token where the temperature is 0
 
     Keys and values are cached, in arrays of a fixed size: prompts of one power of two share a compilation, and so do all
     settings of the sampling. Packed weights are decoded once.
 
     Args:
         model: what `qlr.load` or `load_model` gave.
-        tokens: prompts, (batch, time) or a list of lists that may differ in length; BOS is yours to put before.
-        max_new_tokens: at most so many a row.
-        temperature, top_k, top_p: see `Sampling`.
-        seed: of the draws; the same seed and batch give the same tokens.
+        tokens: prompts, (batch, time) or a list of lists that may differ in length; BOS has to be put before by the caller.
+        settings: how many tokens, and how they are sampled; the defaults of `GenerationSettings` where not given.
         stop: token ids that end a row; the model's end-of-text tokens where not given, none where empty.
+        options: single fields of `GenerationSettings` (max_new_tokens, temperature, top_k, top_p, seed); they win.
 
     Returns:
         The new tokens; a row that has stopped is filled up with the token that it stopped with.
@@ -86,14 +93,13 @@ def generate(
         >>> generate(Llama(config, jax.random.key(0)), [[1, 5], [1, 6, 7]], max_new_tokens=3, stop=()).shape
         (2, 3)
     """
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
-    return np.concatenate(list(stream(model, tokens, max_new_tokens=max_new_tokens, **settings)), axis=1)
+    return np.concatenate(list(stream(model, tokens, settings, stop=stop, **options)), axis=1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _State:
-    """What the next step needs: the token before it, its position, whether the row has stopped."""
+    """What the next step needs: the token before it, its position, whether the row has stopped, the key of the draws."""
 
     cache: Cache
     token: Int[Array, "batch"]
@@ -102,23 +108,21 @@ class _State:
     key: Array
 
 
-def _stream(
-    model: Llama, rows: list[list[int]], new: int, sampling: Sampling, seed: int, stops: Array, chunk: int
-) -> Iterator[np.ndarray]:
-    longest = max(map(len, rows))
+def _stream(model: Llama, rows: list[list[int]], settings: GenerationSettings, stops: Array, chunk: int) -> Iterator[np.ndarray]:
+    longest, new, sampling = max(map(len, rows)), settings.max_new_tokens, settings.traced()
     # Steps come in whole chunks: the last may run past what was asked, into slots that must be there.
     size, time = bucket(longest + 1 + -(-(new - 1) // chunk) * chunk), bucket(longest)
     padded = np.stack([np.pad(np.asarray(row, np.int32), (0, time - len(row))) for row in rows])
     lengths = jnp.asarray([len(row) for row in rows], jnp.int32)
-    key, first = jax.random.split(jax.random.key(seed))
+    key, first = jax.random.split(jax.random.key(settings.seed))
     logits, cache = prefill(model, jnp.asarray(padded), lengths, size=size)
-    token, done = _first(logits, first, stops, *sampling.traced())
+    token, done = _first(logits, first, stops, *sampling)
     yield np.asarray(token)[:, None]
     state, made = _State(cache, token, lengths, done, key), 1
     while made < new and not bool(np.asarray(state.done).all()):
-        state, (found, live) = _steps(model, state, stops, *sampling.traced(), count=chunk)
-        columns = np.asarray(live).any(axis=0)[: new - made]  # none after that in which the last row stopped
-        yield np.asarray(found)[:, : len(columns)][:, columns]
+        state, (tokens, live) = _steps(model, state, stops, *sampling, count=chunk)
+        columns = np.any(np.asarray(live), axis=0)[: new - made]  # none after that in which the last row stopped
+        yield np.asarray(tokens)[:, : len(columns)][:, columns]
         made += chunk
 
 
@@ -148,8 +152,6 @@ def _steps(
 
 def _prompts(model: Llama, tokens: Any, new: int) -> list[list[int]]:
     rows = [[int(token) for token in row] for row in tokens]
-    if new < 1:
-        raise QLRError(f"max_new_tokens is {new}; give at least 1")
     if not rows or not all(rows):
         raise QLRError("a prompt is empty; give each row at least one token, such as BOS")
     vocabulary, most = model.config.vocab_size, model.config.max_position_embeddings
@@ -165,7 +167,7 @@ def _prompts(model: Llama, tokens: Any, new: int) -> list[list[int]]:
     return rows
 
 
-def _stops(model: Llama, stop: Sequence[int] | None) -> Array:
+def _stop_tokens(model: Llama, stop: Iterable[int] | None) -> Array:
     if stop is None:
         eos = model.config.eos_token_id
         stop = () if eos is None else eos if isinstance(eos, tuple) else (eos,)

@@ -9,8 +9,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import stream
+from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.evaluation.scoring import scores
-from qlr_jax.evaluation.text import cut_at, pieces
+from qlr_jax.evaluation.text import pieces, stop_position
 from qlr_jax.evaluation.windows import batches
 from qlr_jax.models.llama import Llama
 from qlr_jax.progress import Progress, silent
@@ -78,7 +79,7 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; special tokens are the tokenizer's own choice where not told, and none where the text begins with BOS."""
+        """Token ids; special tokens are the tokenizer's own choice by default, and none are added where the text begins with BOS."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None and bos and string.startswith(bos):
             add_special_tokens = False
@@ -94,9 +95,9 @@ class HarnessModel(TemplateLM):
             continue_final_message=not add_generation_prompt,
         )
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), whether it is what greedy decoding gives) of each request."""
-        return super().loglikelihood(requests, disable_tqdm=True)  # progress is told by `progress` alone
+        return super().loglikelihood(requests, disable_tqdm=True)  # `progress` alone shows it
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
@@ -112,7 +113,7 @@ class HarnessModel(TemplateLM):
         for (asked, _, _), score in zip(requests, found, strict=True):
             if asked is not None:
                 self.cache_hook.add_partial("loglikelihood", asked, tuple(score))
-        return [tuple(score) for score in found]
+        return [(score.logp, score.greedy) for score in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each token once, in windows as long as the model reads."""
@@ -135,51 +136,56 @@ class HarnessModel(TemplateLM):
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(sorted(request.args[1].items())), []).append(i)
-        found = [""] * len(requests)
+        answers = [""] * len(requests)
         with self.progress.stage("generating", total=len(requests)) as stage:
             for members in groups.values():
-                settings = generation_settings(requests[members[0]].args[1])
-                new, stop = settings.pop("max_new_tokens"), settings.pop("until")
-                if new >= self.max_length:
+                settings, until = task_settings(requests[members[0]].args[1], self.seed)
+                if settings.max_new_tokens >= self.max_length:
                     raise QLRError(
-                        f"a task asks for {new} new tokens, and the model reads {self.max_length}; "
+                        f"a task asks for {settings.max_new_tokens} new tokens, and the model reads {self.max_length}; "
                         "set a smaller max_gen_toks in its generation_kwargs"
                     )
-                contexts = [
-                    self.tok_encode(requests[i].args[0])[new - self.max_length :] or [self.prefix_token_id] for i in members
-                ]
+                most = self.max_length - settings.max_new_tokens  # tokens of a context
+                contexts = [self.tok_encode(requests[i].args[0])[-most:] or [self.prefix_token_id] for i in members]
                 order = np.argsort([len(context) for context in contexts])  # neighbours in length share a bucket
-                for rows_of, live in batches(order[:, None], self.batch):
-                    rows, part = [contexts[j] for j in rows_of[:, 0]], rows_of[:live, 0]
-                    texts = self._continued(rows, live, new, stop, settings)
-                    for j, text in zip(part, texts, strict=True):
-                        found[members[j]] = text
+                for batch, live in batches(order[:, None], self.batch):
+                    rows, part = [contexts[j] for j in batch[:, 0]], batch[:live, 0]
+                    for j, text in zip(part, self._continued(rows, live, settings, until), strict=True):
+                        answers[members[j]] = text
                         self.cache_hook.add_partial("generate_until", requests[members[j]].args, text)
                     stage.advance(live)
-        return found
+        return answers
 
-    def _continued(self, rows: list[list[int]], live: int, new: int, stop: list[str], settings: dict[str, Any]) -> list[str]:
+    def _continued(self, rows: list[list[int]], live: int, settings: GenerationSettings, until: list[str]) -> list[str]:
+        """What follows the first `live` of the rows, each up to its first stop string."""
         texts, ids = [""] * live, [[] for _ in range(live)]
         # Its text ends a generation too, as with `hf`.
-        stop = [*stop, self.tokenizer.decode([self.eot_token_id])]
-        for part in stream(self.model, rows, max_new_tokens=new, seed=self.seed, stop=self.stop_ids, **settings):
+        until = [*until, self.tokenizer.decode([self.eot_token_id])]
+        for part in stream(self.model, rows, settings, stop=self.stop_ids):
             for i in range(live):
                 ids[i].extend(part[i].tolist())
                 texts[i] = "".join(pieces([ids[i]], self.tokenizer, rows[i], ()))
-            if all(cut_at(text, stop) < len(text) or self.stop_ids & set(row) for text, row in zip(texts, ids, strict=True)):
+            if all(
+                stop_position(text, until) < len(text) or self.stop_ids & set(row) for text, row in zip(texts, ids, strict=True)
+            ):
                 break
-        return [text[: cut_at(text, stop)] for text in texts]
+        return [text[: stop_position(text, until)] for text in texts]
 
 
-def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
-    """A task's `generation_kwargs` -> until, max_new_tokens, temperature, top_k, top_p.
+def task_settings(given: dict[str, Any], seed: int = 0) -> tuple[GenerationSettings, list[str]]:
+    """A task's `generation_kwargs` -> the settings of its generations, and the strings that end them.
+
+    Args:
+        given: by the keys of transformers and of lm_eval's tasks.
+        seed: of sampled generations.
 
     Raises:
         QLRError: a key that is not known, or beams.
 
     Example:
-        >>> generation_settings({"until": "\\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7})
-        {'until': ['\\n'], 'max_new_tokens': 5, 'temperature': 0.0, 'top_k': 0, 'top_p': 1.0}
+        >>> settings, until = task_settings({"until": "\\n", "max_gen_toks": 5, "do_sample": False, "temperature": 0.7})
+        >>> settings, until
+        (GenerationSettings(temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=5, seed=0), ['\\n'])
     """
     unknown = sorted(set(given) - KNOWN_KEYS)
     if unknown or given.get("num_beams", 1) != 1:
@@ -189,11 +195,11 @@ def generation_settings(given: dict[str, Any]) -> dict[str, Any]:
     temperature = float(given.get("temperature") or 0.0)
     if given.get("do_sample") and not temperature:
         temperature = 1.0  # as transformers
-    sampled = given.get("do_sample", temperature > 0)
-    return {
-        "until": [until] if isinstance(until, str) else list(until),
-        "max_new_tokens": int(next((given[key] for key in LENGTH_KEYS if given.get(key) is not None), MAX_NEW_TOKENS)),
-        "temperature": temperature if sampled else 0.0,
-        "top_k": int(given.get("top_k") or 0),
-        "top_p": float(given.get("top_p") or 1.0),
-    }
+    settings = GenerationSettings(
+        temperature=temperature if given.get("do_sample", temperature > 0) else 0.0,
+        top_k=int(given.get("top_k") or 0),
+        top_p=float(given.get("top_p") or 1.0),
+        max_new_tokens=int(next((given[key] for key in LENGTH_KEYS if given.get(key) is not None), MAX_NEW_TOKENS)),
+        seed=seed,
+    )
+    return settings, [until] if isinstance(until, str) else list(until)

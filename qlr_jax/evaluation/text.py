@@ -5,6 +5,7 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import stream
+from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.models.llama import Llama
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
@@ -15,27 +16,27 @@ def stream_text(
     model: Llama,
     tokenizer: Any,
     prompt: str,
+    settings: GenerationSettings | None = None,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     stop: Sequence[str] = (),
+    **options: Any,
 ) -> Iterator[str]:
     """What follows the prompt, in pieces as they come; ends before the first stop string or at the end of the text.
 
     Args:
+        model, settings, options: as for `generate`.
+        tokenizer: of this model.
         prompt: tokenized as the tokenizer does by itself (with BOS, if that is its way); empty: BOS alone.
         stop: strings that end the text; they are not part of it.
-        max_new_tokens, temperature, top_k, top_p, seed: as for `generate`.
+
+    Returns:
+        Pieces of text, whole characters each.
 
     Raises:
-        QLRError: as `generate`; an empty prompt where the tokenizer has no BOS.
+        QLRError: as `generate`, before the first piece; an empty prompt where the tokenizer has no BOS.
     """
     ids = encode_prompt(tokenizer, prompt)
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    parts = stream(model, [ids], max_new_tokens=max_new_tokens, **settings)
+    parts = stream(model, [ids], settings, **options)
     return pieces((part[0].tolist() for part in parts), tokenizer, ids, stop)
 
 
@@ -48,40 +49,52 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def pieces(parts: Iterable[Sequence[int]], tokenizer: Any, prompt: Sequence[int], stop: Sequence[str]) -> Iterator[str]:
-    """Decode tokens as they come; what may be the start of a stop string, or half a character, is held back."""
+    """Decode tokens as they come; what may be the start of a stop string, or half a character, waits for what follows.
+
+    Args:
+        parts: new token ids, a few at a time.
+        tokenizer: decodes them.
+        prompt: token ids before them.
+        stop: strings that end the text; they are not part of it.
+
+    Returns:
+        Pieces of text.
+    """
     stop = [word for word in stop if word]
     before = list(prompt[-TAIL:])
     start = len(tokenizer.decode(before, skip_special_tokens=True))
     ids: list[int] = []
-    text, told = "", 0
+    text, shown = "", 0
     for part in parts:
         ids.extend(part)
         text = tokenizer.decode(before + ids, skip_special_tokens=True)[start:]
-        if (end := cut_at(text, stop)) < len(text):
+        if (end := stop_position(text, stop)) < len(text):
             text = text[:end]
             break
-        safe = len(text) - held(text, stop)
-        if safe > told:
-            yield text[told:safe]
-            told = safe
-    if len(text) > told:
-        yield text[told:]
+        safe = len(text) - undecided(text, stop)
+        if safe > shown:
+            yield text[shown:safe]
+            shown = safe
+    if len(text) > shown:
+        yield text[shown:]
 
 
-def cut_at(text: str, stop: Sequence[str]) -> int:
+def stop_position(text: str, stop: Sequence[str]) -> int:
     """Where the first stop string begins, the length of the text where there is none.
 
-    >>> cut_at("a, b; c", ["; ", ", "]), cut_at("abc", ["x"])
-    (1, 3)
+    Example:
+        >>> stop_position("a, b; c", ["; ", ", "]), stop_position("abc", ["x"])
+        (1, 3)
     """
     return min([at for word in stop if (at := text.find(word)) >= 0], default=len(text))
 
 
-def held(text: str, stop: Sequence[str]) -> int:
-    """How many characters at the end of `text` may still turn out otherwise.
+def undecided(text: str, stop: Sequence[str]) -> int:
+    """How many characters at the end of `text` may still change: half a character, or the start of a stop string.
 
-    >>> held("one, tw", ["two"]), held("one", ["two"]), held("caf\\ufffd", [])
-    (2, 0, 1)
+    Example:
+        >>> undecided("one, tw", ["two"]), undecided("one", ["two"]), undecided("caf\\ufffd", [])
+        (2, 0, 1)
     """
     half = len(text) - len(text.rstrip(UNFINISHED))
     starts = [size for word in stop for size in range(1, len(word)) if text.endswith(word[:size])]

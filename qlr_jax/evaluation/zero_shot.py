@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import logging
 import math
@@ -29,28 +30,38 @@ Samples = dict[tuple[str, str], np.ndarray]
 """(task, metric) -> its value for every document, where it has one."""
 
 
-def zero_shot(
-    model: Llama,
-    tokenizer: Any,
-    tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    batch: int = 8,
-    shots: int | None = None,
-    seed: int = 1234,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Scores of a model on tasks of lm_eval (the extra `eval`).
+@dataclasses.dataclass(frozen=True)
+class ZeroShotOptions:
+    """How zero-shot tasks are measured.
 
     Args:
-        model, tokenizer: packed weights are decoded once.
-        tasks: names, "paper" for PAPER_TASKS, or paths of YAML files.
         include_path: a folder of further tasks as YAML; with `dataset_path: json` and `data_files` they need no network.
         limit: documents of each task, at most.
         batch: rows of a batch, at most.
         shots: examples before each question; the task's own number (0 for the paper's) where not given.
         seed: of the choice of these examples.
+        progress: where it is shown; nowhere if not given.
+    """
+
+    include_path: str | Path | None = None
+    limit: int | None = None
+    batch: int = 8
+    shots: int | None = None
+    seed: int = 1234
+    progress: Progress | None = None
+
+
+def zero_shot(
+    model: Llama, tokenizer: Any, tasks: Sequence[str], options: ZeroShotOptions | None = None, **single: Any
+) -> dict[str, Any]:
+    """Scores of a model on tasks of lm_eval (the extra `eval`).
+
+    Args:
+        model: packed weights are decoded once.
+        tokenizer: of this model.
+        tasks: names, "paper" for PAPER_TASKS, or paths of YAML files.
+        options: how they are measured; the defaults of `ZeroShotOptions` where not given.
+        single: fields of `ZeroShotOptions` by name; they win over `options`.
 
     Returns:
         tasks: name -> {metrics: {name: {value, stderr}}, samples, shots, version}; stderr is that of a mean over documents,
@@ -59,7 +70,7 @@ def zero_shot(
     Raises:
         QLRError: lm_eval is not installed, a task is unknown, or its data is not at hand, with how to get it.
     """
-    return _run(model, tokenizer, _load(tasks, include_path, shots, seed), limit, batch, progress)[0]
+    return _measure(model, tokenizer, tasks, dataclasses.replace(options or ZeroShotOptions(), **single))[0]
 
 
 def compare_zero_shot(
@@ -67,15 +78,14 @@ def compare_zero_shot(
     compressed: Llama,
     tokenizer: Any,
     tasks: Sequence[str],
-    *,
-    include_path: str | Path | None = None,
-    limit: int | None = None,
-    batch: int = 8,
-    shots: int | None = None,
-    seed: int = 1234,
-    progress: Progress | None = None,
+    options: ZeroShotOptions | None = None,
+    **single: Any,
 ) -> dict[str, Any]:
     """`zero_shot` of both models on the same documents.
+
+    Args:
+        original, compressed: packed weights are decoded once.
+        tokenizer, tasks, options, single: as for `zero_shot`.
 
     Returns:
         As `zero_shot`, each metric {original, compressed, difference, stderr}: the difference is compressed − original, its
@@ -84,18 +94,19 @@ def compare_zero_shot(
     Raises:
         QLRError: as `zero_shot`.
     """
-    asked = (tasks, include_path, shots, seed)
-    before, ours = _run(original, tokenizer, _load(*asked), limit, batch, progress)
-    after, theirs = _run(compressed, tokenizer, _load(*asked), limit, batch, progress)
+    options = dataclasses.replace(options or ZeroShotOptions(), **single)
+    before, of_original = _measure(original, tokenizer, tasks, options)
+    after, of_compressed = _measure(compressed, tokenizer, tasks, options)
     for task, row in after["tasks"].items():
-        for metric, found in row["metrics"].items():
-            first, pair = before["tasks"][task]["metrics"][metric]["value"], (task, metric)
-            paired = theirs[pair] - ours[pair] if pair in ours and pair in theirs else np.empty(0)
+        for metric, score in row["metrics"].items():
+            first, key = before["tasks"][task]["metrics"][metric]["value"], (task, metric)
+            both = key in of_original and key in of_compressed
+            paired = of_compressed[key] - of_original[key] if both else np.empty(0)
             row["metrics"][metric] = {
                 "original": first,
-                "compressed": found["value"],
-                "difference": found["value"] - first,
-                "stderr": _stderr(paired),
+                "compressed": score["value"],
+                "difference": score["value"] - first,
+                "stderr": _standard_error(paired),
             }
     return after
 
@@ -124,10 +135,10 @@ def _load(tasks: Sequence[str], include_path: str | Path | None, shots: int | No
                 "and --task-path takes a folder of your own"
             )
         try:
-            found = manager.load([name])
+            parts = manager.load([name])
         except Exception as error:  # data sets and YAML files fail in many ways
             raise QLRError(_unavailable(name, error)) from error
-        for part, entries in found.items():
+        for part, entries in parts.items():
             loaded[part].update(entries)
     for task in loaded["tasks"].values():
         own = task.get_config("num_fewshot")
@@ -150,42 +161,30 @@ def _unavailable(name: str, error: Exception) -> str:
     )
 
 
-def _run(
-    model: Llama, tokenizer: Any, loaded: dict[str, Any], limit: int | None, batch: int, progress: Progress | None
-) -> tuple[dict[str, Any], Samples]:
+def _measure(model: Llama, tokenizer: Any, tasks: Sequence[str], options: ZeroShotOptions) -> tuple[dict[str, Any], Samples]:
+    """What `zero_shot` returns, and the value of every document."""
+    loaded = _load(tasks, options.include_path, options.shots, options.seed)
     from lm_eval.evaluator import evaluate
 
     from qlr_jax.evaluation.harness import HarnessModel
 
-    if limit is not None and limit < 1:
-        raise QLRError(f"limit is {limit}; give a number of documents, at least 1")
-    wrapped = HarnessModel(model, tokenizer, batch=batch, progress=progress or silent())
+    if options.limit is not None and options.limit < 1:
+        raise QLRError(f"limit is {options.limit}; give a number of documents, at least 1")
+    wrapped = HarnessModel(model, tokenizer, batch=options.batch, progress=options.progress or silent())
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
         # No resampling by lm_eval: it forks, which a running JAX backend may not survive.
-        raw = evaluate(lm=wrapped, task_dict=loaded, limit=limit, bootstrap_iters=0, log_samples=True)
+        raw: Any = evaluate(lm=wrapped, task_dict=loaded, limit=options.limit, bootstrap_iters=0, log_samples=True)
     finally:
         logger.setLevel(level)
     assert raw is not None  # None is for other processes than the first
-    tasks, samples = {}, {}
+    results, samples = {}, {}
     for name in loaded["tasks"]:
-        metrics = {}
-        for key, value in raw["results"][name].items():
-            metric, _, kind = key.partition(",")
-            if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            label = metric if kind == "none" else f"{metric} ({kind})"
-            single = [s.get(metric) for s in raw["samples"][name] if s["filter"] == kind]
-            numbers = (
-                np.asarray(single, float) if all(isinstance(s, bool | int | float | np.number) for s in single) else np.empty(0)
-            )
-            is_mean = numbers.size > 0 and math.isclose(float(numbers.mean()), value, abs_tol=1e-9)
-            if is_mean:
-                samples[name, label] = numbers
-            metrics[label] = {"value": float(value), "stderr": _stderr(numbers if is_mean else np.empty(0))}
-        tasks[name] = {
+        metrics, of_documents = _metrics(raw["results"][name], raw["samples"][name])
+        samples |= {(name, label): values for label, values in of_documents.items()}
+        results[name] = {
             "metrics": metrics,
             "samples": raw["n-samples"][name]["effective"],
             "shots": raw["n-shot"][name],
@@ -196,9 +195,27 @@ def _run(
         f"lm_eval {version('lm_eval')}, log-likelihoods in float32, {'one BOS before each text' if begins else 'no BOS'} "
         f"(the tokenizer's own choice), at most {wrapped.max_length} tokens"
     )
-    return {"tasks": tasks, "protocol": protocol, "lm_eval": version("lm_eval")}, samples
+    return {"tasks": results, "protocol": protocol, "lm_eval": version("lm_eval")}, samples
 
 
-def _stderr(values: np.ndarray) -> float | None:
+def _metrics(scores: Mapping[str, Any], documents: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """One task's {metric: {value, stderr}}, and of those metrics that are means, the values of the documents."""
+    metrics, of_documents = {}, {}
+    for key, value in scores.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        label = metric if kind == "none" else f"{metric} ({kind})"
+        single = [document.get(metric) for document in documents if document["filter"] == kind]
+        whole = all(isinstance(s, bool | int | float | np.number) for s in single)
+        numbers = np.asarray(single, float) if whole else np.empty(0)
+        is_mean = numbers.size > 0 and math.isclose(float(numbers.mean()), value, abs_tol=1e-9)
+        if is_mean:
+            of_documents[label] = numbers
+        metrics[label] = {"value": float(value), "stderr": _standard_error(numbers if is_mean else np.empty(0))}
+    return metrics, of_documents
+
+
+def _standard_error(values: np.ndarray) -> float | None:
     """Standard error of the mean, None for fewer than two values."""
     return float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None

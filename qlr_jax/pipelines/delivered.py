@@ -14,6 +14,7 @@ import numpy as np
 from qlr_jax import calibration as calibrating
 from qlr_jax import evaluation as evaluating
 from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import GenerationSettings
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load, read_config, read_matrices
 from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
@@ -123,20 +124,17 @@ def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray)
 def generate(
     source: str | Path,
     prompt: str,
+    settings: GenerationSettings | None = None,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
     stop: Sequence[str] = (),
     progress: Progress | None = None,
+    **options: Any,
 ) -> Iterator[str]:
     """What a model writes after a prompt, piece by piece as it comes.
 
     Args:
         source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
-        prompt, max_new_tokens, temperature, top_k, top_p, seed, stop: as for `evaluation.stream_text`.
+        prompt, settings, stop, options: as for `evaluation.stream_text`.
 
     Raises:
         QLRError: as `load`, `load_model` and `evaluation.stream_text`; before the first piece.
@@ -144,8 +142,7 @@ def generate(
     with (progress or silent()).stage("loading"):
         folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
         model, tokenizer = load(folder) if _is_packed(folder) else load_model(folder), load_tokenizer(folder)
-    settings: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed, "stop": stop}
-    return evaluating.stream_text(model, tokenizer, prompt, max_new_tokens=max_new_tokens, **settings)
+    return evaluating.stream_text(model, tokenizer, prompt, settings, stop=stop, **options)
 
 
 def _is_packed(folder: Path) -> bool:
