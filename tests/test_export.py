@@ -377,14 +377,31 @@ def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
 
 
 def test_importing_is_light():
+    """And the former addresses name the new ones, each once."""
     code = """
-import sys, qlr_jax.formats
+import sys, warnings, qlr_jax.formats
 print("jax" in sys.modules, "torch" in sys.modules)
-import qlr_jax.formats.qlr.torch_runtime
-print("jax" in sys.modules, "flax" in sys.modules)
+import qlr_jax.formats.qlr.torch_runtime as runtime
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import qlr_jax.export
+    for _ in range(2):
+        import qlr_jax.export.torch_runtime
+        from qlr_jax.export import torch_runtime
+    assert torch_runtime.use_kernels is runtime.use_kernels
+    print("jax" in sys.modules, "flax" in sys.modules)
+    for _ in range(2):
+        from qlr_jax.export import check_files, load
+    assert set(qlr_jax.export.__all__) == set(qlr_jax.formats.__all__) and load is qlr_jax.formats.load
+print(*(f"{w.category.__name__} {w.filename} {w.message}" for w in said if "qlr_jax" in str(w.message)), sep="\\n")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"] * 4
+    first, second, *said = done.stdout.splitlines()
+    assert first == second == "False False"
+    assert said == [
+        "FutureWarning <string> qlr_jax.export.torch_runtime is now qlr_jax.formats.qlr.torch_runtime: import it from there",
+        "FutureWarning <string> qlr_jax.export is now qlr_jax.formats: import check_files from there",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
