@@ -24,8 +24,8 @@ from scipy.optimize import LinearConstraint, milp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from allocators import Budget, Option, OptionTable, Pairwise, Row, allocate, allocate_jointly, baselines, frontier
+from qlr_jax.models.sites import KINDS
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
 COARSE = (np.arange(24, 69, 4) / 16, [(0, 16, 16), *((rank, bits, bits) for rank in (8, 16, 32, 64) for bits in (4, 8))])
 FACTORS = [(4, 4), (4, 2), (2, 4), (8, 8), (2, 2)]  # bits of L and R
 FINE = (np.arange(16, 65) / 16, [(0, 4, 4), *((rank, *bits) for bits in FACTORS for rank in (4, 8, 16, 32))])

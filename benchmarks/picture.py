@@ -13,7 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+from qlr_jax.models.sites import KINDS
+
 NAMES = {"uniform": "uniform", "rank0": "no rank", "allocated": "rank and bits\ntogether"}
 
 

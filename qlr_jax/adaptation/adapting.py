@@ -31,7 +31,7 @@ from qlr_jax.core.metric import Metric
 from qlr_jax.core.requantize import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.models import Llama, input_of
+from qlr_jax.models import SITES, Llama, input_of
 from qlr_jax.progress import Progress, silent
 
 GRADIENT_TOKENS, METRIC_TOKENS, JUDGED_ROWS = 8192, 16384, 64
@@ -254,7 +254,7 @@ def _metrics(
     factors = [name for name, site in student.sites.items() if site.rank and "factors" in config.train]
     bodies = [name for name in student.sites if "body" in values[name]]
     # what the last matrix of a block puts out is added to the hidden state, so that its G is the state's
-    last = [f"model.layers.{i}.mlp.down_proj" for i in range(model.config.num_hidden_layers)] if config.states else []
+    last = [f"model.layers.{i}.{SITES[-1].path}" for i in range(model.config.num_hidden_layers)] if config.states else []
     if not (factors or bodies or last):
         return {}, {}, []
     dense, inputs, outputs = model.densified(), {}, {}

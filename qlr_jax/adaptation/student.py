@@ -253,10 +253,9 @@ def forward(
         for name, param in block.tensors().items():
             if name.endswith("norm.weight"):
                 param.set_value(own[f"{prefix}{name}"]["norm"])
-        for room, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-            for short in names:
-                name, linear = f"{prefix}{room}.{short}_proj", getattr(getattr(block, room), f"{short}_proj")
-                linear.product = partial(_apply, student.sites.get(name), own.get(name, {}), product)
+        for path, linear in block.linears().items():
+            name = f"{prefix}{path}"
+            linear.product = partial(_apply, student.sites.get(name), own.get(name, {}), product)
         return block(x, rope)
 
     frame = jax.tree.map(lambda leaf: leaf, frame)

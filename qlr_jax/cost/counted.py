@@ -14,6 +14,7 @@ from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.machine import Machine
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
+from qlr_jax.models.sites import siblings
 from qlr_jax.pipelines.preparation import OUTPUTS_SHARE, WEIGHTS_SHARE
 from qlr_jax.settings.recipe import Recipe
 
@@ -148,11 +149,7 @@ class Counted:
     def together(self, kind: str, shape: tuple[int, int]) -> int:
         """Matrices in the largest batch of this kind: filled up where they are small, those of one input where they are large."""
         m, _ = shape
-        if m < SMALL:
-            size = ROWS_TOGETHER // m
-        else:
-            siblings = {"q": "qkv", "k": "qkv", "v": "qkv", "gate": ("gate", "up"), "up": ("gate", "up")}.get(kind, (kind,))
-            size = sum((other, shape) in self.groups for other in siblings)
+        size = ROWS_TOGETHER // m if m < SMALL else sum((other, shape) in self.groups for other in siblings(kind))
         if not self.ranked:
             return size
         widest = bucket(max(self.recipe.ranks), min(shape))

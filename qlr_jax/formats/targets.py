@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from qlr_jax.core.quantizers import Integer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
+from qlr_jax.models.sites import BY_KIND, shared_inputs
 
 Shape = tuple[int, int]
 
@@ -147,7 +148,7 @@ TARGETS = {
             "compressed-tensors",
             _GROUPED,
             (ADAPTER,),
-            (("*q_proj", "*k_proj", "*v_proj"), ("*gate_proj", "*up_proj")),  # vLLM runs each as one matrix
+            tuple(tuple(f"*{BY_KIND[kind].name}" for kind in group) for group in shared_inputs()),  # vLLM runs each as one matrix
             _ct_fault,
             _ct_bytes,
         ),

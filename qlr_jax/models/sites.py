@@ -24,6 +24,11 @@ class Site:
     columns: str
 
     @property
+    def name(self) -> str:
+        """The last part of its tensors' names before ".weight", e.g. "q_proj"."""
+        return self.path.rsplit(".", 1)[1]
+
+    @property
     def sublayer(self) -> str:
         """ "attention" or "mlp"."""
         return "attention" if self.path.startswith("self_attn.") else "mlp"
@@ -69,6 +74,16 @@ def shared_inputs() -> tuple[tuple[str, ...], ...]:
     """
     groups = (tuple(site.kind for site in SITES if site.input == name) for name in INPUTS)
     return tuple(group for group in groups if len(group) > 1)
+
+
+def sublayer_of(kind: str) -> str:
+    """ "attention" or "mlp"; the latter for a kind that is not known.
+
+    Example:
+        >>> sublayer_of("o"), sublayer_of("gate")
+        ('attention', 'mlp')
+    """
+    return BY_KIND[kind].sublayer if kind in BY_KIND else "mlp"
 
 
 def kind_of_path(path: str) -> str | None:

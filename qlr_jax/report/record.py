@@ -19,6 +19,7 @@ from qlr_jax.evaluation import Comparison
 from qlr_jax.formats.card import CARD, card_of
 from qlr_jax.formats.targets import find_target
 from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
+from qlr_jax.models.sites import kind_of_path
 from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
 from qlr_jax.settings.recipe import Recipe
 
@@ -173,8 +174,7 @@ class Record:
         for tensor, shape in tensor_names(self.config).items():
             name = tensor.removesuffix(".weight")
             size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            linear = name.endswith("_proj")
-            part = kind_of(name) if linear else "embeddings" if "embed" in name else "head" if name == "lm_head" else OTHERS
+            part = kind_of_path(name) or ("embeddings" if "embed" in name else "head" if name == "lm_head" else OTHERS)
             parts[part][0] += size
             parts[part][1] += after.get(name, size)
         return [{"part": part, "before": b, "after": a} for part, (b, a) in parts.items() if b]

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
-KINDS = ("q", "k", "v", "o", "gate", "up", "down")
+from qlr_jax.models.sites import KINDS
+
 MODELS = ("original", "allocated", "uniform", "rank0")
 MISSING = "–"
 NEAR = 0.01  # KLs that differ by less are called equal: seeds alone make them differ by more

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from qlr_jax.models.sites import sublayer_of
 from qlr_jax.report.html.draw import WIDTH, Plane, figure, label, line, marker, pair, svg
 from qlr_jax.report.words import (
     MODELS,
@@ -67,7 +68,8 @@ def predicted_final(report: Mapping[str, Any]) -> str:
     out = [*plane.grid(), *plane.titles("predicted relative error", "final relative error")]
     out.append(line([(plane.px(end), plane.py(end)) for end in plane.x], "stroke-dasharray:5 4;stroke-width:1.5"))
     for guess, final, matrix in found:
-        shape, colour = ("circle", "attention") if kind_of(matrix) in "qkvo" else ("square", "mlp")
+        colour = sublayer_of(kind_of(matrix))
+        shape = "circle" if colour == "attention" else "square"
         name = f"{matrix.get('name', kind_of(matrix))} {short_spec(matrix.get('spec'))}"
         title = f"{name}: predicted {number(guess)}, final {number(final)}"
         out.append(marker(shape, plane.px(guess), plane.py(final), colour, 4.5, title))

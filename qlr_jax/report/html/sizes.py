@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from qlr_jax.report.words import KINDS, MISSING, is_number, part_of, percent, rows_of, size
+from qlr_jax.models.sites import SITES
+from qlr_jax.report.words import MISSING, is_number, part_of, percent, rows_of, size
 
-FAMILIES = {**dict.fromkeys(KINDS[:4], "attention"), **dict.fromkeys(KINDS[4:], "mlp"), "embeddings": "other", "head": "other"}
+COLOURS = {**{site.kind: site.sublayer for site in SITES}, "embeddings": "other", "head": "other"}
 ADAPTER = "low-rank factors are counted as an adapter in bf16 beside them."
 NOTES = {
     "gguf": f"Bytes are those of GGUF blocks, as llama.cpp reads them; {ADAPTER}",
@@ -69,7 +70,7 @@ def _ratio(row: Mapping[str, Any]) -> str:
 
 
 def _family(name: str) -> str:
-    return FAMILIES.get(name.removesuffix("_proj"), "rest")
+    return COLOURS.get(name.removesuffix("_proj"), "rest")
 
 
 def _segment(part: Mapping[str, Any], key: str, full: float) -> str:

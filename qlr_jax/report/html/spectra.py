@@ -7,6 +7,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
+from qlr_jax.models.sites import sublayer_of
 from qlr_jax.report.html.draw import HEIGHT, WIDTH, Plane, apart, figure, label, line, pair, svg
 from qlr_jax.report.html.sensitivity_figures import RANKS, coefficient_map
 from qlr_jax.report.words import is_number, kind_of, kind_order, number, part_of, percent, rank_of, rows_of
@@ -62,7 +63,7 @@ def decay(report: Mapping[str, Any]) -> str:
     places = apart([plane.py(curve[-1]) for curve in curves.values()], 13, 18, HEIGHT - 50)
     below = HEIGHT + 14
     for at, ((kind, curve), y) in enumerate(zip(curves.items(), places, strict=True)):
-        style = f"stroke:var(--{'attention' if kind in 'qkvo' else 'mlp'});stroke-dasharray:{DASHES.get(kind, OTHERS)}"
+        style = f"stroke:var(--{sublayer_of(kind)});stroke-dasharray:{DASHES.get(kind, OTHERS)}"
         style += ";stroke-width:3.5" if kind == "gate" else ""
         pixels = [(plane.px(rank + 1), plane.py(share)) for rank, share in enumerate(curve)]
         out.append(line(pixels, style, kind))
