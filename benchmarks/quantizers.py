@@ -86,8 +86,8 @@ def measure_others(walks: np.ndarray) -> list[dict]:
 
         @jax.jit
         def values(x: jax.Array, quantizer=quantizer) -> jax.Array:
-            scales = (jnp.ones((1, 1)),) if quantizer.unit else quantizer.fit(x, False)
-            return quantizer.round_block(x, quantizer.grid(scales, x.shape[-1]), (), False)[0]
+            scales = (jnp.ones((1, 1)),) if quantizer.unit_scale else quantizer.fit_qparams(x, False)
+            return quantizer.round_block(x, quantizer.broadcast_qparams(scales, x.shape[-1]), (), False)[0]
 
         values(jnp.asarray(walks)).block_until_ready()
         start = time.perf_counter()

@@ -213,7 +213,7 @@ def test_nearest_of_the_solvers_own_rounding(activations):
     """Feedback carries targets beyond the grid's ends: the bound has to be told how far."""
     w, h = problem(activations, 16, 32, 0)
     quantizer, f = parse_quantizer("int-3g16a"), feedback(jnp.asarray(h, jnp.float32), 1)[0]
-    grid = quantizer.grid(quantizer.fit(jnp.asarray(w, jnp.float32), per_row=False), 32)
+    grid = quantizer.broadcast_qparams(quantizer.fit_qparams(jnp.asarray(w, jnp.float32), per_row=False), 32)
     q, _ = ldlq(jnp.asarray(w, jnp.float32), f, grid, (), quantizer)
     error, steps = w - np.asarray(q, np.float64), np.broadcast_to(np.asarray(grid[0], np.float64), w.shape)
     over = np.maximum(np.abs(error @ (np.eye(32) + np.asarray(f, np.float64))) - steps / 2, 0)

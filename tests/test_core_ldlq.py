@@ -55,7 +55,7 @@ def columnwise(w, f, scale, zero, levels):
 @pytest.fixture(scope="module", params=["int-3", "int-3g16a"])
 def elementwise(request, hessian, weight):
     quantizer = parse_quantizer(request.param)
-    grid = quantizer.grid(quantizer.fit(f32(weight), per_row=False), N)
+    grid = quantizer.broadcast_qparams(quantizer.fit_qparams(f32(weight), per_row=False), N)
     f, _ = feedback(f32(hessian), 1)
     values, codes = ldlq(f32(weight), f, grid, (), quantizer)
     return quantizer, grid, f, np.asarray(values, np.float64), np.asarray(codes)
@@ -94,11 +94,11 @@ def test_worse_on_the_weights_better_on_the_outputs(elementwise, weight, hessian
 
 def test_trellis_loss_and_outputs(weight, hessian, block_ldl):
     quantizer = parse_quantizer("trellis-2", state_bits=6)
-    grid = quantizer.fit(f32(weight), per_row=False)
+    grid = quantizer.fit_qparams(f32(weight), per_row=False)
     f, d = block_ldl(hessian, 16)
-    values, codes = ldlq(f32(weight), feedback(f32(hessian), 16)[0], grid, quantizer.data(), quantizer.family())
+    values, codes = ldlq(f32(weight), feedback(f32(hessian), 16)[0], grid, quantizer.traced(), quantizer.static())
     assert codes.shape == (M // 16, N // 16, 256)
-    plain, _ = ldlq(f32(weight), jnp.zeros((N, N)), grid, quantizer.data(), quantizer.family())
+    plain, _ = ldlq(f32(weight), jnp.zeros((N, N)), grid, quantizer.traced(), quantizer.static())
     error, other = (weight - np.asarray(v, np.float64) for v in (values, plain))
     eta = error + error @ f
     assert np.trace(error @ hessian @ error.T) == pytest.approx(np.trace(eta @ d @ eta.T), rel=1e-9)
@@ -112,7 +112,7 @@ def test_transposed_codes_store_the_transpose(weight, block_ldl):
     w = f32(weight[None, :, :16])  # (m, k): walks are 32 rows of 8 components
     metric = np.eye(16) + 0.5
     factor, _ = feedback(f32(metric), 8)
-    values, codes = ldlq(w, factor[None], (jnp.ones((1, 1, 1)),), quantizer.data(), quantizer.family(), transposed=True)
+    values, codes = ldlq(w, factor[None], (jnp.ones((1, 1, 1)),), quantizer.traced(), quantizer.static(), transposed=True)
     decoded = quantizer.decode(quantizer.pack(np.asarray(codes[0]), ()), 16, M)
     np.testing.assert_array_equal(decoded, values[0].T)
     error = weight[:, :16] - np.asarray(values[0], np.float64)

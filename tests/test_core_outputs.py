@@ -53,9 +53,9 @@ def test_rows_feel_each_other_as_an_oracle_rounds_them(case, block_ldl):
             aim = aims[:, j] + (aims - value[rows])[:, j + 1 :] @ fh[j + 1 :, j]
             value[rows, j] = step_size * np.round(aim / step_size)
     quantizer = parse_quantizer("int-8")
-    grid = quantizer.grid((f32(np.full((1, M, 1), step_size)), f32(np.full((1, M, 1), 128.0))), N)
+    grid = quantizer.broadcast_qparams((f32(np.full((1, M, 1), step_size)), f32(np.full((1, M, 1), 128.0))), N)
     assert row_group(M, 1) == 64
-    found, codes = ldlq_rows(f32(w)[None], f32(fh)[None], f32(fg)[None], grid, quantizer.data(), quantizer.family())
+    found, codes = ldlq_rows(f32(w)[None], f32(fh)[None], f32(fg)[None], grid, quantizer.traced(), quantizer.static())
     assert codes.shape == (1, M, N)
     assert np.mean(np.asarray(found[0]) != value) < 0.002  # float32 may tip a value that lies between two levels
     e = w - value
@@ -72,9 +72,9 @@ def test_rows_without_metric_are_rounded_as_before(case, name):
     width = quantizer.tile[1]
     pair = jnp.stack([f32(w), f32(w[::-1])])
     factor, _ = feedback(f32(h)[None], width)
-    grid = quantizer.grid(quantizer.fit(pair, per_row=False), N)
-    plain = ldlq(pair, factor, grid, quantizer.data(), quantizer.family())
-    rows = ldlq_rows(pair, factor, jnp.zeros((1, M, M)), grid, quantizer.data(), quantizer.family())
+    grid = quantizer.broadcast_qparams(quantizer.fit_qparams(pair, per_row=False), N)
+    plain = ldlq(pair, factor, grid, quantizer.traced(), quantizer.static())
+    rows = ldlq_rows(pair, factor, jnp.zeros((1, M, M)), grid, quantizer.traced(), quantizer.static())
     assert [a.shape for a in rows] == [a.shape for a in plain]
     assert np.mean(np.asarray(rows[1]) != np.asarray(plain[1])) < 0.02  # sums in another order tip a few
     assert float(jnp.linalg.norm(pair - rows[0])) == pytest.approx(float(jnp.linalg.norm(pair - plain[0])), rel=0.01)

@@ -36,7 +36,7 @@ def lowered(function, *arguments, **static):
 
 
 def data(quantizer):
-    return tuple(jax.ShapeDtypeStruct(jnp.shape(d), jnp.asarray(d).dtype) for d in quantizer.data())
+    return tuple(jax.ShapeDtypeStruct(jnp.shape(d), jnp.asarray(d).dtype) for d in quantizer.traced())
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -44,7 +44,7 @@ def test_backbone_lowers(name):
     quantizer = parse_quantizer(name, state_bits=BITS)
     text = lowered(
         alternation._round_backbone, WEIGHT, WEIGHT, HESSIAN, array(B), HESSIAN, array(1), data(quantizer),
-        family=quantizer.family(), refit=True,
+        static=quantizer.static(), refit=True,
     )  # fmt: skip
     assert "f64" not in text  # float32 is enough, and TPUs have no more
 
@@ -56,7 +56,7 @@ def test_factors_lower(names):
     assert column_block(right) in (1, 8, 64)
     text = lowered(
         fit_factors, WEIGHT, WEIGHT, HESSIAN, HESSIAN, BASIS, array(K), (data(left), data(right)), 2,
-        families=(left.family(), right.family()), inner=2, plain=False, one_scale=False,
+        statics=(left.static(), right.static()), inner=2, plain=False, one_scale=False,
     )  # fmt: skip
     assert "f64" not in text
 

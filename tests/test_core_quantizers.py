@@ -41,13 +41,13 @@ BITS = 6
 def rounded(quantizer, x):
     """Values of the real part and the codes of x (*b, rows, cols), as the solver calls a quantizer."""
     cols = x.shape[-1]
-    scales = quantizer.fit(jnp.asarray(x), per_row=False)
+    scales = quantizer.fit_qparams(jnp.asarray(x), per_row=False)
     padded = pad_to_tiles(jnp.asarray(x), *quantizer.tile)
-    if quantizer.unit:  # as LDLQ does it, without feedback: compiled once for all rates
+    if quantizer.unit_scale:  # as LDLQ does it, without feedback: compiled once for all rates
         none = jnp.zeros((padded.shape[-1],) * 2)
-        values, codes = ldlq(padded, none, scales, quantizer.data(), quantizer.family())
+        values, codes = ldlq(padded, none, scales, quantizer.traced(), quantizer.static())
     else:
-        values, codes = quantizer.round_block(padded, quantizer.grid(scales, cols), quantizer.data(), False)
+        values, codes = quantizer.round_block(padded, quantizer.broadcast_qparams(scales, cols), quantizer.traced(), False)
     return values[..., : x.shape[-2], :cols], codes, scales
 
 
@@ -79,7 +79,7 @@ def test_decoded_equals_rounded(case):
     for i in range(2):
         decoded = np.asarray(quantizer.decode(packed(case, i), *SHAPE))
         assert decoded.dtype == np.float32 and decoded.shape == SHAPE
-        scale = np.asarray(scales[0][i]) if quantizer.unit else 1.0
+        scale = np.asarray(scales[0][i]) if quantizer.unit_scale else 1.0
         np.testing.assert_array_equal(decoded * scale, np.asarray(values[i]))
 
 
@@ -96,14 +96,14 @@ def test_error_is_that_of_its_rate(case, x):
     quantizer, values, _, _ = case
     error = np.mean(np.square(np.asarray(values, np.float64) - x), axis=(1, 2)) / np.mean(np.square(x), axis=(1, 2))
     known = {"bf16": 2.0**-16, "none": 1.0, "int-1": 0.45}
-    assert (error <= known.get(quantizer.name, (4 if quantizer.unit else 6) * 4.0**-quantizer.bits)).all(), error
+    assert (error <= known.get(quantizer.name, (4 if quantizer.unit_scale else 6) * 4.0**-quantizer.bits)).all(), error
     assert (error > (0 if quantizer.name == "bf16" else 0.9 * 4.0**-quantizer.bits)).all()  # nor better than theory allows
 
 
 def test_name_and_family(case):
     quantizer = case[0]
     assert parse_quantizer(quantizer.name, state_bits=BITS) == quantizer
-    hash(quantizer.family())
+    hash(quantizer.static())
 
 
 def test_zero_matrix_stays_zero(case):
@@ -111,7 +111,7 @@ def test_zero_matrix_stays_zero(case):
     values, codes, scales = rounded(quantizer, np.zeros((2, *SHAPE), np.float32))
     assert not np.asarray(values).any()
     decoded = quantizer.decode(quantizer.pack(np.asarray(codes[0]), tuple(s[0] for s in scales)), *SHAPE)
-    assert quantizer.unit or not np.asarray(decoded).any()
+    assert quantizer.unit_scale or not np.asarray(decoded).any()
 
 
 @pytest.mark.parametrize("name", ["none", "int-3g16a", "nf-4g32", "e8-3", "trellis-2"])
@@ -120,8 +120,8 @@ def test_accelerators_take_it(name):
     quantizer = parse_quantizer(name, state_bits=BITS)
 
     def there_and_back(x, arrays):
-        grid = quantizer.grid(quantizer.fit(x, False), 16)
-        return quantizer.round_block(x, grid, quantizer.data(), False), quantizer.decode(arrays, 16, 16)
+        grid = quantizer.broadcast_qparams(quantizer.fit_qparams(x, False), 16)
+        return quantizer.round_block(x, grid, quantizer.traced(), False), quantizer.decode(arrays, 16, 16)
 
     x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
     arrays = {key: jax.ShapeDtypeStruct(*of) for key, of in quantizer.stored(16, 16).items()}
@@ -290,7 +290,7 @@ def test_transposed_lattice(bits, shape):
     code = parse_quantizer(f"e8-{bits}")
     x = jnp.asarray(np.random.default_rng(5).standard_normal((2, *shape)), jnp.float32)
     padded = pad_to_tiles(x, *code.tile)
-    scale = code.fit(x, per_row=True)[0]
+    scale = code.fit_qparams(x, per_row=True)[0]
     plain, codes = ldlq(padded, jnp.zeros((padded.shape[-1],) * 2), (scale,), (), code)
     turned, same = ldlq(
         jnp.swapaxes(padded, 1, 2), jnp.zeros((shape[0],) * 2), (jnp.swapaxes(scale, 1, 2),), (), code, transposed=True
@@ -411,8 +411,8 @@ def test_transposed_rounding(walks):
     """What is stored transposed is rounded as its transpose is."""
     code = Trellis(Fraction(2), tile_rows=8, state_bits=BITS)
     a = walks.reshape(2, 8, 256)[0, :, :32]
-    plain, codes = code.round_block(a[None], (jnp.ones((1, 1, 1)),), code.data(), False)
-    turned, same = code.round_block(a.T[None], (jnp.ones((1, 1, 1)),), code.data(), True)
+    plain, codes = code.round_block(a[None], (jnp.ones((1, 1, 1)),), code.traced(), False)
+    turned, same = code.round_block(a.T[None], (jnp.ones((1, 1, 1)),), code.traced(), True)
     np.testing.assert_array_equal(turned[0].T, plain[0])
     np.testing.assert_array_equal(codes, same)
 

@@ -51,7 +51,7 @@ def random_matrix(spec, shape, seed=1, size=0.2, **layout):
         if kind == np.uint8:
             array = rng.integers(0, 256, dims) if not name.endswith("zeros") else rng.integers(0, 4, dims)
         elif name == "scale":
-            array = np.full(dims, size if parsed.quantizer().unit else 1.0)
+            array = np.full(dims, size if parsed.quantizer().unit_scale else 1.0)
         elif name.endswith("scales"):
             array = rng.uniform(1.0, 2.0, dims) * size / 2 ** bits[name.split(".")[0]]
         else:

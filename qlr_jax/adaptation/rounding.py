@@ -39,8 +39,8 @@ def round_right(site: Site, values: Mapping[str, Array], hessian: np.ndarray) ->
     factor = ldl(_metric(site, values, hessian)[None], DAMPING, column_block(quantizer))
     wanted = jnp.pad(values["right"], ((0, _padded(site) - rank), (0, 0)))[None]
     given = jnp.ones((1, _padded(site), 1)) if site.on_grid[1] else None
-    found, codes, scales = right_on_grid(wanted, factor, quantizer.family(), quantizer.data(), False, given)
-    free = quantizer.unit and not site.on_grid[1]
+    found, codes, scales = right_on_grid(wanted, factor, quantizer.static(), quantizer.traced(), False, given)
+    free = quantizer.unit_scale and not site.on_grid[1]
     size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if free else jnp.ones((rank,))
     return {**values, "right": found[0, :rank], "component": values["component"] * size}, _codes("right", codes, scales)
 
@@ -58,9 +58,9 @@ def round_left(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> 
     wanted = jnp.pad((values["left"] * sizes[:, None]).T, ((0, 0), (0, more)))
     given = jnp.pad(sizes, (0, more), constant_values=1.0)[None, None] if site.on_grid[0] else None
     mask = (jnp.arange(rank + more) < rank).astype(jnp.float32)
-    own = not (quantizer.unit or of_right.unit)  # both grids have scales, so s is not stored
+    own = not (quantizer.unit_scale or of_right.unit_scale)  # both grids have scales, so s is not stored
     found, component, codes, scales = left_on_grid(
-        wanted[None], metric[None], mask, quantizer.family(), quantizer.data(), own, False, False, given
+        wanted[None], metric[None], mask, quantizer.static(), quantizer.traced(), own, False, False, given
     )
     component = component[0, :rank]
     unit = jnp.sqrt(jnp.mean(jnp.square(component)))

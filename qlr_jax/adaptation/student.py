@@ -157,7 +157,7 @@ def _part(
     if held:
         # a grid without scales is kept where the factor stays on it, so that what does not move is rounded to itself
         if not added and Spec.parse(layout.spec).factor_quantizers() == spec.factor_quantizers():
-            on_grid = tuple(quantizer.unit for quantizer in spec.factor_quantizers())
+            on_grid = tuple(quantizer.unit_scale for quantizer in spec.factor_quantizers())
         # R's rows of size 1; what they lose is L's
         size = jnp.ones((held,)) if on_grid[1] else _sizes(right[:held], axis=1)
         scaled = left[:, :held].T * size[:, None]

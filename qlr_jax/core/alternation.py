@@ -25,7 +25,7 @@ from qlr_jax.core.metric import Metric, ldl, outlier_channels, turned
 from qlr_jax.core.objective import quadratic
 from qlr_jax.core.placed import PlacedMetric
 from qlr_jax.core.quantizers import Nothing, Quantizer
-from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.sharding import by_rows, mesh_of, place, rows_shared, spread
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
@@ -65,7 +65,7 @@ class Problem:
         backbone = spec.quantizer(config.state_bits, (m, n))
         size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
         size = np.where(size > 0, size, 1.0)
-        if not backbone.unit:
+        if not backbone.unit_scale:
             # A power of two leaves scales exact for formats that store no g, and 1 does in all of float16's range, where it can be.
             power = np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
             size = power if spec.has_scale else np.ones_like(size)
@@ -241,7 +241,7 @@ def improve_backbone(problem: Problem, state: State) -> State:
         group = row_group(-(-problem.layout.shape[0] // quantizer.tile[0]) * quantizer.tile[0], quantizer.tile[0])
         rows, echoed = output.factor(group), (1 + echoed) * (1 + output.echo(group)) - 1
     fitted = problem.config.backbone_scale == "fitted"
-    stretch = _stretch(quantizer, echoed) if fitted and quantizer.unit else np.ones(len(echoed), np.float32)
+    stretch = _stretch(quantizer, echoed) if fitted and quantizer.unit_scale else np.ones(len(echoed), np.float32)
     q, codes, scale, scales, error = spread(_round_backbone)(
         problem.weight,
         known,
@@ -249,17 +249,17 @@ def improve_backbone(problem: Problem, state: State) -> State:
         problem.energy,
         factor,
         problem.place(stretch),
-        quantizer.data(),
+        quantizer.traced(),
         problem.felt,
         rows,
-        family=quantizer.family(),
+        static=quantizer.static(),
         refit=fitted,
         shares=rows_shared(problem.weight),
     )
     return _judge(state, Candidate(q, codes, scale, scales, factors), error)
 
 
-@partial(jax.jit, static_argnames=("family", "refit", "shares"))
+@partial(jax.jit, static_argnames=("static", "refit", "shares"))
 def _round_backbone(
     weight: Array,
     known: Array | None,
@@ -267,14 +267,14 @@ def _round_backbone(
     energy: Array,
     factor: Array,
     stretch: Array,
-    data: Grid,
+    traced: Traced,
     output: Array | None = None,
     rows: Array | None = None,
     *,
-    family: Quantizer,
+    static: Quantizer,
     refit: bool,
     shares: int = 1,
-) -> tuple[Array, Array, Array, Grid, Array]:
+) -> tuple[Array, Array, Array, QParams, Array]:
     """Q for W − `known` (nothing known: None): values, codes, scale, the grid's own scales, relative error.
 
     `output` and `rows` are G and its feedback factor: of a rectangle of rows at a time (`ldlq_rows`). `shares` devices hold each
@@ -283,16 +283,16 @@ def _round_backbone(
     m, n = weight.shape[-2:]
     left_over = weight if known is None else weight - known
     # scales of a grid's own are of rows or parts of them; that of a unit grid is of the matrix
-    scales = by_rows(lambda w: family.fit(w, per_row=False), (left_over,), 1 if family.unit else shares)
-    if family.unit:
+    scales = by_rows(lambda w: static.fit_qparams(w, per_row=False), (left_over,), 1 if static.unit_scale else shares)
+    if static.unit_scale:
         scales = (scales[0] * stretch[:, None, None],)
-    padded, grid = pad_to_tiles(left_over, *family.tile), family.grid(scales, n)
+    padded, qparams = pad_to_tiles(left_over, *static.tile), static.broadcast_qparams(scales, n)
     if rows is None:
-        q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, data, family), (padded, *grid), shares, family.tile[0])
+        q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, traced, static), (padded, *qparams), shares, static.tile[0])
     else:
-        q, codes = ldlq_rows(padded, factor, rows, grid, data, family, shares)
+        q, codes = ldlq_rows(padded, factor, rows, qparams, traced, static, shares)
     q, scale = q[:, :m, :n], jnp.ones(q.shape[:1])
-    if family.unit:
+    if static.unit_scale:
         scale, scales = scales[0][:, 0, 0], ()
         if refit:  # one scale for all of Q costs nothing to refit: the best multiple of Q in the metric
             weighted = _times(q, hessian, shares)
@@ -340,10 +340,10 @@ def _fit(
         problem.metric.factor(column_block(right)),
         basis,
         problem.mask,
-        (left.data(), right.data()),
+        (left.traced(), right.traced()),
         steps,
         (problem.output.regular, problem.output.root()) if problem.output is not None and metric is None else None,
-        families=(left.family(), right.family()),
+        statics=(left.static(), right.static()),
         inner=config.inner,
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",

@@ -15,7 +15,7 @@ from qlr_jax.core.ldlq import column_block, feedback, ldlq, pad_metric, pad_to_t
 from qlr_jax.core.low_rank import refit_left, refit_right, top_subspace
 from qlr_jax.core.objective import quadratic
 from qlr_jax.core.quantizers import Quantizer
-from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
@@ -30,8 +30,8 @@ class Factors:
     component: Array  # (b, k)
     left_codes: Array
     right_codes: Array
-    left_scales: Grid
-    right_scales: Grid
+    left_scales: QParams
+    right_scales: QParams
 
     def product(self) -> Array:
         return jnp.matmul(self.left, self.right, precision="highest")
@@ -47,7 +47,7 @@ def no_factors(count: int) -> Factors:
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 
-@partial(jax.jit, static_argnames=("families", "inner", "plain", "one_scale"))
+@partial(jax.jit, static_argnames=("statics", "inner", "plain", "one_scale"))
 def fit_factors(
     weight: Array,
     backbone: Array,
@@ -55,11 +55,11 @@ def fit_factors(
     right_feedback: Array,
     basis: Array,
     mask: Array,
-    data: tuple[Grid, Grid],
+    traced: tuple[Traced, Traced],
     steps: int,
     output: tuple[Array, Array] | None = None,
     *,
-    families: tuple[Quantizer, Quantizer],
+    statics: tuple[Quantizer, Quantizer],
     inner: int,
     plain: bool = False,
     one_scale: bool = False,
@@ -74,7 +74,7 @@ def fit_factors(
         right_feedback: F of H at R's column block.
         basis: (b, m, k') to start the subspace iteration from.
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
-        data, families: of the quantizers of L and R.
+        traced, statics: of the quantizers of L and R.
         output: (G, C), the metric of the outputs; None is the identity.
         inner: rounds.
         plain: round without feedback.
@@ -84,26 +84,28 @@ def fit_factors(
         The factors, and the basis for a warm start.
     """
     target, k = weight - backbone, mask.shape[0]
-    left_family, right_family = families
+    left_static, right_static = statics
     metric, root = output or (None, None)
     felt = target if root is None else jnp.matmul(jnp.swapaxes(root, -1, -2), target, precision="highest")
     basis, _ = top_subspace(felt, hessian, basis, steps)
     leading = basis if root is None else solve_triangular(jnp.swapaxes(root, -1, -2), basis, lower=False)
     start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
-    own_scales = not (left_family.unit or right_family.unit)
+    own_scales = not (left_static.unit_scale or right_static.unit_scale)
     if plain:
         right_feedback = jnp.zeros_like(right_feedback)
 
     def pair(left: Array) -> tuple[Factors, Array]:
         wanted, _ = refit_right(target, left, mask, metric)
         wanted = jnp.swapaxes(wanted, -1, -2)
-        right, right_codes, right_scales = round_right(wanted, right_feedback, right_family, data[1], one_scale)
+        right, right_codes, right_scales = round_right(wanted, right_feedback, right_static, traced[1], one_scale)
         right = right * mask[:, None]
         # one factorization after the other: two batches of them side by side wait for each other for ever in XLA's thread pool on
         # a CPU (jaxlib 0.10.2: 16 matrices of 64 components)
         wanted, own = lax.optimization_barrier(refit_left(target, right, hessian, mask))
         ideal = wanted * mask
-        left, component, left_codes, left_scales = round_left(ideal, own, mask, left_family, data[0], own_scales, plain, one_scale)
+        left, component, left_codes, left_scales = round_left(
+            ideal, own, mask, left_static, traced[0], own_scales, plain, one_scale
+        )
         new = Factors(left, right, component, left_codes, right_codes, left_scales, right_scales)
         # the loss less tr(G A H Aᵀ), by Pythagoras about the best L: cheaper by far than the loss itself
         return new, quadratic(left - ideal, own, metric) - quadratic(ideal, own, metric)
@@ -123,21 +125,21 @@ def fit_factors(
 
 
 def round_right(
-    wanted: Array, factor: Array, family: Quantizer, data: Grid, one_scale: bool, size: Array | None = None
-) -> tuple[Array, Array, Grid]:
+    wanted: Array, factor: Array, static: Quantizer, traced: Traced, one_scale: bool, size: Array | None = None
+) -> tuple[Array, Array, QParams]:
     """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales.
 
     Args:
         size: (b, k, 1) of the rows, for a grid that has no scale; None: their root mean square.
     """
     cols = wanted.shape[-1]
-    scales = family.fit(wanted, per_row=True) if size is None else (size,)
-    if family.unit and one_scale:
+    scales = static.fit_qparams(wanted, per_row=True) if size is None else (size,)
+    if static.unit_scale and one_scale:
         scales = (_common(scales[0], -2),)
-    padded = pad_to_tiles(wanted, 1, family.tile[1])
-    values, codes = ldlq(padded, factor, family.grid(scales, cols), data, family)
+    padded = pad_to_tiles(wanted, 1, static.tile[1])
+    values, codes = ldlq(padded, factor, static.broadcast_qparams(scales, cols), traced, static)
     values = values[..., :cols]
-    if not family.unit:
+    if not static.unit_scale:
         return values, codes, scales
     size = scales[0]
     return values / jnp.where(size > 0, size, 1.0), codes, ()
@@ -154,20 +156,20 @@ def round_left(
     wanted: Array,
     metric: Array,
     mask: Array,
-    family: Quantizer,
-    data: Grid,
+    static: Quantizer,
+    traced: Traced,
     own_scales: bool,
     plain: bool,
     one_scale: bool,
     size: Array | None = None,
-) -> tuple[Array, Array, Array, Grid]:
+) -> tuple[Array, Array, Array, QParams]:
     """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales.
 
     Args:
         size: (b, 1, k), the component scales; None: the components' root mean squares, or 1 where both grids have scales.
     """
     m, k = wanted.shape[-2:]
-    width = column_block(family, transposed=True)
+    width = column_block(static, transposed=True)
     if plain:
         factor = jnp.zeros((k + -k % width,) * 2)
     else:
@@ -181,12 +183,14 @@ def round_left(
         size = _common(size, -1) if one_scale and not own_scales else size
     size = jnp.where(size > 0, size, 1.0)
     scaled = wanted / size
-    scales = () if family.unit else family.fit(jnp.swapaxes(scaled, -1, -2), per_row=True)
-    grid = (jnp.ones((1, 1, 1)),) if family.unit else tuple(jnp.swapaxes(g, -1, -2) for g in family.grid(scales, m))
-    padded = pad_to_tiles(scaled, family.tile[1], 1)
+    scales = () if static.unit_scale else static.fit_qparams(jnp.swapaxes(scaled, -1, -2), per_row=True)
+    qparams = (
+        (jnp.ones((1, 1, 1)),) if static.unit_scale else tuple(jnp.swapaxes(g, -1, -2) for g in static.broadcast_qparams(scales, m))
+    )
+    padded = pad_to_tiles(scaled, static.tile[1], 1)
     # F is for L itself: for components in units of their size it turns into diag(size) F diag(size)⁻¹
     turned = factor * jnp.swapaxes(size, -1, -2) / size
-    values, codes = ldlq(padded, turned, grid, data, family, transposed=True)
+    values, codes = ldlq(padded, turned, qparams, traced, static, transposed=True)
     return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from jax.scipy.linalg import solve_triangular
 
 from qlr_jax.core.quantizers import Quantizer
-from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.sharding import by_rows
 from qlr_jax.core.typing import Array, Float
 
@@ -86,13 +86,13 @@ def column_block(quantizer: Quantizer, transposed: bool = False) -> int:
     return height if transposed else width
 
 
-@partial(jax.jit, static_argnames=("family", "transposed"))
+@partial(jax.jit, static_argnames=("static", "transposed"))
 def ldlq(
     weight: Float[Array, "*b m n"],
     factor: Float[Array, "*b n n"],
-    grid: Grid,
-    data: Grid,
-    family: Quantizer,
+    qparams: QParams,
+    traced: Traced,
+    static: Quantizer,
     transposed: bool = False,
 ) -> tuple[Float[Array, "*b m n"], Array]:
     """Round `weight` on a grid with feedback F (from `feedback`, at `column_block` columns a block).
@@ -100,15 +100,15 @@ def ldlq(
     Args:
         weight: whole tiles of the quantizer.
         factor: F.
-        grid: the quantizer's grid, broadcastable to `weight`.
-        data, family: what of the quantizer is data, and the rest, static: one compilation serves a family and shape.
+        qparams: scale and zero point of every weight, broadcastable to `weight`.
+        traced, static: parameters of the quantizer, and its static configuration: one compilation serves all that share it.
         transposed: the quantizer stores the transpose of `weight`.
 
     Returns:
         values on the grid, and the codes as `pack` takes them.
     """
     n, lead = weight.shape[-1], weight.ndim - 1
-    width = column_block(family, transposed)
+    width = column_block(static, transposed)
     group = next(w for w in range(width * max(GROUP // width, 1), 0, -width) if n % w == 0)
 
     def round_group(error: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -118,13 +118,13 @@ def ldlq(
         # `error` is still zero in this group and before it
         target = original + jnp.matmul(error, into, precision="highest")
         within = lax.dynamic_slice_in_dim(into, start, group, axis=-2)
-        local = tuple(_columns(g, start, group) for g in grid)
+        local = tuple(_columns(g, start, group) for g in qparams)
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             at = block * width
             part = lax.dynamic_slice_in_dim(within, at, width, axis=-1)
             aim = lax.dynamic_slice_in_dim(target, at, width, axis=-1) + jnp.matmul(missed, part, precision="highest")
-            value, code = family.round_block(aim, tuple(_columns(g, at, width) for g in local), data, transposed)
+            value, code = static.round_block(aim, tuple(_columns(g, at, width) for g in local), traced, transposed)
             new = lax.dynamic_slice_in_dim(original, at, width, axis=-1) - value
             return lax.dynamic_update_slice_in_dim(missed, new, at, axis=-1), (value, code)
 
@@ -135,7 +135,7 @@ def ldlq(
     values, codes = (a[::-1].reshape(-1, *a.shape[2:]) for a in (values, codes))  # groups × blocks -> blocks
     values = jnp.moveaxis(values, 0, -2).reshape(weight.shape)
     codes = jnp.moveaxis(codes, 0, lead)  # (*b, m / height, blocks, codes a tile)
-    codes = codes.reshape(weight.shape) if family.tile == (1, 1) else codes
+    codes = codes.reshape(weight.shape) if static.tile == (1, 1) else codes
     return values, jnp.swapaxes(codes, lead - 1, lead) if transposed else codes
 
 
@@ -150,14 +150,14 @@ def row_group(rows: int, height: int) -> int:
     return next((g for g in range(height, rows, height) if rows % g == 0 and g >= least), rows)
 
 
-@partial(jax.jit, static_argnames=("family", "shares"))
+@partial(jax.jit, static_argnames=("static", "shares"))
 def ldlq_rows(
     weight: Float[Array, "b m n"],
     factor: Float[Array, "*b n n"],
     rows: Float[Array, "*b m m"],
-    grid: Grid,
-    data: Grid,
-    family: Quantizer,
+    qparams: QParams,
+    traced: Traced,
+    static: Quantizer,
     shares: int = 1,
 ) -> tuple[Float[Array, "b m n"], Array]:
     """`ldlq` with feedback among the rows as well: for tr(G E H Eᵀ), G = (I + F_G) D_G (I + F_G)ᵀ.
@@ -177,10 +177,10 @@ def ldlq_rows(
     Returns:
         as `ldlq`.
     """
-    (b, m, n), width = weight.shape, column_block(family)
-    high = row_group(m, family.tile[0])
+    (b, m, n), width = weight.shape, column_block(static)
+    high = row_group(m, static.tile[0])
     if high == m:
-        return ldlq(weight, factor, grid, data, family)
+        return ldlq(weight, factor, qparams, traced, static)
     count, wide = m // high, _column_group(n, width, m // high)
     ahead = n // wide  # groups of columns
 
@@ -190,7 +190,7 @@ def ldlq_rows(
             return array[:, None]
         return array.reshape(len(array), count, high, array.shape[-1])[:, ::-1]
 
-    own, scales = grouped(weight), tuple(grouped(g) for g in grid)
+    own, scales = grouped(weight), tuple(grouped(g) for g in qparams)
     # F_G[r, i] for every group i, its rows r in the order of `own`
     into = jnp.moveaxis(grouped(rows).reshape(len(rows), m, count, high)[:, :, ::-1], 2, 1)
 
@@ -220,7 +220,7 @@ def ldlq_rows(
             sizes = tuple(
                 jnp.broadcast_to(_columns(g, here, width), (b, groups, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
             )
-            value, code = family.round_block(flat, tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes), data, False)
+            value, code = static.round_block(flat, tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes), traced, False)
             value = value.reshape(aim.shape)
             new = lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value
             return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
@@ -258,7 +258,7 @@ def ldlq_rows(
     values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)
     codes = codes[group + column, :, group]  # (count, ahead, b, rows or walks, blocks, ...)
     codes = jnp.transpose(codes, (2, 0, 3, 1, 4, *range(5, codes.ndim)))
-    if family.tile == (1, 1):
+    if static.tile == (1, 1):
         return values, codes.reshape(weight.shape)
     return values, codes.reshape(b, codes.shape[1] * codes.shape[2], codes.shape[3] * codes.shape[4], *codes.shape[5:])
 

@@ -19,7 +19,7 @@ from qlr_jax.core.ldlq import column_block, ldlq, ldlq_rows, pad_to_tiles, row_g
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.quantizers import Quantizer
-from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float, Int
@@ -42,7 +42,7 @@ class Regrid:
     quantizer: Quantizer
     layout: Layout
     scale: Float[Array, ""]
-    scales: Grid
+    scales: QParams
     metric: Metric
     output: Metric | None
 
@@ -57,7 +57,7 @@ class Regrid:
         layout = matrix.layout
         quantizer = matrix.spec.quantizer(layout.state_bits, layout.shape)
         scale = jnp.asarray(matrix.arrays["scale"][0], jnp.float32)
-        return cls(quantizer, layout, scale, quantizer.scales_of(matrix.part("backbone")), metric, output)
+        return cls(quantizer, layout, scale, quantizer.stored_qparams(matrix.part("backbone")), metric, output)
 
     def round(
         self, wanted: Float[Array, "m n"], seams: Int[np.ndarray, "down across"] | None = None
@@ -80,11 +80,11 @@ class Regrid:
         if Spec.parse(layout.spec).rotated:
             (u, u_block), (v, v_block) = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
             sides, blocks = (u, v), (u_block, v_block)
-        factor, family = self.metric.factor(column_block(self.quantizer)), self.quantizer.family()
+        factor, static = self.metric.factor(column_block(self.quantizer)), self.quantizer.static()
         if isinstance(self.quantizer, Trellis):  # always an array, and the host's, so that one program does all
             tiles = self.quantizer.tiles(*layout.shape)
             seams = np.full(tiles, -1, np.int32) if seams is None else np.asarray(seams, np.int32)
-        return _round(wanted, self.scales, factor, rows, sides, seams, self.quantizer.data(), family=family, blocks=blocks)
+        return _round(wanted, self.scales, factor, rows, sides, seams, self.quantizer.traced(), static=static, blocks=blocks)
 
     def seams(self, codes: Int[Array, "..."]) -> Int[np.ndarray, "down across"] | None:
         """The last state of every walk, as `round` takes them; None where the grid is no trellis."""
@@ -96,29 +96,31 @@ class Regrid:
         return {f"backbone.{name}": array for name, array in self.quantizer.pack(np.asarray(codes), scales).items()}
 
 
-@partial(jax.jit, static_argnames=("family", "blocks"))
+@partial(jax.jit, static_argnames=("static", "blocks"))
 def _round(
     wanted: Array,
-    scales: Grid,
+    scales: QParams,
     factor: Array,
     rows: Array | None,
     sides: tuple[Array, Array] | None,
     seams: Array | None,
-    data: Grid,
+    traced: Traced,
     *,
-    family: Quantizer,
+    static: Quantizer,
     blocks: tuple[int, int],
 ) -> tuple[Array, Array]:
     (m, n), target = wanted.shape, wanted
     if sides is not None:
         target = hadamard.rotate(hadamard.rotate(target, sides[1], blocks[1]).T, sides[0], blocks[0]).T
     # a unit grid's scale is that of the matrix, which is taken out already
-    own = (jnp.ones((1, 1)),) if family.unit else scales
-    grid, padded = family.grid(own, n), pad_to_tiles(target, *family.tile)[None]
+    own = (jnp.ones((1, 1)),) if static.unit_scale else scales
+    qparams, padded = static.broadcast_qparams(own, n), pad_to_tiles(target, *static.tile)[None]
     if seams is not None:  # of every weight that of its walk
-        grid = (*grid, jnp.repeat(jnp.repeat(seams, family.tile[0], axis=0), family.tile[1], axis=1))
-    grid = tuple(g[None] for g in grid)
-    found, codes = ldlq(padded, factor, grid, data, family) if rows is None else ldlq_rows(padded, factor, rows, grid, data, family)
+        qparams = (*qparams, jnp.repeat(jnp.repeat(seams, static.tile[0], axis=0), static.tile[1], axis=1))
+    qparams = tuple(g[None] for g in qparams)
+    found, codes = (
+        ldlq(padded, factor, qparams, traced, static) if rows is None else ldlq_rows(padded, factor, rows, qparams, traced, static)
+    )
     found = found[0, :m, :n]
     if sides is not None:
         found = hadamard.unrotate(hadamard.unrotate(found, sides[1], blocks[1]).T, sides[0], blocks[0]).T

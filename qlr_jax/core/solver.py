@@ -210,7 +210,7 @@ def _bound(problem: Problem, best: Candidate, i: int) -> float | None:
     metric = np.asarray(problem.metric.regular[place], np.float64)
     error = np.asarray(problem.weight[i], np.float64) - best.q[i]
     rounding = error + error @ np.asarray(problem.metric.factor(1)[place], np.float64)  # what each rounding missed its target by
-    steps = np.asarray(problem.backbone.grid(tuple(s[i] for s in best.scales), error.shape[1])[0], np.float64)
+    steps = np.asarray(problem.backbone.broadcast_qparams(tuple(s[i] for s in best.scales), error.shape[1])[0], np.float64)
     overshoot = np.maximum(np.abs(rounding) - steps / 2, 0.0)
     return float(np.sqrt(nearest_bound(steps, ldl_diagonal(metric), overshoot=overshoot) / energy))
 

@@ -50,7 +50,7 @@ class Spec:
         if not match:
             raise QLRError(f"{text!r} is not a spec; pass <backbone>[/rot][+r<rank>@<factors>], e.g. trellis-2+r32@trellis-4")
         backbone = parse_quantizer(match["backbone"])
-        always = backbone.unit
+        always = backbone.unit_scale
         if always and match["rot"]:
             raise QLRError(f"{text!r}: {backbone.name} is rotated always; leave /rot out")
         rank = int(match["rank"] or 0)
@@ -66,7 +66,7 @@ class Spec:
         return cls(backbone.name, always or bool(match["rot"]), rank, left.name, right.name)
 
     def __str__(self) -> str:
-        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().unit else "")
+        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().unit_scale else "")
         if self.rank:
             text += f"+r{self.rank}@{self.grids}"
         return text
@@ -91,7 +91,7 @@ class Spec:
     @property
     def component_scales(self) -> bool:
         """Whether s is stored: where L's or R's grid has no scale of its own."""
-        return self.rank > 0 and any(q.unit for q in self.factor_quantizers())
+        return self.rank > 0 and any(q.unit_scale for q in self.factor_quantizers())
 
     @property
     def has_scale(self) -> bool:

@@ -151,7 +151,9 @@ def grid_error(quantizer: Quantizer, state_bits: int) -> float:
 @lru_cache
 def _measured(quantizer: Quantizer) -> float:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256), np.float32))
-    values, _ = quantizer.round_block(x, quantizer.grid(quantizer.fit(x, per_row=True), 256), quantizer.data(), False)
+    values, _ = quantizer.round_block(
+        x, quantizer.broadcast_qparams(quantizer.fit_qparams(x, per_row=True), 256), quantizer.traced(), False
+    )
     return float(jnp.mean(jnp.square(x - values)))
 
 
@@ -163,7 +165,11 @@ unit variance, which are rotated and err alike at all rates."""
 def side_of(spec: Spec) -> Side:
     """What a correction of this spec hangs on."""
     grid = spec.quantizer()
-    return spec.rank, spec.grids, "" if grid.unit or isinstance(grid, Nothing) else str(replace(spec, rank=0, left="", right=""))
+    return (
+        spec.rank,
+        spec.grids,
+        "" if grid.unit_scale or isinstance(grid, Nothing) else str(replace(spec, rank=0, left="", right="")),
+    )
 
 
 @dataclass(frozen=True)

@@ -242,7 +242,7 @@ def noted(name: str, found: Profile, coefficient: float, probed: str, error: flo
 
 def probe(offered: Sequence[Spec]) -> str:
     """The spec that stands for all options of a matrix while KL is attributed."""
-    if any(spec.quantizer().unit or isinstance(spec.quantizer(), Nothing) for spec in offered):
+    if any(spec.quantizer().unit_scale or isinstance(spec.quantizer(), Nothing) for spec in offered):
         return PROBE
     bare = {str(spec): spec for spec in offered if not spec.rank}
     listed = sorted(bare, key=lambda text: abs(bare[text].quantizer().bits - PLAIN_BITS))
@@ -290,7 +290,11 @@ def _plain(offered: Sequence[Spec], everything: bool) -> list[str]:
 
 def _far(spec: Spec, probed: str) -> tuple[bool, float, bool]:
     grid, wanted = spec.quantizer(), Spec.parse(probed)
-    return grid.unit != wanted.quantizer().unit, abs(grid.bits - wanted.quantizer().bits), spec.backbone != wanted.backbone
+    return (
+        grid.unit_scale != wanted.quantizer().unit_scale,
+        abs(grid.bits - wanted.quantizer().bits),
+        spec.backbone != wanted.backbone,
+    )
 
 
 def _grain(spec: Spec) -> float:

@@ -10,17 +10,18 @@ import numpy as np
 from qlr_jax.core.typing import Array
 
 Arrays = Mapping[str, Array]
-Grid = tuple[Array, ...]
+QParams = tuple[Array, ...]  # scale, and zero point where there is one
+Traced = tuple[Array, ...]
 
 
 class Quantizer(Protocol):
     """A grid for matrices (rows, cols), with its codes, its scales and its stored bytes.
 
-    `fit` chooses scales for a batch (*b, rows, cols); `grid` spreads them so that they broadcast against it and can be
-    sliced along columns; `round_block` rounds some columns; `pack` turns one matrix's codes and scales into the arrays that
-    are stored, `decode` reads them. A `unit` quantizer stores no scale of its own: it decodes to unit variance and the
-    matrix that holds it keeps the scale. Factors are stored one row a component, so L is rounded as the transpose of
-    what is stored: there `round_block` is given transposed=True and transposed grids.
+    `fit_qparams` chooses scales for a batch (*b, rows, cols); `broadcast_qparams` spreads them so that they broadcast against
+    it and can be sliced along columns; `round_block` rounds some columns; `pack` turns one matrix's codes and scales into the
+    arrays that are stored, `decode` reads them. A `unit_scale` quantizer stores no scale of its own: it decodes to unit
+    variance and the matrix that holds it keeps the scale. Factors are stored one row a component, so L is rounded as the
+    transpose of what is stored: there `round_block` is given transposed=True and transposed qparams.
     """
 
     @property
@@ -34,7 +35,7 @@ class Quantizer(Protocol):
         ...
 
     @property
-    def unit(self) -> bool: ...
+    def unit_scale(self) -> bool: ...
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -45,27 +46,27 @@ class Quantizer(Protocol):
         """Name -> (shape, dtype) of every array that is stored for a matrix: its exact bytes."""
         ...
 
-    def fit(self, x: Array, per_row: bool) -> Grid:
+    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
         """Scales for (*b, rows, cols); `per_row` asks a unit quantizer for one a row instead of one a matrix."""
         ...
 
-    def grid(self, scales: Grid, cols: int) -> Grid: ...
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams: ...
 
-    def family(self) -> Quantizer:
-        """The quantizer less what `data` carries: hashable, a static argument of the compiled functions."""
+    def static(self) -> Quantizer:
+        """The quantizer less what `traced` carries: hashable, a static argument of the compiled functions."""
         ...
 
-    def data(self) -> Grid:
-        """What differs inside a family, as arrays."""
+    def traced(self) -> Traced:
+        """The parameters that differ where `static` agrees, as arrays: one compilation serves all their values."""
         ...
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
         """Round columns (*b, rows, c) on their part of the grid: (values (*b, rows, c), codes)."""
         ...
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]: ...
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]: ...
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         """The scales of what is stored, as `fit` gives them; none for a unit quantizer."""
         ...
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
@@ -151,27 +151,27 @@ class Lattice:
     def bits(self) -> float:
         return float(self.width)
 
-    unit = True
+    unit_scale = True
     tile = (1, SIZE)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, -(-cols // SIZE), self.width), np.dtype(np.uint8))}
 
-    def fit(self, x: Array, per_row: bool) -> Grid:
+    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
         axes = (-1,) if per_row else (-2, -1)
         return (jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True)),)
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return scales
 
-    def family(self) -> Lattice:
+    def static(self) -> Lattice:
         return self
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return ()
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
-        scale = grid[0]
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+        scale = qparams[0]
         aligned = x / jnp.where(scale > 0, scale * SCALES[self.width][0], 1.0)
         aligned = jnp.swapaxes(aligned, -1, -2) if transposed else aligned
         vectors = aligned.reshape(*aligned.shape[:-1], -1, SIZE)
@@ -198,14 +198,14 @@ class Lattice:
             return points + jnp.asarray(gain * inner * roots())[codes[..., 1]]
         return points + shifted_points(codes[..., 1], gain * inner) if self.width == 4 else points
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         codes = np.asarray(codes).reshape(len(codes), -1, 1 if self.width == 2 else 2)
         parts = [codes[..., 0] & 255, codes[..., 0] >> 8]
         parts += [codes[..., 1] & 255] if self.width > 2 else []
         parts += [codes[..., 1] >> 8] if self.width > 3 else []
         return {"codes": np.stack(parts, axis=-1).astype(np.uint8)}
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:

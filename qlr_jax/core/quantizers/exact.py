@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
 from qlr_jax.core.typing import Array
 
 
@@ -18,32 +18,32 @@ class BFloat16:
 
     name = "bf16"
     bits = 16.0
-    unit = False
+    unit_scale = False
     tile = (1, 1)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, cols), np.dtype(ml_dtypes.bfloat16))}
 
-    def fit(self, x: Array, per_row: bool) -> Grid:
+    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
         return ()
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return ()
 
-    def family(self) -> BFloat16:
+    def static(self) -> BFloat16:
         return self
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return ()
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
         codes = x.astype(jnp.bfloat16)
         return codes.astype(jnp.float32), codes
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         return {"codes": np.ascontiguousarray(np.asarray(codes))}
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
@@ -56,31 +56,31 @@ class Nothing:
 
     name = "none"
     bits = 0.0
-    unit = False
+    unit_scale = False
     tile = (1, 1)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {}
 
-    def fit(self, x: Array, per_row: bool) -> Grid:
+    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
         return ()
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return ()
 
-    def family(self) -> Nothing:
+    def static(self) -> Nothing:
         return self
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return ()
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
         return jnp.zeros_like(x), jnp.zeros(x.shape, jnp.uint8)
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         return {}
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Grid
+from qlr_jax.core.quantizers.base import QParams
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
@@ -37,20 +37,23 @@ def spread(per_group: Array, group: int, cols: int) -> Array:
     return jnp.repeat(per_group, group or cols, axis=-1)[..., :cols]
 
 
-def least_error(parts: Array, start: Grid, shrinks: np.ndarray, attempt: Callable[[Array], tuple[Array, Grid]]) -> Grid:
-    """Of the grids that `attempt(shrink)` gives, with the values it rounds `parts` to, the one of least squared error a group.
+def least_error(parts: Array, start: QParams, shrinks: np.ndarray, attempt: Callable[[Array], tuple[Array, QParams]]) -> QParams:
+    """Of the qparams that `attempt(shrink)` gives, with the values it rounds `parts` to, the one of least squared error a group.
 
     Args:
         parts: (*b, groups, size).
-        start: a grid of the right shapes and types.
+        start: qparams of the right shapes and types.
         shrinks: candidates, fractions of the scale that just covers a group.
     """
 
-    def compare(best: tuple[Array, Grid], shrink: Array) -> tuple[tuple[Array, Grid], None]:
-        values, grid = attempt(shrink)
+    def compare(best: tuple[Array, QParams], shrink: Array) -> tuple[tuple[Array, QParams], None]:
+        values, qparams = attempt(shrink)
         error = jnp.sum(jnp.square(values - parts), axis=-1)
         better = error < best[0]
-        return (jnp.where(better, error, best[0]), tuple(jnp.where(better, a, b) for a, b in zip(grid, best[1], strict=True))), None
+        return (
+            jnp.where(better, error, best[0]),
+            tuple(jnp.where(better, a, b) for a, b in zip(qparams, best[1], strict=True)),
+        ), None
 
     # a scan, not an unrolled loop: that one takes XLA minutes to compile
     worst = jnp.full(parts.shape[:-1], jnp.inf, parts.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
 from qlr_jax.core.quantizers.groups import check_group, group_count, least_error, split, spread
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
@@ -44,7 +44,7 @@ class Integer:
         return float(self.width)
 
     @property
-    def unit(self) -> bool:
+    def unit_scale(self) -> bool:
         return False
 
     @property
@@ -67,7 +67,7 @@ class Integer:
     def _middle(self) -> float:
         return 0.5 if self.width == 1 else float(2 ** (self.width - 1))
 
-    def fit(self, x: Float[Array, "*b rows cols"], per_row: bool) -> Grid:
+    def fit_qparams(self, x: Float[Array, "*b rows cols"], per_row: bool) -> QParams:
         parts = split(x, self.group)
         if self.asymmetric:
             low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
@@ -80,7 +80,7 @@ class Integer:
             top = (self._middle - 0.5) / (self._middle - 1.0)
             shrinks = np.append(shrinks, [(1 + top) / 2, top])
 
-        def attempt(shrink: Array) -> tuple[Array, Grid]:
+        def attempt(shrink: Array) -> tuple[Array, QParams]:
             scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
             if zero_at is None:
                 zero = jnp.full_like(full, self._middle)
@@ -92,30 +92,30 @@ class Integer:
 
         return least_error(parts, (full, jnp.full_like(full, self._middle)), shrinks, attempt)
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return tuple(spread(s, self.group, cols) for s in scales)
 
-    def family(self) -> Integer:
+    def static(self) -> Integer:
         return self
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return ()
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
-        scale, zero = grid
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+        scale, zero = qparams
         q = self._round(x, scale, zero)
         return (q - zero) * scale, q.astype(jnp.uint8)
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         scale, zero = (np.asarray(s) for s in scales)
         arrays = {"codes": pack_stream(np.asarray(codes), self.width), "scales": scale.astype(np.float16)}
         return arrays | ({"zeros": zero.astype(np.uint8)} if self.asymmetric else {})
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
         return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         q = unpack_stream(arrays["codes"], self.width, cols).astype(jnp.float32)
-        scale, zero = self.grid(self.scales_of(arrays), cols)
+        scale, zero = self.broadcast_qparams(self.stored_qparams(arrays), cols)
         return (q - zero) * scale

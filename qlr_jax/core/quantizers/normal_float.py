@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
 from qlr_jax.core.quantizers.groups import check_group, group_count, least_error, split, spread
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
@@ -63,7 +63,7 @@ class NormalFloat:
     def bits(self) -> float:
         return float(self.width)
 
-    unit = False
+    unit_scale = False
     tile = (1, 1)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -80,38 +80,38 @@ class NormalFloat:
     def _values(self, codes: Array, scale: Array) -> Array:
         return jnp.asarray(levels(self.width))[codes] * scale
 
-    def fit(self, x: Float[Array, "*b rows cols"], per_row: bool) -> Grid:
+    def fit_qparams(self, x: Float[Array, "*b rows cols"], per_row: bool) -> QParams:
         parts = split(x, self.group)
         full = jnp.max(jnp.abs(parts), axis=-1)
 
-        def attempt(shrink: Array) -> tuple[Array, Grid]:
+        def attempt(shrink: Array) -> tuple[Array, QParams]:
             scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
             return self._values(self._round(parts, scale[..., None]), scale[..., None]), (scale,)
 
         return least_error(parts, (full,), np.linspace(0.35, 1.0, 27), attempt)
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return (spread(scales[0], self.group, cols),)
 
-    def family(self) -> NormalFloat:
+    def static(self) -> NormalFloat:
         return self
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return ()
 
-    def round_block(self, x: Array, grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
-        codes = self._round(x, grid[0])
-        return self._values(codes, grid[0]), codes.astype(jnp.uint8)
+    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+        codes = self._round(x, qparams[0])
+        return self._values(codes, qparams[0]), codes.astype(jnp.uint8)
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         return {
             "codes": pack_stream(np.asarray(codes), self.width),
             "scales": np.asarray(scales[0]).astype(np.float16),
         }
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         codes = unpack_stream(arrays["codes"], self.width, cols)
-        return self._values(codes, spread(self.scales_of(arrays)[0], self.group, cols))
+        return self._values(codes, spread(self.stored_qparams(arrays)[0], self.group, cols))

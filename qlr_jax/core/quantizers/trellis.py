@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Arrays, Grid
+from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
 
@@ -71,7 +71,7 @@ class Trellis:
         return float(self.rate)
 
     @property
-    def unit(self) -> bool:
+    def unit_scale(self) -> bool:
         return True
 
     @property
@@ -99,23 +99,23 @@ class Trellis:
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((*self.tiles(rows, cols), int(LENGTH * self.rate) // 8), np.dtype(np.uint8))}
 
-    def fit(self, x: Array, per_row: bool) -> Grid:
+    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
         axes = (-1,) if per_row else (-2, -1)
         return (jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True)),)
 
-    def grid(self, scales: Grid, cols: int) -> Grid:
+    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return scales
 
-    def family(self) -> Trellis:
+    def static(self) -> Trellis:
         return replace(self, rate=Fraction(2))
 
-    def data(self) -> Grid:
+    def traced(self) -> Traced:
         return jnp.asarray(self.shifts, jnp.int32), jnp.float32(self.gain)
 
-    def round_block(self, x: Float[Array, "*b m c"], grid: Grid, data: Grid, transposed: bool) -> tuple[Array, Array]:
-        """As every quantizer; after the scale `grid` may hold the state in which the walk of each weight closes: see `search`."""
+    def round_block(self, x: Float[Array, "*b m c"], qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+        """As every quantizer; after the scale `qparams` may hold the tail-biting state of each weight's sequence: see `search`."""
         height, width = self.tile[::-1] if transposed else self.tile
-        (scale, *seams), (shifts, gain) = grid, data
+        (scale, *seams), (shifts, gain) = qparams, traced
         lead, rows = x.shape[:-2], x.shape[-2]
         blocks = (x / jnp.where(scale > 0, scale, 1.0)).reshape(*lead, rows // height, height, width)
         blocks = jnp.swapaxes(blocks, -1, -2) if transposed else blocks
@@ -125,7 +125,7 @@ class Trellis:
         values = jnp.swapaxes(values, -1, -2) if transposed else values
         return values.reshape(x.shape) * scale, states.astype(jnp.uint16).reshape(*lead, rows // height, LENGTH)
 
-    def pack(self, codes: np.ndarray, scales: Grid) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
         step, place = self._bits_of()
         codes = np.asarray(codes)
         packed = np.empty((*codes.shape[:-1], len(step) // 8), np.uint8)
@@ -138,7 +138,7 @@ class Trellis:
         step = np.repeat(np.arange(LENGTH), self.shifts)
         return step, (self.ends[step + 1] - 1 - np.arange(len(step))).astype(np.uint16)
 
-    def scales_of(self, arrays: Arrays) -> Grid:
+    def stored_qparams(self, arrays: Arrays) -> QParams:
         return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
