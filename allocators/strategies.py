@@ -76,7 +76,7 @@ class Strategy:
         return self.function(table, limit, **{name: settings[name] for name in self.settings if name in settings})
 
 
-DEFAULT = "allocated"
+DEFAULT, BASELINE, CONTROL = "allocated", "uniform", "rank0"
 STRATEGIES: dict[str, Strategy] = {
     strategy.name: strategy
     for strategy in (
@@ -88,7 +88,7 @@ STRATEGIES: dict[str, Strategy] = {
             "rank and bits of every matrix chosen together",
             settings=("gap", "seconds"),
         ),
-        Strategy("uniform", uniform, Role.BASELINE, "uniform", "one spec everywhere", per_matrix=False),
+        Strategy(BASELINE, uniform, Role.BASELINE, "uniform", "one spec everywhere, the best that fits", per_matrix=False),
         Strategy(
             "filled_uniform",
             filled_uniform,
@@ -97,7 +97,7 @@ STRATEGIES: dict[str, Strategy] = {
             "one spec everywhere, and what is left of the budget filled greedily",
         ),
         Strategy(
-            "rank0",
+            CONTROL,
             rank0,
             Role.CONTROL,
             "rank 0",

@@ -148,7 +148,7 @@ def _judge(job: Counted) -> Iterator[Part]:
     yield _states(job, "evaluate", 2 * job.recipe.evaluation_tokens)
     yield _larger("evaluate", *held)
     yield Part("save", "a tensor in bf16", host=4 * job.config.vocab_size * job.config.hidden_size)
-    if job.recipe.refine:  # a trial is solved, and then judged
+    if job.recipe.refines:  # a trial is solved, and then judged
         judged = [Part("refine", what, device=decoded), _states(job, "refine", job.measured), _larger("refine", *_pass(job))]
         solved = [Part("refine", "the largest batch of a solve", *solving(job))]
         yield from max(judged, solved, key=lambda parts: sum(part.host + part.device for part in parts))

@@ -143,7 +143,7 @@ def plan_job(
         seconds=sum(s.seconds for s in stages),
         cpu_seconds=sum(s.cpu_seconds for s in stages),
         # a trial that is under way is not broken off
-        refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refine else 0.0,
+        refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refines else 0.0,
         rates=rates,
         fits=not (lacking or refused or full),
         problems=(*lacking, *full, *refused),

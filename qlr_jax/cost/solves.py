@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from allocators.strategies import STRATEGIES
 from qlr_jax.core.batch import SMALL
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import GROUP, row_group
@@ -15,8 +16,8 @@ from qlr_jax.cost.rates import SEARCH, SHARED, Work
 
 ANCHORED = 100  # as in sensitivity.table
 ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
-CHOICES = {"allocated": 40, "rank0": 20}  # specs that a plan spreads the matrices of one shape over, about
-RANKED = {"allocated": 0.85, "uniform": 1.0, "rank0": 0.0}  # part of a plan's matrices that get factors, about
+CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks spreads the matrices of one shape over, about
+RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about
 COARSE = {"trellis": 1.0, "e8": 0.03, "scalar": 0.005}  # time of a search, over that of a trellis of 12 state bits
 # Functions that are compiled for a batch shape that is solved, small ones as parts of one, and those with factors.
 COMPILED = {"solve": 40, "factors": 33}
@@ -43,12 +44,16 @@ def _again(job: Counted) -> int:
 
 
 def plan_solves(job: Counted, name: str) -> Work:
-    """The final solves of one plan."""
-    found, bits, part = Work(), job.recipe.state_bits, RANKED[name] if job.ranked else 0.0
+    """The final solves of the allocation of one strategy."""
+    strategy = STRATEGIES[name]
+    choices, part = 1, float(strategy.ranks and job.ranked)
+    if strategy.per_matrix:
+        choices, part = CHOICES[strategy.ranks], RANKED * part
+    found, bits = Work(), job.recipe.state_bits
     for (kind, shape), count, _ in _alike(job):
         for factors, share in ((True, part), (False, 1 - part)):
-            found += _solves(job, kind, shape, bits, factors, count, CHOICES.get(name, 1)) * share
-    if name == "allocated" and bits != job.recipe.search_state_bits:
+            found += _solves(job, kind, shape, bits, factors, count, choices) * share
+    if name == job.recipe.strategy and bits != job.recipe.search_state_bits:
         found += Work(compiled=LATER * _compiled(job))
     return found
 

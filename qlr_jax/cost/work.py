@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from allocators.strategies import DEFAULT, solved_strategies
 from qlr_jax.core.ldlq import row_group
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.counted import BACKWARD, Counted
@@ -41,13 +42,14 @@ def work(job: Counted) -> dict[str, Work]:
     found["measure: spectra"] = sum((_profile(job, shape) * count for (_, shape), count in job.groups.items()), Work())
     found["measure: probes"] = probe_solves(job)
     found["measure: attribution"] = _attribution(job, body, head, soft, score)
-    found["solve"] = sum((plan_solves(job, name) for name in ("allocated", "uniform", "rank0")), Work())
-    decode = Work(passed=40 * job.weights)
-    found["judge"] = (score + decode) * 3
+    solved = dict.fromkeys(job.recipe.strategy if name == DEFAULT else name for name in solved_strategies())
+    found["solve"] = sum((plan_solves(job, name) for name in solved), Work())
+    decode, models = Work(passed=40 * job.weights), len(solved_strategies())
+    found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens
     found["evaluate"] = (
         decode + Work(products=2 * (body + head) * evaluated, passed=(2 * soft + 40 * config.vocab_size) * evaluated)
-    ) * 3
+    ) * models
     found["save"] = Work(passed=4 * (parameter_count(config) - job.weights))
     for name, times in reads(job).items():
         found[name] += Work(passed=6 * times * job.linear)
@@ -67,8 +69,8 @@ def reads(job: Counted) -> dict[str, int]:
         "measure: spectra": 1,
         "measure: probes": 1,
         "measure: attribution": passes.get(job.recipe.attribution, 0),  # up and down at two nodes, and as often for the errors
-        "solve": 3,
-        "evaluate": 3,
+        "solve": len(solved_strategies()),
+        "evaluate": len(solved_strategies()),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 import qlr_jax
+from allocators.strategies import DEFAULT
 
 CARD = "README.md"
 LIBRARIES = {"gguf": "gguf"}  # by target; transformers loads the others
@@ -122,7 +123,7 @@ def _facts(report: Mapping[str, Any], base: str | None, size: int | None) -> str
 
 def _quality(report: Mapping[str, Any]) -> str:
     """The delivered model beside the original, on held-out text; on calibration text where there is no other; else empty."""
-    mine = report.get("delivered") or "allocated"
+    mine = report.get("delivered") or DEFAULT
     perplexity, evaluation = _part(report, "perplexity"), _part(report, "evaluation")
     agreement = _part(report, "agreement").get(mine)
     rows = {

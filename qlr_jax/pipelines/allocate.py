@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import allocators
 from allocators import AllocationError, Infeasible, OptionTable
-from allocators.strategies import DEFAULT, compared, solved_strategies
+from allocators.strategies import CONTROL, DEFAULT, compared, solved_strategies
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import replace_text
 from qlr_jax.settings.constraints import Constraints as Constraints
@@ -123,7 +123,7 @@ def curves(table: OptionTable, points: int = POINTS) -> dict[str, Any]:
         "all_counted": all(row.counted for row in table.rows),
         "corners": len(allocators.frontier(table)),
         "all": _corners(table, points),
-        "rank0": _without_rank(table, points),
+        CONTROL: _without_rank(table, points),
     }
 
 

@@ -10,7 +10,7 @@ from qlr_jax.progress import duration
 from qlr_jax.report.html.adapted import adapted_rows, commands, how_line, won_sentence
 from qlr_jax.report.html.figures import certificate, predictions_line
 from qlr_jax.report.html.fit import ADVICE, fit_rows, fit_sentence
-from qlr_jax.report.html.page import HOW, LOADING, machine_line, stage_rows
+from qlr_jax.report.html.page import LOADING, machine_line, stage_rows
 from qlr_jax.report.html.sizes import size_rows, target_note
 from qlr_jax.report.html.spectra import LEADING, kind_rows, spectra_line
 from qlr_jax.report.terminal.table import delivery_note, evaluated_on
@@ -18,6 +18,7 @@ from qlr_jax.report.words import (
     MISSING,
     MODELS,
     bits,
+    delivered_key,
     is_number,
     kind_of,
     kind_order,
@@ -32,6 +33,7 @@ from qlr_jax.report.words import (
     refined_line,
     rows_of,
     short_spec,
+    strategy_of,
     times,
 )
 
@@ -43,11 +45,10 @@ def report_markdown(report: Mapping[str, Any]) -> str:
         >>> report_markdown({"model": "tiny", "bits_per_weight": 2.25}).splitlines()[0]
         '# tiny at 2.25 bits per weight'
     """
-    chosen = str(report.get("delivered") or "allocated")
     stored = [f"{bits(report.get('bits_per_weight'))} bits per weight"]
     stored += [f"whole model {bits(report['whole_model_bits_per_weight'])}"] if report.get("whole_model_bits_per_weight") else []
     stored += [f"budget {_plain(report['budget'])}"] if report.get("budget") else []
-    about = f"Compressed by qlr-jax as W ≈ Q + L R, {HOW.get(chosen, HOW['allocated'])}: {', '.join(stored)}."
+    about = f"Compressed by qlr-jax as W ≈ Q + L R, {strategy_of(report, delivered_key(report)).text}: {', '.join(stored)}."
     blocks = [f"# {_plain(model_name(report))} at {bits(report.get('bits_per_weight'))} bits per weight", about]
     sections = {
         "How much memory is saved": [

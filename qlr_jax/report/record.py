@@ -12,6 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import allocators
+from allocators.strategies import BASELINE
 from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
@@ -112,7 +113,7 @@ class Record:
             "seconds": {"total": time.perf_counter() - self.started, "stages": dict(self.seconds)},
             "peak_rss_bytes": self.peak_rss,
             "allocation": {"damage": plan.damage, "bound": plan.bound, "gap": plan.gap},
-            "uniform_spec": next(iter(self.plans["uniform"].specs.values())) if "uniform" in self.plans else None,
+            "uniform_spec": next(iter(self.plans[BASELINE].specs.values())) if BASELINE in self.plans else None,
             "frontier": self._frontier(),
             "points": {
                 name: {"bytes": p.bytes, "damage": p.damage, "bits_per_weight": p.bits_per_weight} for name, p in self.plans.items()

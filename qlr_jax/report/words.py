@@ -7,9 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
+from allocators.strategies import CONTROL, DEFAULT, STRATEGIES, Strategy, solved_strategies
 from qlr_jax.models.sites import KINDS
 
-MODELS = ("original", "allocated", "uniform", "rank0")
+MODELS = ("original", *solved_strategies())
 MISSING = "–"
 NEAR = 0.01  # KLs that differ by less are called equal: seeds alone make them differ by more
 
@@ -149,9 +150,9 @@ def rank_paid(report: Mapping[str, Any]) -> str:
     'At these bytes rank paid: KL 0.0308 against 0.0335 without, 8.1 % less (held-out).'
     """
     for name, where in (("kl", "held-out"), ("calibration_kl", "calibration text")):
-        found = [part_of(report, name).get(key) for key in ("allocated", "rank0")]
+        found = [part_of(report, name).get(key) for key in (DEFAULT, CONTROL)]
         verdict, how = rank_verdict(*found)
-        if verdict:
+        if verdict and strategy_of(report, DEFAULT).ranks:
             start = f"At these bytes rank {verdict}" if verdict == "paid" else f"Rank {verdict}"
             return f"{start}: KL {number(found[0])} against {number(found[1])} without, {how} ({where})."
     return ""
@@ -186,10 +187,33 @@ def refined_line(report: Mapping[str, Any]) -> str:
 
 
 def model_label(key: str, report: Mapping[str, Any]) -> str:
-    """How a model of the comparison is called in tables: uniform carries its spec."""
-    if key == "uniform" and report.get("uniform_spec"):
-        return f"uniform ({short_spec(report['uniform_spec'])})"
-    return "rank 0" if key == "rank0" else key
+    """How a model of the comparison is called in tables: uniform carries its spec, a strategy that was asked for says so.
+
+    >>> model_label("uniform", {"uniform_spec": "trellis-2"}), model_label("allocated", {"recipe": {"strategy": "greedy"}})
+    ('uniform (2)', 'greedy, as asked')
+    """
+    if key not in STRATEGIES:
+        return key
+    strategy = strategy_of(report, key)
+    spec = f" ({short_spec(report['uniform_spec'])})" if not strategy.per_matrix and report.get("uniform_spec") else ""
+    return f"{strategy.label}{spec}" + (", as asked" if key == DEFAULT and was_asked(report) else "")
+
+
+def strategy_of(report: Mapping[str, Any], key: str) -> Strategy:
+    """The strategy whose allocation a model of the comparison has: of the first candidate, that of the recipe."""
+    name = str(part_of(report, "recipe").get("strategy") or DEFAULT) if key == DEFAULT else key
+    return STRATEGIES.get(name, STRATEGIES[DEFAULT])
+
+
+def was_asked(report: Mapping[str, Any]) -> bool:
+    """Whether a strategy other than the default was asked for by name."""
+    return strategy_of(report, DEFAULT).name != DEFAULT
+
+
+def delivered_key(report: Mapping[str, Any]) -> str:
+    """Which model of the comparison was delivered; the first candidate where the report does not say."""
+    key = report.get("delivered")
+    return str(key) if key in STRATEGIES else DEFAULT
 
 
 def listed(value: Any) -> Any:

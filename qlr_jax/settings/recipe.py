@@ -130,6 +130,11 @@ class Recipe:
         _check_options(self.backbones, self.ranks, self.factors, target)
         _check_budget(self.budget)
 
+    @property
+    def refines(self) -> bool:
+        """Whether other allocations are measured: never where a strategy was asked for by name, which is delivered as it is."""
+        return self.refine > 0 and self.strategy == DEFAULT
+
     @classmethod
     def from_yaml(cls, source: str | Path) -> Recipe:
         """A recipe from a YAML file or text; settings that it does not name keep their defaults."""

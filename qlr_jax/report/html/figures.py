@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from allocators.strategies import STRATEGIES, solved_strategies
 from qlr_jax.models.sites import sublayer_of
 from qlr_jax.report.html.draw import WIDTH, Plane, figure, label, line, marker, pair, svg
 from qlr_jax.report.words import (
     MODELS,
+    delivered_key,
     final_error,
     is_number,
     kind_of,
@@ -23,8 +25,10 @@ from qlr_jax.report.words import (
     size,
 )
 
-MARKS = {"rank0": "triangle", "uniform": "square", "allocated": "circle"}  # in the order of drawing
-RADIUS = {"rank0": 8.5, "uniform": 6, "allocated": 4.5}  # so that one on the other is seen to be two
+_SHAPES = zip(solved_strategies(), ("circle", "square", "triangle", "diamond"), (4.5, 6, 8.5, 11), strict=False)
+_DRAWN = list(_SHAPES)[::-1]  # the first candidate last, on top
+MARKS = {name: shape for name, shape, _ in _DRAWN}
+RADIUS = {name: radius for name, _, radius in _DRAWN}  # they differ, so that one on the other is seen to be two
 
 
 def size_damage(report: Mapping[str, Any]) -> str:
@@ -96,7 +100,7 @@ def certificate(report: Mapping[str, Any]) -> list[str]:
     ]
     if is_number(bound):
         out.append(f"Predicted damage {number(damage, 4)}, lower bound {number(bound, 4)}.")
-    measured = part_of(report, "calibration_kl").get(str(report.get("delivered") or "allocated"))
+    measured = part_of(report, "calibration_kl").get(delivered_key(report))
     told = f": measured on the calibration text it is {number(measured)}" if is_number(measured) else ""
     out.append(
         f"Not proved: that the damage is what was predicted{told}. A prediction adds up a term for each matrix and is not a "
@@ -124,7 +128,8 @@ def proof_section(report: Mapping[str, Any]) -> str:
         lines = [f"<p><b>{escape(said[0])}</b></p>" if said else "", f"<p>{escape(' '.join(said[1:]))}</p>" if said[1:] else ""]
         lines.append(f"<p>{escape(told)}</p>" if told else "")
         out.append(f'<section id="certificate"><h2>What is proved</h2>{"".join(lines)}</section>')
-    damage = "Line: the least predicted damage at every size. Marks: circle allocated, square uniform, triangle rank 0."
+    marks = ", ".join(f"{MARKS[name]} {STRATEGIES[name].label}" for name in reversed(MARKS))
+    damage = f"Line: the least predicted damage at every size. Marks: {marks}."
     errors = (
         "One mark a matrix (circle attention, square MLP); on the dashed line the prediction was exact. "
         f"Final over predicted, median: {number(median_ratio(rows_of(report, 'matrices')))}."

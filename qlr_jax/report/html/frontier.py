@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from allocators.strategies import CONTROL, STRATEGIES
 from qlr_jax.report.html.draw import LETTER, Plane, apart, label, line, marker, svg, ticks
 from qlr_jax.report.html.figures import MARKS, RADIUS
 from qlr_jax.report.terminal.table import columns
@@ -25,7 +26,7 @@ def frontier_svg(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
     curves    of ``planning.curves``
     measured  of ``planning.measured_points``
     """
-    solid, dashed = (_drawable(curves, key) for key in ("all", "rank0"))
+    solid, dashed = (_drawable(curves, key) for key in ("all", CONTROL))
     points = [row for row in measured if is_number(row.get("bytes")) and is_number(row.get("kl"))]
     if not solid:
         return ""
@@ -97,7 +98,7 @@ def _point(plane: Plane, row: Mapping[str, Any], at: float) -> list[str]:
 
 def _name(row: Mapping[str, Any]) -> str:
     """What a measured model is called: its label, with kinds as people write them."""
-    return str(row.get("label") or row.get("kind")).replace("rank0", "rank 0")
+    return str(row.get("label") or row.get("kind")).replace(CONTROL, STRATEGIES[CONTROL].label)
 
 
 def frontier_text(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any]] = ()) -> str:
@@ -106,7 +107,7 @@ def frontier_text(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any
     curves    of ``planning.curves``
     measured  of ``planning.measured_points``
     """
-    corners, without = rows_of(curves, "all"), rows_of(curves, "rank0")
+    corners, without = rows_of(curves, "all"), rows_of(curves, CONTROL)
     count = min(CORNERS, len(corners))
     shown = [corners[round(at * (len(corners) - 1) / max(count - 1, 1))] for at in range(count)]
     header = ["bits a weight", "MB", "damage", "saved by a further MB"] + (["without rank"] if without else [])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from allocators.strategies import STRATEGIES, solved_strategies
 from qlr_jax.progress import duration
 from qlr_jax.report.html.adapted import adapted_section, commands, won_back
 from qlr_jax.report.html.allocation import heat_map
@@ -20,6 +21,7 @@ from qlr_jax.report.words import (
     MISSING,
     MODELS,
     bits,
+    delivered_key,
     is_number,
     listed,
     model_label,
@@ -30,14 +32,10 @@ from qlr_jax.report.words import (
     rank_paid,
     refined_line,
     size,
+    strategy_of,
     times,
 )
 
-HOW = {
-    "allocated": "rank and bits of every matrix chosen together",
-    "uniform": "one spec everywhere",
-    "rank0": "bits of every matrix chosen together, no rank",
-}
 LOADING = (
     ("JAX", "import qlr_jax as qlr\n\nmodel = qlr.load(FOLDER)\nlogits = model(tokens)  # tokens: integers, (batch, length)"),
     (
@@ -82,7 +80,7 @@ def report_html(report: Mapping[str, Any]) -> str:
 
 def _headline(report: Mapping[str, Any], name: str) -> str:
     before, after = (part_of(report, "bytes").get(key) for key in ("before", "after"))
-    chosen = str(report.get("delivered") or "allocated")
+    chosen = delivered_key(report)
     perplexity = part_of(report, "perplexity")
     original, held_out = perplexity.get("original"), part_of(report, "kl").get(chosen)
     smaller = f", {before / after:.2f} times smaller" if is_number(before) and is_number(after) and after else ""
@@ -112,7 +110,7 @@ def _headline(report: Mapping[str, Any], name: str) -> str:
     if is_number(share := won_back(report)):
         tiles.append((percent(max(share, 0.0)), "of its KL won back by adaptation"))
     cells = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(says)}</span></div>' for value, says in tiles)
-    how = HOW.get(chosen, HOW["allocated"])
+    how = strategy_of(report, chosen).text
     return (
         f'<header><h1>{escape(name)}</h1><p class="soft">Compressed by qlr-jax as W ≈ Q + L R, {how}.{escape(budget)}</p></header>'
         f'<div class="tiles">{cells}</div>'
@@ -153,9 +151,9 @@ def _quality(report: Mapping[str, Any]) -> str:
     where = evaluated_on(report)
     out.append(
         f'<p class="soft">{escape(where[:1].upper() + where[1:] + ". ") if where else ""}KL is KL(original ‖ compressed) in nats a '
-        "token, mean over positions. <i>uniform</i>: one "
-        "spec everywhere, the best that fits the budget. <i>rank 0</i>: the allocation of the same budget without low-rank "
-        "terms.</p></section>"
+        "token, mean over positions. "
+        + " ".join(f"<i>{escape(s.label)}</i>: {escape(s.text)}." for s in [STRATEGIES[name] for name in solved_strategies()[1:]])
+        + "</p></section>"
     )
     return "".join(out)
 

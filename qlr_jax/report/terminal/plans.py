@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from allocators.strategies import CONTROL, DEFAULT, STRATEGIES
 from qlr_jax.report.terminal.table import columns
 from qlr_jax.report.words import MISSING, NEAR, bits, number, part_of, percent, rank_line, rank_verdict, short_spec, times
-
-BASELINES = ("filled_uniform", "uniform", "rank0", "greedy", "random")
 
 
 def plans_text(plans: Sequence[Mapping[str, Any]]) -> str:
@@ -38,14 +37,21 @@ def plans_text(plans: Sequence[Mapping[str, Any]]) -> str:
 
 def plan_text(plan: Mapping[str, Any]) -> str:
     """What a budget's allocation is compared with, where its ranks went, and whether they pay."""
-    rows = [["allocated", number(plan["damage"], 4), "", f"{plan['bytes']:,}"]]
+    mine = str(plan.get("strategy") or DEFAULT)
+    rows = [[STRATEGIES[mine].label, number(plan["damage"], 4), "", f"{plan['bytes']:,}"]]
     for name, other in part_of(plan, "baselines").items():
-        label = {"rank0": "rank 0", "filled_uniform": "filled uniform"}.get(name, name)
         spec = f" ({short_spec(other['spec'])})" if other.get("spec") else ""
-        rows.append([label + spec, number(other["damage"], 4), times(other["damage"], plan["damage"]), f"{other['bytes']:,}"])
-    for name in BASELINES:
-        if name not in part_of(plan, "baselines"):
-            rows.append([name.replace("_", " "), MISSING, "", "does not fit"])
+        rows.append(
+            [
+                STRATEGIES[name].label + spec,
+                number(other["damage"], 4),
+                times(other["damage"], plan["damage"]),
+                f"{other['bytes']:,}",
+            ]
+        )
+    for name, strategy in STRATEGIES.items():
+        if name != mine and name not in part_of(plan, "baselines"):
+            rows.append([strategy.label, MISSING, "", "does not fit"])
     lines = [columns([f"at {plan.get('budget')}", "damage", "ratio", "bytes"], rows)]
     items = {name: value for name, value in part_of(plan, "items").items() if value}
     if len(items) > 1:
@@ -71,12 +77,14 @@ def did_rank_pay(plan: Mapping[str, Any]) -> str:
     >>> did_rank_pay({"damage": 0.0227, "baselines": {"rank0": {"damage": 0.0234}}})
     'did rank pay? yes: predicted damage 0.02270 against 0.02340 without at the same bytes, 3.0 % less'
     """
-    without = part_of(plan, "baselines", "rank0").get("damage")
-    verdict, how = rank_verdict(plan.get("damage"), without)
+    damages = {name: row.get("damage") for name, row in part_of(plan, "baselines").items()}
+    damages[mine := str(plan.get("strategy") or DEFAULT)] = plan.get("damage")
+    damage, without = damages.get(mine if STRATEGIES[mine].ranks else DEFAULT), damages.get(CONTROL)
+    verdict, how = rank_verdict(damage, without)
     if not verdict:
         return "did rank pay? not known: nothing without rank fits, or nothing is damaged"
     answer = {"paid": "yes", "made no difference": f"it makes no difference (within {100 * NEAR:g} %)"}.get(verdict, "no")
-    damages = f"predicted damage {number(plan['damage'], 4)} against {number(without, 4)} without"
+    damages = f"predicted damage {number(damage, 4)} against {number(without, 4)} without"
     return f"did rank pay? {answer}: {damages} at the same bytes, {how}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from allocators.strategies import BASELINE, DEFAULT, solved_strategies
 from qlr_jax.progress import duration
 from qlr_jax.report.words import (
     MISSING,
@@ -22,7 +23,9 @@ from qlr_jax.report.words import (
     refined_line,
     rows_of,
     size,
+    strategy_of,
     times,
+    was_asked,
 )
 
 
@@ -95,9 +98,14 @@ def comparison(report: Mapping[str, Any]) -> str:
 
 
 def delivery_note(report: Mapping[str, Any]) -> str:
-    """A sentence where another model than the allocated one was delivered, else empty."""
-    key = report.get("delivered")
-    if key not in ("uniform", "rank0"):
+    """A sentence where a strategy was asked for, or another model than the allocated one was delivered; else empty."""
+    key, kl = report.get("delivered"), part_of(report, "calibration_kl")
+    if key == DEFAULT and was_asked(report):
+        strategy, found = strategy_of(report, key), [kl.get(name) for name in (DEFAULT, BASELINE)]
+        above = all(map(is_number, found)) and found[0] > found[1]
+        more = f"; its KL on the calibration text is above that of {model_label(BASELINE, report)}" if above else ""
+        return f"Delivered as asked for: {strategy.label}, {strategy.text}{more}."
+    if key not in solved_strategies() or key == DEFAULT:
         return ""
     name = model_label(key, report)
     return f"The allocation's KL on the calibration text was above that of {name}, so {name} is what was delivered."
