@@ -40,15 +40,8 @@ def plan_text(plan: Mapping[str, Any]) -> str:
     mine = str(plan.get("strategy") or DEFAULT)
     rows = [[STRATEGIES[mine].label, number(plan["damage"], 4), "", f"{plan['bytes']:,}"]]
     for name, other in part_of(plan, "baselines").items():
-        spec = f" ({short_spec(other['spec'])})" if other.get("spec") else ""
-        rows.append(
-            [
-                STRATEGIES[name].label + spec,
-                number(other["damage"], 4),
-                times(other["damage"], plan["damage"]),
-                f"{other['bytes']:,}",
-            ]
-        )
+        label = STRATEGIES[name].label + (f" ({short_spec(other['spec'])})" if other.get("spec") else "")
+        rows.append([label, number(other["damage"], 4), times(other["damage"], plan["damage"]), f"{other['bytes']:,}"])
     for name, strategy in STRATEGIES.items():
         if name != mine and name not in part_of(plan, "baselines"):
             rows.append([strategy.label, MISSING, "", "does not fit"])
