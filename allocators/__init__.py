@@ -1,8 +1,7 @@
 """Which option each matrix gets under a memory budget, from numbers alone: numpy, no JAX, no model, no files.
 
-A table (``OptionTable``) and a limit (``Budget``) go in; ``allocate`` returns the exact best with its proof, ``compared`` with its
-baselines beside it, ``frontier`` the curve of all limits, ``allocate_jointly`` the best where damages interact, and ``refine``
-improves any of them by a few measurements of the true loss.
+A table (`OptionTable`) and a limit (`Budget`) go in. `allocate` returns the exact best with its proof, `frontier` the curve of all
+limits, `compared` any of the STRATEGIES with the others beside it, and `refine` improves one by a few measurements of the true loss.
 """
 
 from allocators.allocation import Allocation, Status, from_specs
@@ -11,8 +10,6 @@ from allocators.budget import Budget, Problem, format_size, parse_size
 from allocators.errors import AllocationError, Infeasible
 from allocators.exact.knapsack import allocate
 from allocators.frontier import Frontier, frontier
-from allocators.interactions import Interactions, Pairwise, Saturating
-from allocators.joint import allocate_jointly
 from allocators.options import ModelFacts, Option, Row, Tie, backbone
 from allocators.prune import Dropped, Pruned, prune
 from allocators.refinement.trials import Refined, Trial, refine
@@ -37,23 +34,19 @@ __all__ = [
     "Dropped",
     "Frontier",
     "Infeasible",
-    "Interactions",
     "ModelFacts",
     "Option",
     "OptionTable",
-    "Pairwise",
     "Problem",
     "Pruned",
     "Refined",
     "Role",
     "Row",
-    "Saturating",
     "Status",
     "Strategy",
     "Tie",
     "Trial",
     "allocate",
-    "allocate_jointly",
     "backbone",
     "baselines",
     "compared",

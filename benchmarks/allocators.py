@@ -23,7 +23,8 @@ from scipy import sparse
 from scipy.optimize import LinearConstraint, milp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from allocators import Budget, Option, OptionTable, Pairwise, Row, allocate, allocate_jointly, baselines, frontier
+from allocators import Budget, Option, OptionTable, Row, allocate, baselines, frontier
+from benchmarks.interactions import Pairwise, allocate_jointly
 from qlr_jax.models.sites import KINDS
 
 COARSE = (np.arange(24, 69, 4) / 16, [(0, 16, 16), *((rank, bits, bits) for rank in (8, 16, 32, 64) for bits in (4, 8))])

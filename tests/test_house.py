@@ -44,7 +44,6 @@ LONG_MODULES = {"qlr_jax.core.alternation", "qlr_jax.formats.qlr.kernels"}
 LONG_FUNCTIONS = {
     "_job",
     "adapt",
-    "allocate_jointly",
     "compress",
     "export_compressed_tensors",
     "fit_factors",

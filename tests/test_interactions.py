@@ -1,7 +1,10 @@
 """Joint damage: its models, and the allocation of least joint damage against brute force."""
 
+import doctest
 import itertools
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,16 +13,16 @@ from allocators import (
     AllocationError,
     Option,
     OptionTable,
-    Pairwise,
     Row,
-    Saturating,
     Status,
     Tie,
     allocate,
-    allocate_jointly,
     from_specs,
 )
-from allocators.pairwise import Problem, bounds
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.interactions import Pairwise, Saturating, allocate_jointly, joint, models
+from benchmarks.interactions.pairwise import JointProblem, bounds
 
 TIES = {
     "free": (),
@@ -96,7 +99,7 @@ def test_every_bound_holds(seed, kind):
     table = draw_table(seed, "free")
     pairs = Pairwise(tuple(table.index), draw_correlation(seed + 50, kind))
     limit = (table.least_bytes + table.most_bytes) // 2
-    best, problem = least(table, limit, pairs), Problem.of(table, pairs, limit, np.inf)
+    best, problem = least(table, limit, pairs), JointProblem.of(table, pairs, limit, np.inf)
     draw = np.random.default_rng(seed)
     for _ in range(4):
         picks = np.array([draw.integers(len(row.options)) for row in table.rows])
@@ -192,3 +195,7 @@ def test_errors_name_the_value(make, words):
     options = (Option("int-2", 4, -1.0), Option("int-3", 3, 1.0))
     with pytest.raises(AllocationError, match=re.escape(words)):
         make(OptionTable((Row("a", 64, options), Row("b", 64, options))))
+
+
+def test_the_examples_run():
+    assert all(doctest.testmod(module).failed == 0 for module in (joint, models))

@@ -10,9 +10,9 @@ import numpy as np
 from allocators.allocation import Allocation, Status, check_limit, from_picks
 from allocators.errors import AllocationError
 from allocators.exact.knapsack import allocate
-from allocators.interactions import Interactions, Pairwise, Saturating
-from allocators.pairwise import Problem, bounds
 from allocators.table import OptionTable
+from benchmarks.interactions.models import Interactions, Pairwise, Saturating
+from benchmarks.interactions.pairwise import JointProblem, bounds
 
 STARTS = 3  # allocations met on the way to the bound that are improved
 
@@ -59,7 +59,7 @@ def allocate_jointly(
         )
     limit = check_limit(table, limit)
     first = allocate(table, limit, gap=gap, seconds=seconds)
-    problem = Problem.of(table, interactions, limit, start + seconds)
+    problem = JointProblem.of(table, interactions, limit, start + seconds)
     picks = np.array([row.options.index(row.option(first.specs[row.name])) for row in table.rows])
     if not problem.others.any():
         return replace(first, method="pairwise", seconds=time.perf_counter() - start)

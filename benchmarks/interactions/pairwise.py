@@ -10,9 +10,9 @@ import numpy as np
 
 from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import CELLS, Solved, solve
-from allocators.interactions import Pairwise
 from allocators.refinement.moves import moves, promising
 from allocators.table import OptionTable
+from benchmarks.interactions.models import Pairwise
 
 ROUNDS = 12  # tangents tried for the bound
 LINEARISATIONS = 4  # in a row
@@ -20,7 +20,7 @@ STEPS = 500  # moves and swaps of one descent
 
 
 @dataclass(frozen=True)
-class Problem:
+class JointProblem:
     """A table with pairwise damage, made ready.
 
     rho     ρ over the table's rows
@@ -40,7 +40,7 @@ class Problem:
     end: float
 
     @classmethod
-    def of(cls, table: OptionTable, interactions: Pairwise, limit: int, end: float) -> Problem:
+    def of(cls, table: OptionTable, interactions: Pairwise, limit: int, end: float) -> JointProblem:
         rho = interactions.matrix(table)
         others = rho - np.eye(len(rho))
         least, *_, most = np.linalg.eigvalsh(rho) if len(rho) > 1 else np.ones(2)
@@ -130,7 +130,7 @@ class Problem:
         return found.apply(self.blocks, picks, *chosen)
 
 
-def bounds(problem: Problem, picks: np.ndarray) -> tuple[float, list[np.ndarray]]:
+def bounds(problem: JointProblem, picks: np.ndarray) -> tuple[float, list[np.ndarray]]:
     """The best proved lower bound on the joint damage within the limit, and the allocations that were met on the way.
 
     Every bound is a sum of one function a row, which the exact allocation minimises. With a = √d ≥ 0 and any reference r ≥ 0:
