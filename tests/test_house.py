@@ -40,7 +40,7 @@ ROOMS = (
 
 # What does not hold yet: room -> room, names of modules, of functions, settings of JAX. Only take away from these.
 UPWARD = {"qlr_jax.cost -> qlr_jax.pipelines", "qlr_jax.report -> qlr_jax.pipelines"}
-LONG_MODULES = {"qlr_jax.core.alternation", "qlr_jax.formats.qlr.kernels"}
+LONG_MODULES = {"qlr_jax.core.alternation"}
 LONG_FUNCTIONS = {
     "_job",
     "adapt",
@@ -56,7 +56,6 @@ LONG_FUNCTIONS = {
     "sensitivity",
     "solve_many",
     "trainer",
-    "trellis_band",
 }
 CONFIG_AT_IMPORT = {"jax_cpu_enable_async_dispatch"}
 

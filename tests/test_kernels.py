@@ -21,11 +21,11 @@ from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 from qlr_jax.formats.qlr import torch_runtime  # noqa: E402
 
 CASES = [  # spec, shape, tokens, rotation block, state bits
-    ("trellis-2", (64, 40), 1, 0, 12),  # walks of 64 rows; the last ones half empty
+    ("trellis-2", (64, 40), 1, 0, 12),  # sequences of 64 rows; the last ones half empty
     ("trellis-2", (41, 64), 2, 0, 16),
     ("trellis-1", (32, 96), 1, 32, 6),
     ("trellis-1.5", (40, 44), 2, 0, 12),
-    ("trellis-2.0625", (40, 44), 1, 0, 12),  # groups begin at any bit
+    ("trellis-2.0625", (40, 44), 1, 0, 12),  # windows begin at any bit
     ("trellis-3", (40, 44), 1, 0, 16),
     ("trellis-3.3125", (16, 44), 8, 0, 16),  # eight weights a window, with shifts that differ from place to place
     ("trellis-4", (16, 96), 1, 32, 16),
@@ -67,11 +67,10 @@ def relative(y, wanted):
 @torch.no_grad()
 def interpret():
     """The results of everything that needs the interpreter."""
-    from qlr_jax.formats.qlr import kernels
-    from qlr_jax.formats.qlr.kernels import Kernel
+    from qlr_jax.formats.qlr.kernels import Kernel, plan
 
     # several steps a program, several programs a row
-    kernels.WALKS, kernels.ROWS, kernels.UNITS, kernels.COLUMNS, kernels.PROGRAMS = 8, 64, 4, 64, 3
+    plan.SEQUENCES, plan.ROWS, plan.UNITS, plan.COLUMNS, plan.PROGRAMS = 8, 64, 4, 64, 3
     torch.manual_seed(0)
     found = {}
     for name, (spec, shape, tokens, block, state_bits) in zip(IDS, CASES, strict=True):
@@ -168,7 +167,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
     if not Path(knobs.nvidia.ptxas.path).is_file():
         pytest.skip("this Triton has no ptxas")
     sizes = in_its_own_process("compile_for_gpu", TRITON_CACHE_DIR=str(tmp_path))
-    assert set(sizes) == {"turn", "products", "finish"} and min(sizes.values()) > 1000
+    assert set(sizes) == {"apply_factor", "products", "finish"} and min(sizes.values()) > 1000
 
 
 def test_refusals(monkeypatch):
