@@ -148,7 +148,9 @@ def solve_cell(shape: tuple[int, int, int], outputs: bool, count: int, state_bit
         return call
 
     devices._spread = watched
-    solver.mesh_for = lambda b, m, _: devices._mesh(*devices.shares(b, m, count))  # a mesh for one device too: the same programs
+    solver.matrix_placement = lambda b, m, _: devices.Placement(
+        devices._mesh(*devices.shares(b, m, count))
+    )  # a mesh for one device too: the same programs
     run()
     layout = "{} × {}".format(*devices.shares(b, m, count))
     work = {"operations": sum(p["operations"] for p in programs), "bytes": max(p["bytes"] for p in programs)}

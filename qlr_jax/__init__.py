@@ -17,8 +17,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Spec": "qlr_jax.core.spec",
     "QLRMatrix": "qlr_jax.core.matrix",
-    "Solution": "qlr_jax.core.solver",
-    "Verdict": "qlr_jax.core.solver",
+    "Solution": "qlr_jax.core.solution",
+    "Verdict": "qlr_jax.core.solution",
     "correct": "qlr_jax.core.reconstruction",
     "solve": "qlr_jax.core.solver",
     "Recipe": "qlr_jax.settings.recipe",

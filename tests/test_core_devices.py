@@ -100,7 +100,7 @@ print(json.dumps(found))
 WORK = """
 sys.path.insert(0, "benchmarks")
 from scaling import operations
-real = devices._spread
+real = devices._sharded
 
 def work(shape, spec, count):
     total = []
@@ -110,8 +110,8 @@ def work(shape, spec, count):
             total.append(operations(jax.make_jaxpr(made)(*leaves).jaxpr))
             return made(*leaves)
         return call
-    devices._spread = watched
-    solver.mesh_for = lambda *_: devices._mesh(*devices.shares(shape[0], shape[1], count))
+    devices._sharded = watched
+    solver.matrix_placement = lambda *_: devices.Placement(devices._mesh(*devices.shares(shape[0], shape[1], count)))
     weights = np.random.default_rng(1).standard_normal(shape, np.float32)
     solve_batch(weights, hessian(shape[2], 0)[None], spec, config=config)
     return sum(total)
@@ -209,6 +209,6 @@ def test_shares():
 
 
 def test_one_device_has_no_mesh():
-    assert devices.mesh_for(8, 4096, 1) is None
+    assert devices.matrix_placement(8, 4096, 1) is devices.HERE
     with pytest.raises(QLRError, match="devices=0"):
-        devices.mesh_for(8, 4096, 0)
+        devices.matrix_placement(8, 4096, 0)

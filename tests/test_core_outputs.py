@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 import qlr_jax as qlr
-from qlr_jax.core.alternation import Problem, init, step
+from qlr_jax.core.alternation import init, step
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import feedback, ldlq, ldlq_rows, row_group
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import quadratic
+from qlr_jax.core.problem import MatrixProblem
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
@@ -106,7 +107,7 @@ def test_a_race_goes_on_with_the_better_start(case):
     spec, config = Spec.parse("trellis-2+r8@trellis-4"), SolverConfig(state_bits=6, iterations=1)
     metric = Metric.make(h[None].astype(np.float32), 0, config, True)
     output = Metric.make(g[None].astype(np.float32), 0, config, True, 1)
-    problem = Problem.make(w[None].astype(np.float32), metric, output, spec, 0, config)
+    problem = MatrixProblem.make(w[None].astype(np.float32), metric, output, spec, 0, config)
     alone = [float(step(problem, init(problem, start)).best_error[0]) for start in ("weight", "backbone")]
     raced = qlr.solve(w, h, spec, output_hessian=g, state_bits=6, iterations=1)
     assert raced.stats["felt_error"] == pytest.approx(min(alone), rel=1e-3)

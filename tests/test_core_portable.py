@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax import export
 
-from qlr_jax.core import alternation, low_rank, metric, objective
+from qlr_jax.core import backbone, low_rank, metric, objective, problem
 from qlr_jax.core.factors import fit_factors
 from qlr_jax.core.ldlq import column_block, echo
 from qlr_jax.core.matrix import Layout, QLRMatrix
@@ -43,7 +43,7 @@ def data(quantizer):
 def test_backbone_lowers(name):
     quantizer = parse_quantizer(name, state_bits=BITS)
     text = lowered(
-        alternation._round_backbone, WEIGHT, WEIGHT, HESSIAN, array(B), HESSIAN, array(1), data(quantizer),
+        backbone.round_backbone, WEIGHT, WEIGHT, HESSIAN, array(B), HESSIAN, array(1), data(quantizer),
         static=quantizer.static(), refit=True,
     )  # fmt: skip
     assert "f64" not in text  # float32 is enough, and TPUs have no more
@@ -64,8 +64,8 @@ def test_factors_lower(names):
 @pytest.mark.parametrize("function, arguments, static", [
     (metric.ldl, (HESSIAN, 0.01), {"width": 16}),
     (metric._turn, (HESSIAN, array(N)), {"block": N}),
-    (alternation._rotated, (WEIGHT, array(M), array(N)), {"blocks": (M, N)}),
-    (alternation.downdated, (HESSIAN, array(B, K, N), 0.9), {}),
+    (problem._rotated, (WEIGHT, array(M), array(N)), {"blocks": (M, N)}),
+    (backbone.downdated, (HESSIAN, array(B, K, N), 0.9), {}),
     (echo, (HESSIAN,), {}),
     (low_rank.top_subspace, (WEIGHT, HESSIAN, BASIS, 3), {}),
     (objective.relative_error, (WEIGHT, WEIGHT, HESSIAN), {}),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, states_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.student import PRODUCTS, Student, Values, forward, teaching
 from qlr_jax.calibration import evenly
+from qlr_jax.core.sharding import batch_placement
 from qlr_jax.core.typing import Array, Bool, Float
-from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 
 KINDS: Mapping[str, str] = {  # what of a matrix or norm belongs to what `train` names
@@ -83,19 +81,6 @@ def split(values: Values, trained: set[tuple[str, str]]) -> tuple[Values, Values
 def joined(a: Values, b: Values) -> Values:
     """Both trees as one."""
     return {name: {**a.get(name, {}), **b.get(name, {})} for name in {**a, **b}}
-
-
-def mesh_of(batch: int, devices: int | None) -> Mesh:
-    """A mesh of local devices along which a batch is divided.
-
-    Raises:
-        QLRError: more devices than there are, or a number that does not divide the batch.
-    """
-    local = jax.local_devices()
-    count = devices or math.gcd(batch, len(local))
-    if count > len(local) or batch % count:
-        raise QLRError(f"devices {count} cannot share a batch of {batch} here; pass a divisor of it, at most {len(local)}")
-    return Mesh(np.asarray(local[:count]), ("data",), axis_types=(AxisType.Auto,))
 
 
 def rates(config: AdaptConfig, trained: Values, names: set[tuple[str, str]], step: int, steps: int) -> Values:
@@ -232,11 +217,10 @@ def trainer(
     Args:
         metrics: G (n, n) of the hidden state that leaves each block, where states are compared with a teacher's at hand.
     """
-    mesh, product = mesh_of(config.batch, config.devices), PRODUCTS[config.compute]
+    placement, product = batch_placement(config.batch, config.devices), PRODUCTS[config.compute]
     adam = optax.chain(optax.clip_by_global_norm(config.clip), optax.scale_by_adam(b1=0.9, b2=0.99))
-    everywhere, divided = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(None, "data"))
     resident = text.teacher if isinstance(text.teacher, Llama) else None
-    frame, resident, metrics = jax.device_put((frame, resident, tuple(metrics)), everywhere)
+    frame, resident, metrics = placement.replicate((frame, resident, tuple(metrics)))
     seen = seen_tokens(text, frame.config.vocab_size)[:, None]
 
     def losses(
@@ -281,7 +265,7 @@ def trainer(
 
     def step(trained: Values, fixed: Values, state: Any, rates: Values, index: np.ndarray) -> tuple[Values, Any, float]:
         shape = (config.accumulate, config.batch)
-        parts = jax.device_put(tuple(a.reshape(*shape, *a.shape[1:]) for a in text.batch(index)), divided)
+        parts = placement.shard(tuple(a.reshape(*shape, *a.shape[1:]) for a in text.batch(index)), axis=1)
         trained, state, value = update(trained, fixed, state, rates, frame, resident, metrics, parts)
         return trained, state, float(value)
 
@@ -291,6 +275,6 @@ def trainer(
     def init(values: Values) -> tuple[Values, Values, Any]:
         trained, fixed = split(values, names)
         # placed as the step returns them, or the second step would be compiled anew
-        return jax.device_put((trained, fixed, adam.init(trained)), everywhere)
+        return placement.replicate((trained, fixed, adam.init(trained)))
 
     return Trainer(init, step, judge)

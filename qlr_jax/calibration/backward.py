@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from qlr_jax.calibration.placement import HERE, Placement
+from qlr_jax.core.sharding import HERE, Placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Block, Llama
 
@@ -48,21 +48,21 @@ def backward(
     Raises:
         QLRError: no room for the temporary file.
     """
-    layers, rope = model.config.num_hidden_layers, placed.copied(model.rope(batches[0].shape[1]))
+    layers, rope = model.config.num_hidden_layers, placed.replicate(model.rope(batches[0].shape[1]))
     x = np.asarray(model.embed(jnp.asarray(batches[0])))
     with _room((layers - first + 1, len(batches)), x.shape, x.dtype) as states:  # at [i − first]: what enters block i
         for j, tokens in enumerate(batches):
             states[0, j] = np.asarray(model.embed(jnp.asarray(tokens)))
         for i in range(layers):
-            block, at, to = placed.copied(model.block(i)), max(i - first, 0), max(i + 1 - first, 0)
+            block, at, to = placed.replicate(model.block(i)), max(i - first, 0), max(i + 1 - first, 0)
             for j in range(len(batches)):
-                states[to, j] = mended(i, j, np.asarray(forward(i, block, placed.spread(states[at, j]), rope)))
+                states[to, j] = mended(i, j, np.asarray(forward(i, block, placed.shard(states[at, j]), rope)))
         for j in range(len(batches)):
-            states[layers - first, j] = np.asarray(head_gradient(j, placed.spread(states[layers - first, j])))
+            states[layers - first, j] = np.asarray(head_gradient(j, placed.shard(states[layers - first, j])))
         for i in reversed(range(first, layers)):
-            block, at = placed.copied(model.block(i)), i - first
+            block, at = placed.replicate(model.block(i)), i - first
             for j in range(len(batches)):
-                pulled, found = pull_back(i, j, block, placed.spread(states[at, j]), rope, placed.spread(states[at + 1, j]))
+                pulled, found = pull_back(i, j, block, placed.shard(states[at, j]), rope, placed.shard(states[at + 1, j]))
                 states[at, j] = np.asarray(pulled)
                 yield i, j, found
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from qlr_jax.calibration.backward import backward
 from qlr_jax.calibration.finite import Found, Tally, finite_on_host, finite_rows, without
-from qlr_jax.calibration.placement import placement
+from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import HIGHEST, Block, Llama, Top
@@ -98,7 +98,7 @@ def squared_gradients(
         return np.concatenate([rows[:, 1:], np.full((len(rows), 1), NOTHING, np.int32)], axis=1)
 
     run = _Pass(model, tokens, batch, devices, following)
-    probes = dict.fromkeys(BY_PATH, run.placed.spread(jnp.zeros((run.batch, tokens.shape[1]))))
+    probes = dict.fromkeys(BY_PATH, run.placed.shard(jnp.zeros((run.batch, tokens.shape[1]))))
     for i, j, found in run.watched(dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
         start, live = run.starts[j], run.live[j]
         for name, value in found.items():
@@ -156,12 +156,12 @@ def output_hessians(
     key = jax.random.key(seed)
 
     def drawn(j: int, top: Top, x: Array) -> np.ndarray:
-        return np.array(_drawn(top, x, key, run.placed.spread(run.starts[j] + np.arange(run.batch))))
+        return np.array(_drawn(top, x, key, run.placed.shard(run.starts[j] + np.arange(run.batch))))
 
     run = _Pass(model, tokens, batch, devices, drawn)
     sizes = {shape_of(model.config, name)[0] for name in wanted}
-    each = run.placed.spread(jnp.zeros(run.batch))
-    zeros = {m: (run.placed.copied(jnp.zeros((m, m))), each) for m in sizes}  # one of each size serves all blocks
+    each = run.placed.shard(jnp.zeros(run.batch))
+    zeros = {m: (run.placed.replicate(jnp.zeros((m, m))), each) for m in sizes}  # one of each size serves all blocks
     layers: dict[int, dict[str, Any]] = {}
     for name in wanted:
         i = layer_of(name)
@@ -217,7 +217,7 @@ class _Pass:
         labels: Callable[[int, Top, Array], np.ndarray],
     ):
         self._model, self._labels = model, labels
-        self.tally, self.placed = Tally(len(tokens)), placement(len(tokens), devices)
+        self.tally, self.placed = Tally(len(tokens)), sequence_placement(len(tokens), devices)
         self.batch = -(-min(batch, len(tokens)) // self.placed.count) * self.placed.count
         self.starts = range(0, len(tokens), self.batch)
         self.batches = [
@@ -235,12 +235,12 @@ class _Pass:
 
     def watched(self, probes: dict[int, dict[str, Any]], watch: str) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """From the last block to the first of those in `probes`: (layer, batch, what its probes received)."""
-        top = self.placed.copied(self._model.top())
+        top = self.placed.replicate(self._model.top())
 
         def head_gradient(j: int, x: Array) -> np.ndarray:
             labels = np.array(self._labels(j, top, x))
             labels[self.live[j] :], labels[self.lost[j]] = NOTHING, NOTHING
-            gradient, finite = _head_gradient(top, x, self.placed.spread(labels))
+            gradient, finite = _head_gradient(top, x, self.placed.shard(labels))
             self._lose(j, ~np.asarray(finite), "the gradients that the head hands down")
             if self.is_last(j):
                 self.tally.check()
@@ -285,7 +285,7 @@ class _Pass:
 
     def _kept(self, j: int, x: Array) -> Array:
         """x (batch, ...) with zeros in the place of what is left out, so that nothing comes of it."""
-        return self.placed.spread(without(self.lost[j], np.asarray(x))) if self.lost[j].any() else x
+        return self.placed.shard(without(self.lost[j], np.asarray(x))) if self.lost[j].any() else x
 
 
 @jax.jit

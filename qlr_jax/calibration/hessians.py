@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qlr_jax.calibration.finite import Found, Tally, finite_rows, without
-from qlr_jax.calibration.placement import placement
+from qlr_jax.core.sharding import Placement, sequence_placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import input_names, input_of, linear_names
@@ -75,24 +75,24 @@ def hessians(
         for name, given in weights.items()
     }
     # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-    tally, (spread, copied, count) = Tally(len(tokens)), placement(len(tokens), devices)
-    batch = -(-min(batch, len(tokens)) // count) * count
+    tally, placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
+    batch = -(-min(batch, len(tokens)) // placement.count) * placement.count
     fill = -len(tokens) % batch
     tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
     alike = {}
     w = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in w.items()}
     rope, starts = model.rope(tokens.shape[1]), range(0, len(tokens), batch)
-    embedding, rope = copied(model.model.embed_tokens), copied(rope)
-    states = [np.asarray(_embed(embedding, spread(tokens[s : s + batch]))) for s in starts]
+    embedding, rope = placement.replicate(model.model.embed_tokens), placement.replicate(rope)
+    states = [np.asarray(_embed(embedding, placement.shard(tokens[s : s + batch]))) for s in starts]
     out: dict[str, np.ndarray] = {}
     for i in range(model.config.num_hidden_layers):
-        block = copied(model.block(i))
+        block = placement.replicate(model.block(i))
         prefix = f"model.layers.{i}."
         # Names are local to the block from here on, so that every block has one structure.
         here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
         sums: dict[str, Array] = {}
         for j, s in enumerate(starts):
-            y, found, finite = _advance(block, spread(states[j]), rope, _of_block(here, w, prefix, s, batch, spread))
+            y, found, finite = _advance(block, placement.shard(states[j]), rope, _of_block(here, w, prefix, s, batch, placement))
             bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
             if any(rows.any() for rows in bad.values()):
                 for name in INPUTS:  # in the order in which the forward pass meets them
@@ -101,7 +101,7 @@ def hessians(
                 states[j] = without(lost, states[j])
                 for share in w.values():
                     share[s : s + batch][lost] = 0
-                y, found, _ = _advance(block, spread(states[j]), rope, _of_block(here, w, prefix, s, batch, spread))
+                y, found, _ = _advance(block, placement.shard(states[j]), rope, _of_block(here, w, prefix, s, batch, placement))
             states[j] = np.asarray(y)
             sums = {name: sums[name] + h if sums else h for name, h in found.items()}
         tally.check()
@@ -122,12 +122,12 @@ def hessians(
 
 
 def _of_block(
-    here: Mapping[str, str], w: Mapping[str, np.ndarray], prefix: str, start: int, batch: int, spread: Callable[[Any], Any]
+    here: Mapping[str, str], w: Mapping[str, np.ndarray], prefix: str, start: int, batch: int, placement: Placement
 ) -> dict[str, dict[str, Array]]:
     """What `_advance` takes as shares, of one batch in one block."""
     found: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
     for name, x in here.items():
-        found[x][name] = spread(w[prefix + name][start : start + batch])
+        found[x][name] = placement.shard(w[prefix + name][start : start + batch])
     return found
 
 

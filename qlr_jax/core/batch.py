@@ -13,7 +13,8 @@ from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.reconstruction import alone, joined
 from qlr_jax.core.sharding import available
-from qlr_jax.core.solver import Solution, solve_batch
+from qlr_jax.core.solution import Solution
+from qlr_jax.core.solver import solve_batch
 from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)

@@ -16,6 +16,7 @@ from qlr_jax.core.low_rank import refit_left, refit_right, top_subspace
 from qlr_jax.core.objective import quadratic
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import QParams, Traced
+from qlr_jax.core.sharding import sharded
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
@@ -47,6 +48,7 @@ def no_factors(count: int) -> Factors:
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 
+@partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("statics", "inner", "plain", "one_scale"))
 def fit_factors(
     weight: Array,

@@ -10,7 +10,7 @@ from jax.scipy.linalg import solve_triangular
 
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import QParams, Traced
-from qlr_jax.core.sharding import by_rows
+from qlr_jax.core.sharding import by_rows, sharded
 from qlr_jax.core.typing import Array, Float
 
 EXACT = 256
@@ -52,6 +52,7 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
     return jnp.where(index[:, None] > index[None, :], factor, 0.0), trace
 
 
+@partial(sharded, factors=True)
 @jax.jit
 def echo(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
     """φ = ‖I − (I + F)⁻¹‖² / n: how much of the rounding noise the feedback adds to what is rounded.
@@ -150,7 +151,7 @@ def row_group(rows: int, height: int) -> int:
     return next((g for g in range(height, rows, height) if rows % g == 0 and g >= least), rows)
 
 
-@partial(jax.jit, static_argnames=("static", "shares"))
+@partial(jax.jit, static_argnames=("static",))
 def ldlq_rows(
     weight: Float[Array, "b m n"],
     factor: Float[Array, "*b n n"],
@@ -158,7 +159,6 @@ def ldlq_rows(
     qparams: QParams,
     traced: Traced,
     static: Quantizer,
-    shares: int = 1,
 ) -> tuple[Float[Array, "b m n"], Array]:
     """`ldlq` with feedback among the rows as well: for tr(G E H Eᵀ), G = (I + F_G) D_G (I + F_G)ᵀ.
 
@@ -166,13 +166,13 @@ def ldlq_rows(
     columns. Then (I + F_G)ᵀ E (I + F) = η, the rounding errors alone, and tr(G E H Eᵀ) = tr(D_G η D ηᵀ). A group of rows needs of
     those after it only the columns that it has come to, so each follows the next by one group of columns, and nearly all are
     rounded side by side. Two-sided rounding is YAQA's idea (arXiv 2505.22988, section 3); this form and its order are ours.
+    Where several devices hold the arrays, each takes its share of the groups that are under way, what is fed into them included,
+    one group of columns at a time, and gathers what the others did: one exchange between devices a step.
 
     Args:
         weight: whole tiles of the quantizer.
         factor: F, one a matrix or one for all.
         rows: F_G at `row_group` columns a block, padded to the rows of `weight`.
-        shares: devices that hold the arrays. Of the groups that are under way each takes its share, what is fed into them included,
-            one group of columns at a time, and gathers what the others did: a word between devices a step.
 
     Returns:
         as `ldlq`.
@@ -241,7 +241,7 @@ def ldlq_rows(
         local = tuple(window(g, start) for g in scales)
 
         everything = (original, felt_error, into, after, columns, within, *local)
-        missed, values, codes = by_rows(round_columns, everything, shares)
+        missed, values, codes = by_rows(round_columns, everything)
 
         def written(array: Array, part: Array) -> Array:
             kept = jnp.where(live, part, window(array, start))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import jax
@@ -13,6 +13,7 @@ from qlr_jax.core import hadamard
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import echo, feedback, pad_metric
 from qlr_jax.core.objective import damped
+from qlr_jax.core.sharding import HERE, Placement, sharded
 from qlr_jax.core.typing import Array
 
 
@@ -25,6 +26,9 @@ class Metric:
         hessian: the same in the rotated basis: what results are judged in.
         regular: the same, damped: what factors are fitted in.
         sides: signs and block of the rotation of this side; None where there is none.
+        damping: fraction of the mean diagonal that is added before H is factored.
+        placement: where `hessian` and `regular` lie.
+        source: the metric on one device, where one H serves all on several.
     """
 
     original: np.ndarray
@@ -32,6 +36,8 @@ class Metric:
     regular: Array
     sides: tuple[np.ndarray, int] | None
     damping: float
+    placement: Placement = HERE
+    source: Metric | None = field(default=None, repr=False)
     _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -58,13 +64,25 @@ class Metric:
     def root(self) -> Array:
         """C, lower triangular, with C Cᵀ = the damped H."""
         if 0 not in self._factors:
-            self._factors[0] = _cholesky(self.regular), np.zeros(0)
+            found = self.placement.place(self.source.root()) if self.source else _cholesky(self.regular)
+            self._factors[0] = found, np.zeros(0)
         return self._factors[0][0]
+
+    def placed(self, placement: Placement) -> Metric:
+        """The metric where the matrices lie: H of each is factored there; one H for all is factored once, and then copied."""
+        if placement.mesh is None:
+            return self
+        hessian, regular = placement.place(self.hessian), placement.place(self.regular)
+        source = self if len(self.original) == 1 else None  # else it would keep the room of all on one device
+        return replace(self, hessian=hessian, regular=regular, placement=placement, source=source, _factors={})
 
     def _made(self, width: int) -> tuple[Array, np.ndarray]:
         if width not in self._factors:
-            factor = ldl(self.hessian, self.damping, width)
-            self._factors[width] = factor, np.asarray(echo(factor))
+            if self.source:
+                self._factors[width] = self.placement.place(self.source.factor(width)), self.source.echo(width)
+            else:
+                factor = ldl(self.hessian, self.damping, width=width)
+                self._factors[width] = factor, np.asarray(echo(factor))
         return self._factors[width]
 
 
@@ -78,9 +96,10 @@ def _turn(hessian: Array, sign: Array, block: int) -> Array:
     return hadamard.rotate_hessian(hessian, sign, block)
 
 
-_cholesky = jax.jit(jnp.linalg.cholesky)
+_cholesky = sharded(jax.jit(jnp.linalg.cholesky), factors=True)
 
 
+@partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("width",))
 def ldl(hessian: Array, damping: float, width: int) -> Array:
     """F of the damped H, padded to whole blocks."""

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlr_jax.core.sharding import product_by_rows
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
@@ -13,8 +14,22 @@ def quadratic(
 ) -> Float[Array, "*b"]:
     """tr(E H Eᵀ), or tr(G E H Eᵀ) with the metric G of the outputs, for each matrix of a batch."""
     weighted = jnp.matmul(error, hessian, precision="highest")
-    felt = error if output is None else jnp.matmul(output, error, precision="highest")
-    return jnp.sum(weighted * felt, axis=(-2, -1))
+    output_weighted = error if output is None else jnp.matmul(output, error, precision="highest")
+    return jnp.sum(weighted * output_weighted, axis=(-2, -1))
+
+
+def quadratic_by_rows(error: Array, hessian: Array, output: Array | None = None) -> Array:
+    """`quadratic` inside a function that is `sharded`: products by rows, the sum over all rows at once, as on one device."""
+    weighted = product_by_rows(error, hessian)
+    output_weighted = error if output is None else product_by_rows(output, error)
+    return jnp.sum(weighted * output_weighted, axis=(-2, -1))
+
+
+@jax.jit
+def normalised(squared: Array, energy: Array) -> Array:
+    """√(tr(G E H Eᵀ) / tr(G W H Wᵀ)), 0 where both are 0; infinite where a factorization failed, so that it is never kept."""
+    squared = jnp.where(jnp.isnan(squared), jnp.inf, jnp.maximum(squared, 0.0))
+    return jnp.sqrt(jnp.where(squared > 0, squared / jnp.where(energy > 0, energy, 1.0), 0.0))
 
 
 @jax.jit

@@ -19,7 +19,8 @@ import numpy as np
 
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.objective import checked_hessian, checked_weight, relative_error
-from qlr_jax.core.solver import Solution, Verdict, solve
+from qlr_jax.core.solution import Solution, Verdict
+from qlr_jax.core.solver import solve
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 

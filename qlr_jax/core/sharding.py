@@ -1,9 +1,14 @@
-"""The devices of one process: matrices of a batch are shared out over them, and rows of a matrix where devices are left over.
+"""Where arrays lie, and which device computes what: the one place that knows of devices.
 
-A mesh has two axes, `matrices` and `rows`. Arrays carry where they lie, and computation follows them: what is called by way of
-`spread` runs on every device for the matrices that lie there, and no device waits for another. Where a matrix has several devices,
-each holds all of it and does the same as the others, except for what goes `by_rows`: there each does its share of the rows, and
-the shares are gathered.
+A `Placement` is a mesh of this process's devices, or none where one device does it all. Three users share it:
+
+    the solver (`matrix_placement`)       matrices of a batch shared out, and the rows of each where devices are left over
+    calibration (`sequence_placement`)    sequences of a pass through the model, each device with a copy of the block
+    adaptation (`batch_placement`)        sequences of a training batch, each device with a copy of the model
+
+Arrays carry where they lie, and computation follows them. Of the solver, a function that is `sharded` runs on every device for the
+matrices that lie there, and no device waits for another. Where a matrix has several devices, each holds all of it and does the same
+as the others, except for what goes `by_rows`: there each does its share of the rows, and the shares are gathered.
 
 A matrix that is alone on its devices comes out as on one device to the last bit, as far as a row of a product does not depend
 on how many rows the product has (on CPUs it does not). Of a batch each device has fewer matrices than one alone would, and XLA may
@@ -12,8 +17,10 @@ then sum over a matrix in another order: scales can differ in their last bit, an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import lru_cache, wraps
 from typing import Any
 
 import jax
@@ -25,12 +32,92 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
-MATRICES, ROWS = "matrices", "rows"
-LEAST_ROWS = 512  # that are worth a device of their own: eight walks of a trellis, which are searched together
+MATRICES, ROWS, SEQUENCES = "matrices", "rows", "sequences"
+LEAST_ROWS = 512  # that are worth a device of their own: eight tile rows of a trellis, which are searched together
 REPEATED = 0.1  # of a solve, about, is done on every device that a matrix has: factors, scales
 # Where factorizations go one device after another: on a CPU their kernels wait, in the thread pool that its devices share, for work
 # that they put into it, and once as many wait as it has threads they wait for ever (jaxlib 0.10.2, ParallelBatchMap).
 ONE_AFTER_ANOTHER = ("cpu",)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Devices, and how arrays are put on them.
+
+    Attributes:
+        mesh: its first axis shares out what there are many of, matrices or sequences; None is one device, the default one.
+
+    Example:
+        >>> HERE.count, HERE.shard(np.arange(2)).tolist()
+        (1, [0, 1])
+    """
+
+    mesh: Mesh | None = None
+
+    @property
+    def count(self) -> int:
+        """Devices along the axis that is shared out."""
+        return 1 if self.mesh is None else self.mesh.shape[self.mesh.axis_names[0]]
+
+    def shard(self, tree: Any, axis: int = 0) -> Any:
+        """Arrays shared out along `axis`, whose length is a multiple of `count`."""
+        if self.mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec(*[None] * axis, self.mesh.axis_names[0])))
+
+    def replicate(self, tree: Any) -> Any:
+        """A copy of all arrays on every device."""
+        return tree if self.mesh is None else jax.device_put(tree, NamedSharding(self.mesh, PartitionSpec()))
+
+    def place(self, array: Any) -> Any:
+        """An array of one entry a matrix, (b, ...), shared out, or with b = 1 a copy on every device.
+
+        Where b is no multiple of `count`, the last entry is repeated. On one device the array stays as it is.
+        """
+        if self.mesh is None:
+            return array
+        if len(array) == 1:
+            return self.replicate(array)
+        if fill := -len(array) % self.count:
+            array = (jnp if isinstance(array, jax.Array) else np).concatenate([array, *[array[-1:]] * fill])
+        return self.shard(array)
+
+
+HERE = Placement()
+"""One device."""
+
+
+def device_kind() -> str:
+    """What the default device calls itself, for reports."""
+    return jax.devices()[0].device_kind
+
+
+def sequence_placement(sequences: int, devices: int | None = None) -> Placement:
+    """Devices for a pass of so many sequences, at most `devices` of this process's (None: all); `HERE` where one does it all.
+
+    Example:
+        >>> sequence_placement(1).count
+        1
+    """
+    used = jax.local_devices()[: min(devices or sequences, sequences)]
+    return HERE if len(used) == 1 else _line(used)
+
+
+def batch_placement(batch: int, devices: int | None = None) -> Placement:
+    """Devices along which a training batch is divided: `devices` of this process's, or as many as divide it (None).
+
+    Raises:
+        QLRError: more devices than there are, or a number that does not divide the batch.
+    """
+    local = jax.local_devices()
+    count = devices or math.gcd(batch, len(local))
+    if count > len(local) or batch % count:
+        raise QLRError(f"devices {count} cannot share a batch of {batch} here; pass a divisor of it, at most {len(local)}")
+    return _line(local[:count])
+
+
+def _line(devices: list[jax.Device]) -> Placement:
+    return Placement(Mesh(np.asarray(devices), (SEQUENCES,), axis_types=(AxisType.Auto,)))
 
 
 def shares(matrices: int, rows: int, devices: int) -> tuple[int, int]:
@@ -56,10 +143,10 @@ def available(devices: int | None = None) -> int:
     return jax.local_device_count() if devices is None else min(devices, jax.local_device_count())
 
 
-def mesh_for(matrices: int, rows: int, devices: int | None = None) -> Mesh | None:
-    """The mesh for a batch of matrices of so many rows on at most so many devices (`available`); None where one does it all."""
+def matrix_placement(matrices: int, rows: int, devices: int | None = None) -> Placement:
+    """Devices for a batch of matrices of so many rows, at most so many (`available`); `HERE` where one does it all."""
     along, each = shares(matrices, rows, available(devices))
-    return _mesh(along, each) if along * each > 1 else None
+    return Placement(_mesh(along, each)) if along * each > 1 else HERE
 
 
 @lru_cache
@@ -69,36 +156,19 @@ def _mesh(along: int, each: int) -> Mesh:
     return Mesh(chosen, (MATRICES, ROWS), axis_types=(AxisType.Auto,) * 2)
 
 
-def place(array: Any, mesh: Mesh | None) -> Any:
-    """An array of one entry a matrix, (b, ...), shared out over the mesh, or with b = 1 a copy on every device.
-
-    Where b is no multiple of the devices along the batch, the last entry is repeated. With no mesh the array stays as it is.
-    """
-    if mesh is None:
-        return array
-    count, along = len(array), mesh.shape[MATRICES]
-    if count == 1:
-        return jax.device_put(array, NamedSharding(mesh, PartitionSpec()))
-    if fill := -count % along:
-        array = (jnp if isinstance(array, jax.Array) else np).concatenate([array, *[array[-1:]] * fill])
-    return jax.device_put(array, NamedSharding(mesh, PartitionSpec(MATRICES)))
+def placement_of(array: Any) -> Placement:
+    """Where an array of matrices was placed (`matrix_placement`); `HERE` if it was not."""
+    return Placement(_mesh_of(array))
 
 
-def mesh_of(array: Any) -> Mesh | None:
-    """Where an array was placed."""
+def _mesh_of(array: Any) -> Mesh | None:
     if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
         return None
     mesh = array.sharding.mesh
     return mesh if isinstance(mesh, Mesh) and mesh.axis_names == (MATRICES, ROWS) else None
 
 
-def rows_shared(array: Any) -> int:
-    """Devices that a matrix of a placed array has: what `by_rows` takes as `count`."""
-    mesh = mesh_of(array)
-    return mesh.shape[ROWS] if mesh is not None else 1
-
-
-def spread(function: Callable[..., Any], factors: bool = False) -> Callable[..., Any]:
+def sharded(function: Callable[..., Any], *, factors: bool = False) -> Callable[..., Any]:
     """The function, run by each device for its own matrices where an argument was placed on a mesh, and as it is elsewhere.
 
     Args:
@@ -106,40 +176,44 @@ def spread(function: Callable[..., Any], factors: bool = False) -> Callable[...,
             all its results are (b, ...).
         factors: whether it factors matrices or solves with factors: on the devices of a CPU that goes one device after another.
 
+    Returns:
+        A function of the same arguments; `function` itself is its `__wrapped__`.
+
     Example:
-        >>> double = spread(jax.jit(lambda x: 2 * x))
+        >>> double = sharded(jax.jit(lambda x: 2 * x))
         >>> double(np.arange(3)).tolist()
         [0, 2, 4]
     """
 
+    @wraps(function)
     def call(*arguments: Any, **static: Any) -> Any:
         leaves, tree = jax.tree.flatten(arguments)
-        mesh = next((found for leaf in leaves if (found := mesh_of(leaf)) is not None), None)
+        mesh = next((found for leaf in leaves if (found := _mesh_of(leaf)) is not None), None)
         if mesh is None:
             return function(*arguments, **static)
-        shared = tuple(mesh_of(leaf) is not None and leaf.sharding.spec[:1] == (MATRICES,) for leaf in leaves)
-        key = function, mesh, tree, shared, tuple(sorted(static.items()))
+        split = tuple(_mesh_of(leaf) is not None and leaf.sharding.spec[:1] == (MATRICES,) for leaf in leaves)
+        key = function, mesh, tree, split, tuple(sorted(static.items()))
         if factors and mesh.devices.flat[0].platform in ONE_AFTER_ANOTHER:
             return _one_after_another(key, leaves)
-        return _spread(*key)(*leaves)
+        return _sharded(*key)(*leaves)
 
     return call
 
 
 @lru_cache(maxsize=256)
-def _spread(function: Callable[..., Any], mesh: Mesh, tree: Any, shared: tuple[bool, ...], static: tuple) -> Callable[..., Any]:
+def _sharded(function: Callable[..., Any], mesh: Mesh, tree: Any, split: tuple[bool, ...], static: tuple) -> Callable[..., Any]:
     """Compiled once for what these are."""
 
     def of_one_device(*leaves: Any) -> Any:
         return function(*jax.tree.unflatten(tree, leaves), **dict(static))
 
-    specs = tuple(PartitionSpec(MATRICES) if s else PartitionSpec() for s in shared)
+    specs = tuple(PartitionSpec(MATRICES) if s else PartitionSpec() for s in split)
     # loops begin with zeros that are the same everywhere, which is what the check would object to
     return jax.jit(jax.shard_map(of_one_device, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(MATRICES), check_vma=False))
 
 
 def _one_after_another(key: tuple, leaves: list[Any]) -> Any:
-    """What `_spread` does, each device by itself; of those that one matrix has the first, and the others get copies."""
+    """What `_sharded` does, each device by itself; of those that one matrix has the first, and the others get copies."""
     function, mesh, tree, _, static = key
     sharding, found = NamedSharding(mesh, PartitionSpec(MATRICES)), []
     for device in mesh.devices[:, 0]:
@@ -156,20 +230,20 @@ def _one_after_another(key: tuple, leaves: list[Any]) -> Any:
 
 def _part(leaf: Any, device: jax.Device) -> Any:
     """What of a leaf lies on a device; a leaf that was not placed goes anywhere."""
-    if mesh_of(leaf) is None:
+    if _mesh_of(leaf) is None:
         return leaf
     return next(shard.data for shard in leaf.addressable_shards if shard.device == device)
 
 
-def by_rows(function: Callable[..., Any], arrays: tuple[Array, ...], count: int, unit: int = 1) -> Any:
-    """`function(*arrays)`, each of the `count` devices that hold the arrays doing its share of rows: inside `spread` only.
+def by_rows(function: Callable[..., Any], arrays: tuple[Array, ...], unit: int = 1) -> Any:
+    """`function(*arrays)`, each of the devices that hold the arrays doing its share of rows; as it is where one device does.
 
     Args:
         function: treats all rows alike; its results are (b, rows / anything that divides `unit`, ...).
         arrays: (b, rows, ...), the first of them surely; (b, 1, ...) are the same for all rows.
-        count: devices; with 1 the function is called as it is.
         unit: rows that must stay together, a divisor of all rows.
     """
+    count = _devices_a_matrix()
     if count == 1:
         return function(*arrays)
     rows = arrays[0].shape[1]
@@ -188,4 +262,30 @@ def by_rows(function: Callable[..., Any], arrays: tuple[Array, ...], count: int,
     return jax.tree.map(gathered, function(*map(mine, arrays)))
 
 
-__all__ = ["available", "by_rows", "mesh_for", "mesh_of", "place", "rows_shared", "shares", "spread"]
+def _devices_a_matrix() -> int:
+    """Along the axis of rows, inside a function that is `sharded`; JAX compiles anew where that axis is another one."""
+    try:
+        return lax.axis_size(ROWS)
+    except NameError:
+        return 1
+
+
+def product_by_rows(left: Array, right: Array) -> Array:
+    """left · right for (b, m, k) and (b, k, n), the rows of `left` shared out (`by_rows`)."""
+    return by_rows(lambda rows: jnp.matmul(rows, right, precision="highest"), (left,))
+
+
+__all__ = [
+    "HERE",
+    "Placement",
+    "available",
+    "batch_placement",
+    "by_rows",
+    "device_kind",
+    "matrix_placement",
+    "placement_of",
+    "product_by_rows",
+    "sequence_placement",
+    "sharded",
+    "shares",
+]

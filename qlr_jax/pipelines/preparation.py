@@ -21,7 +21,7 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.core.reconstruction import checked_backbone
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
 from qlr_jax.formats.targets import Target, find_target

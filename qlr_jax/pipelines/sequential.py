@@ -12,7 +12,7 @@ import numpy as np
 from qlr_jax.calibration.compensated import aimed, moments
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.models import Llama, input_of, layer_of
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import Block

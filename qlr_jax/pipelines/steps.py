@@ -13,7 +13,7 @@ import allocators
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import Comparison, Reference, divergence
 from qlr_jax.models import Llama, kind_of, layer_of
 from qlr_jax.pipelines.preparation import solver_config

@@ -13,7 +13,7 @@ from typing import Any
 
 import allocators
 from allocators.strategies import BASELINE
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 
 EVERY = 5.0  # seconds between two writings while matrices are solved
 

@@ -32,7 +32,7 @@ import numpy as np
 from qlr_jax.core.batch import Problems, batches
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import LazyMap
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import refuse_occupied

@@ -33,7 +33,7 @@ from qlr_jax.core.batch import Problems, solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.matrix import Layout, QLRMatrix
-from qlr_jax.core.solver import Solution, Verdict
+from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr.packed import JOB
 

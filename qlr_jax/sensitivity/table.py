@@ -14,7 +14,7 @@ from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.core.quantizers import Nothing
-from qlr_jax.core.solver import Solution
+from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference

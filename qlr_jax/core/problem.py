@@ -1,0 +1,114 @@
+"""What one batch of solves is of: matrices of one shape and spec, in the rotated basis, with their metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlr_jax.core import hadamard
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.low_rank import bucket
+from qlr_jax.core.matrix import Layout
+from qlr_jax.core.metric import Metric
+from qlr_jax.core.objective import quadratic_by_rows
+from qlr_jax.core.quantizers import Quantizer
+from qlr_jax.core.sharding import HERE, Placement, sharded
+from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array
+
+SMALLEST_PLAIN = 2.0**-10  # root mean square of the weights, above which float16 holds the scales of integers well as they are
+
+
+@dataclass(frozen=True)
+class MatrixProblem:
+    """What does not change during the alternation, in the rotated basis and in units of `unit`: minimise tr(G E H Eᵀ).
+
+    Attributes:
+        spec: how the matrices are to be stored.
+        layout: the same, as it is recorded with each.
+        config: settings of the solver.
+        original: W as given, (b, m, n).
+        unit: (b,), the weights' sizes.
+        metric: H of the inputs.
+        output: G of the outputs; None is the identity.
+        weight: U W Vᵀ / unit, (b, m, n); on several devices filled up as `Placement.place` does.
+        energy: tr(G W H Wᵀ), (b,).
+        backbone: the quantizer of Q.
+        mask: 1 for the components that exist, of a bucket of ranks; None at rank 0.
+        placement: the devices that the matrices lie on.
+    """
+
+    spec: Spec
+    layout: Layout
+    config: SolverConfig
+    original: np.ndarray
+    unit: np.ndarray
+    metric: Metric
+    output: Metric | None
+    weight: Array
+    energy: Array
+    backbone: Quantizer
+    mask: np.ndarray | None
+    placement: Placement = HERE
+
+    @classmethod
+    def make(
+        cls,
+        weights: np.ndarray,
+        metric: Metric,
+        output: Metric | None,
+        spec: Spec,
+        seed: int,
+        config: SolverConfig,
+        placement: Placement = HERE,
+    ) -> MatrixProblem:
+        """The problem of weights (b, m, n).
+
+        Args:
+            weights: W, checked.
+            metric, output: H and G, one for all or one each, rotated by `seed` if the spec rotates.
+            spec: how to store W.
+            seed: of the rotation's signs.
+            config: settings.
+            placement: where it is solved.
+        """
+        m, n = weights.shape[1:]
+        layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
+        backbone = spec.quantizer(config.state_bits, (m, n))
+        size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
+        size = np.where(size > 0, size, 1.0)
+        if not backbone.unit_scale:
+            # A power of two leaves scales exact for formats that store no g, and 1 does in all of float16's range, where it can be.
+            power = np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
+            size = power if spec.has_scale else np.ones_like(size)
+        metric, output = metric.placed(placement), output and output.placed(placement)
+        weight = placement.place(jnp.asarray(weights / size.astype(np.float32)[:, None, None]))
+        if metric.sides is not None:
+            (u, u_block), (v, v_block) = hadamard.sides((m, n), seed, config.rotation_block)
+            weight = _rotated(weight, u, v, blocks=(u_block, v_block))
+        mask = None
+        if spec.rank:
+            columns = -(-bucket(spec.rank, min(m, n)) // 8) * 8
+            mask = (np.arange(columns) < spec.rank).astype(np.float32)
+        energy = _energy(weight, metric.hessian, output and output.hessian)
+        return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
+
+    @property
+    def output_metric(self) -> Array | None:
+        """G in the rotated basis: with H, what results are evaluated in."""
+        return self.output and self.output.hessian
+
+
+@sharded
+@partial(jax.jit, static_argnames=("blocks",))
+def _rotated(weight: Array, u: Array, v: Array, blocks: tuple[int, int]) -> Array:
+    """U W Vᵀ."""
+    weight = hadamard.rotate(weight, v, blocks[1])
+    return jnp.swapaxes(hadamard.rotate(jnp.swapaxes(weight, -1, -2), u, blocks[0]), -1, -2)
+
+
+_energy = sharded(jax.jit(quadratic_by_rows))
