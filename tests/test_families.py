@@ -353,6 +353,16 @@ def test_the_table_contradicts_neither_itself_nor_transformers():
         assert name in CONFIG_MAPPING and family.model_type == name
 
 
+def test_the_runtime_has_a_row_for_every_family():
+    from qlr_jax.formats.qlr import modeling_qlr as runtime
+    from qlr_jax.formats.qlr.packed import runtime_class
+
+    wanted = [family.architecture for family in FAMILIES.values()]
+    assert list(runtime.ARCHITECTURES) == wanted
+    for architecture, (plain, packed) in zip(wanted, runtime.PACKED.items(), strict=True):
+        assert plain.__name__ == architecture and packed is getattr(runtime, runtime_class(architecture))
+
+
 def test_missing_biases_are_missed(tmp_path):
     from safetensors.numpy import load_file, save_file
 

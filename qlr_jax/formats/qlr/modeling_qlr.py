@@ -40,9 +40,10 @@ from pathlib import Path
 from statistics import NormalDist
 
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import GemmaForCausalLM, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import LlamaForCausalLM
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers import auto as known_methods
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -797,33 +798,28 @@ class Packed:
             write_sums(Path(save_directory))
 
 
-class QLRForCausalLM(Packed, LlamaForCausalLM):
-    """LlamaForCausalLM with packed linear layers: `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`."""
+# transformers' own classes, one a family; those that its installed version does not have are left out.
+ARCHITECTURES = (
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+)
 
 
-class QLRMistralForCausalLM(Packed, MistralForCausalLM):
-    """As QLRForCausalLM."""
+def packed_class(plain: type) -> type:
+    """transformers' class with packed linear layers, under the name that auto_map has."""
+    name = "QLRForCausalLM" if plain is LlamaForCausalLM else f"QLR{plain.__name__}"
+    how = "`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`"
+    doc = f"{plain.__name__} with packed linear layers: {how}."
+    return type(name, (Packed, plain), {"__module__": __name__, "__doc__": doc})
 
 
-class QLRQwen2ForCausalLM(Packed, Qwen2ForCausalLM):
-    """As QLRForCausalLM."""
-
-
-class QLRQwen3ForCausalLM(Packed, Qwen3ForCausalLM):
-    """As QLRForCausalLM."""
-
-
-class QLRGemmaForCausalLM(Packed, GemmaForCausalLM):
-    """As QLRForCausalLM."""
-
-
-PACKED = {
-    LlamaForCausalLM: QLRForCausalLM,
-    MistralForCausalLM: QLRMistralForCausalLM,
-    Qwen2ForCausalLM: QLRQwen2ForCausalLM,
-    Qwen3ForCausalLM: QLRQwen3ForCausalLM,
-    GemmaForCausalLM: QLRGemmaForCausalLM,
-}
+_PLAIN = [getattr(transformers, name) for name in ARCHITECTURES if hasattr(transformers, name)]
+PACKED = {plain: packed_class(plain) for plain in _PLAIN}
+QLRForCausalLM = PACKED[LlamaForCausalLM]
+globals().update({packed.__name__: packed for packed in PACKED.values()})
 
 
 def replace_linears(model: nn.Module, matrices: dict) -> None:
