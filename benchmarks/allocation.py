@@ -24,7 +24,7 @@ from qlr_jax import calibration, evaluation, job
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.pipelines.preparation import calibrate, open_source, sense
 from qlr_jax.progress import plain
-from qlr_jax.report.words import rank_line
+from qlr_jax.report.content.allocation import rank_line
 from qlr_jax.settings.recipe import DEMO
 
 MODELS = ("allocated", "uniform", "rank0")

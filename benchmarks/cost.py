@@ -36,7 +36,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlr_jax import cost
 from qlr_jax.models import LlamaConfig
-from qlr_jax.report.terminal.table import columns
+from qlr_jax.report.terminal.columns import columns
 from qlr_jax.settings.recipe import DEMO, Recipe
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -39,7 +39,8 @@ from qlr_jax.pipelines.preparation import (
 )
 from qlr_jax.pipelines.steps import CANDIDATES, Solutions, allocate, chosen, refine, resolve, solve, with_weights
 from qlr_jax.progress import Progress, logged, silent
-from qlr_jax.report.html.sensitivity import write_pictures
+from qlr_jax.report.files import job_files
+from qlr_jax.report.html.sensitivity_page import write_pictures
 from qlr_jax.report.record import Record
 from qlr_jax.run.journal import Clock, Journal
 from qlr_jax.run.processes import Cluster, Together
@@ -279,7 +280,7 @@ def _job(
     )
     with progress.stage("saving"), enough_space(out):
         report = record.report()
-        settings, files = {"base_model": base}, record.files(report)
+        settings, files = {"base_model": base}, job_files(record, report)
         save_packed(out, original, models[delivered], source=opened.folder, settings=settings, files=files)
     return report
 

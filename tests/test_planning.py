@@ -14,7 +14,7 @@ from allocators import AllocationError, ModelFacts, Option, OptionTable, Row
 from qlr_jax import cli
 from qlr_jax.errors import QLRError
 from qlr_jax.pipelines import allocate as planning
-from qlr_jax.report.terminal.plans import plans_text
+from qlr_jax.report.terminal.allocations import allocations_text
 from qlr_jax.settings.constraints import Constraints
 
 NAMES = tuple(f"model.layers.{layer}.{kind}_proj" for layer in range(2) for kind in ("q", "k", "v", "down"))
@@ -158,16 +158,18 @@ def test_a_lock_is_no_uniform_spec():
 
 
 def test_text_of_plans():
-    text = plans_text(planning.plan(small_table(), ["2.25bpw", "3bpw"]))
+    text = allocations_text(planning.plan(small_table(), ["2.25bpw", "3bpw"]))
     lines = text.splitlines()
     assert lines[0].split() == ["budget", "bytes", "bits", "a", "weight", "damage", "bound", "gap", "status"]
     assert [line.split()[0] for line in lines[1:3]] == ["2.25bpw", "3bpw"]
     for wanted in ("at 3bpw", "uniform (2+r4)", "rank 0", "greedy", "random", "ranks: ", "did rank pay? ", "options are dominated"):
         assert wanted in text
     assert text.count("did rank pay? yes: predicted damage") == 2  # factors are nearly free here
-    assert "did rank pay? it makes no difference (within 1 %)" in plans_text(planning.plan(small_table(ranks=(0,)), ["2.25bpw"]))
-    assert "not known" in plans_text(planning.plan(small_table(ranks=(4,)).restrict(lambda row, o: o.rank), ["3bpw"]))
-    everything = plans_text(planning.plan(small_table(), ["1GB"]))
+    assert "did rank pay? it makes no difference (within 1 %)" in allocations_text(
+        planning.plan(small_table(ranks=(0,)), ["2.25bpw"])
+    )
+    assert "not known" in allocations_text(planning.plan(small_table(ranks=(4,)).restrict(lambda row, o: o.rank), ["3bpw"]))
+    everything = allocations_text(planning.plan(small_table(), ["1GB"]))
     assert "the budget holds the original as it is" in everything and "limit: 999,999,000 bytes: budget 1,000,000,000" in everything
 
 

@@ -16,13 +16,17 @@ from allocators import Option, OptionTable, Row
 from qlr_jax import progress
 from qlr_jax.errors import QLRError
 from qlr_jax.report import evaluation, inspection, report_html, report_markdown, summary
-from qlr_jax.report.html.adapted import loss_curve
-from qlr_jax.report.html.draw import standalone, ticks
-from qlr_jax.report.html.fit import fit_rows, fit_sentence
-from qlr_jax.report.html.frontier import frontier_svg, frontier_text
-from qlr_jax.report.html.sensitivity import sensitivity_page, sensitivity_text, write_pictures
-from qlr_jax.report.html.sensitivity_figures import coefficient_map, damage_map, error_bits, spectra, worst_matrix
-from qlr_jax.report.html.spectra import decay, sensitivity_map
+from qlr_jax.report.content.fit import fit_rows, fit_sentence
+from qlr_jax.report.content.sensitivity import worst_matrix
+from qlr_jax.report.html.drawings.errors import error_bits
+from qlr_jax.report.html.drawings.frontier import frontier_svg
+from qlr_jax.report.html.drawings.heat import coefficient_map, damage_map, sensitivity_map
+from qlr_jax.report.html.drawings.loss import loss_curve
+from qlr_jax.report.html.drawings.spectra import leading_shares, spectra
+from qlr_jax.report.html.drawings.svg import standalone, ticks
+from qlr_jax.report.html.sensitivity_page import sensitivity_page, write_pictures
+from qlr_jax.report.terminal.frontier import frontier_text
+from qlr_jax.report.terminal.sensitivity import sensitivity_text
 
 VOID = {"meta", "wbr", "br"}
 
@@ -247,7 +251,7 @@ def test_what_adaptation_won_back(full):
         "bits per weight 2.2431 2.2431 the same",
         "matrices, stored 4.59 kB 4.59 kB",
         "better & kept",
-        "norms, scales, on KL to the original, 450 steps, in 2 min 03 s, judged on 16,384 tokens of other <modules>",
+        "norms, scales, on KL to the original, 450 steps, in 2 min 03 s, evaluated on 16,384 tokens of other <modules>",
         "mean of 3 steps",
         "where a phase begins (all <parts>, then R rounded)",
     ):
@@ -288,14 +292,14 @@ def test_why_bits_and_rank_went_there(layers):
     facts = table_of(layers).notes["matrices"]
     rows = [{"name": name, "sensitivity": fact["coefficient"]} | fact for name, fact in facts.items()]
     report = {"matrices": rows, "spectra": {name: fact["spectrum"] for name, fact in facts.items()}}
-    svg = inside(decay(report))
+    svg = inside(leading_shares(report))
     curves = [node.get("style") for node in svg.iter() if node.tag == "polyline" and "dasharray" in (node.get("style") or "")]
     assert len(curves) == 14 and len(set(curves)) == 7  # a line and its key a kind, no two kinds alike
     assert [text for text in texts(svg) if text in KINDS] == [kind for kind in KINDS for _ in range(2)]
     assert len([node for node in inside(sensitivity_map(report)).iter() if node.tag == "g"]) == 7 * layers
-    assert "8 leading components hold (median over layers): q 94.2 %, k 94.2 %" in words_of(report_html(report))
+    assert "8 leading components make up (median over layers): q 94.2 %, k 94.2 %" in words_of(report_html(report))
     page = report_html(report | {"spectra": {"model.layers.0.self_attn.q_proj": [0.7, float("nan")], "odd": "text", "more": [1.2]}})
-    assert "nan" not in page and "leading component holds (median over layers): more 100.0 %" in words_of(page)
+    assert "nan" not in page and "leading component makes up (median over layers): more 100.0 %" in words_of(page)
 
 
 def test_markdown(full):

@@ -45,14 +45,14 @@ def allocate(
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw")
         from allocators.strategies import DEFAULT
         from qlr_jax.pipelines.allocate import plan, read_table, write_plans
-        from qlr_jax.report.terminal.plans import plans_text
+        from qlr_jax.report.terminal.allocations import allocations_text
         from qlr_jax.settings.constraints import Constraints
 
         constrained = Constraints.parse(lock, at_least, tie, tie_spec).on(read_table(table))
         plans = plan(constrained, budget, gap=gap, seconds=seconds, strategy=strategy or DEFAULT)
         written = write_plans(out, plain(plans)) if out else None
         result = {"table": table, "allocations": plans, "out": written}
-        tell(result, as_json, lambda _: plans_text(plans) + (f"\n\nwritten: {written}" if written else ""))
+        tell(result, as_json, lambda _: allocations_text(plans) + (f"\n\nwritten: {written}" if written else ""))
 
 
 @app.command(short_help="Size against damage, from a saved table.")
@@ -84,7 +84,7 @@ def frontier(
     """
     with clear_errors(as_json):
         from qlr_jax.pipelines.allocate import curves, measured_points, read_table, write_frontier
-        from qlr_jax.report.html.frontier import frontier_text
+        from qlr_jax.report.terminal.frontier import frontier_text
         from qlr_jax.settings.constraints import Constraints
 
         whole = read_table(table)

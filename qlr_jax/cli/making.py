@@ -262,7 +262,7 @@ def sensitivity(
         chosen = (DEMO if model == "bundled" else Recipe()).updated(**settings)
 
         from qlr_jax import job, progress
-        from qlr_jax.report.html.sensitivity import sensitivity_text
+        from qlr_jax.report.terminal.sensitivity import sensitivity_text
 
         result = job.sensitivity(
             model,

@@ -141,9 +141,7 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
     """The packed folder, with the report of the compression, this adaptation added to it."""
     import shutil
 
-    from qlr_jax.formats.card import CARD, card_of
-    from qlr_jax.report import report_html, report_markdown
-    from qlr_jax.report.record import SNIPPET
+    from qlr_jax.report.files import report_files
 
     files = {name: (out / name).read_text(encoding="utf-8") for name in KEPT_FILES if (out / name).is_file()}
     report: dict[str, Any] = {}
@@ -152,12 +150,7 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
         _updated(report, found)
     earlier = (report.get("adapted") or {}).get("command")  # of a folder that was adapted before
     report["adapted"] = told | {"command": "\n".join(filter(None, (earlier, told["command"])))}
-    files |= {
-        "report.json": json.dumps(report, indent=1) + "\n",
-        "report.html": report_html(report),
-        "report.md": report_markdown(report),
-    }
-    files[CARD] = card_of(report, settings.get("base_model"), target="qlr", snippet=SNIPPET)
+    files |= report_files(report, settings.get("base_model"))
     save_packed(dest, found.value, found.matrices, source=out, settings=settings, files=files)
     shutil.rmtree(dest / JOB, ignore_errors=True)
 

@@ -222,8 +222,8 @@ def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
     Raises:
         QLRError: where the folder's name is taken by something else.
     """
-    from qlr_jax.report.html.draw import standalone
-    from qlr_jax.report.html.frontier import frontier_svg
+    from qlr_jax.report.html.drawings.frontier import frontier_svg
+    from qlr_jax.report.html.drawings.svg import standalone
 
     path = Path(out).expanduser()
     if path.exists() and not path.is_dir():

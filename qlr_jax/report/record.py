@@ -1,8 +1,7 @@
-"""What a job found, put together: report.json, allocation.json, recipe.yaml and report.html."""
+"""What a finished job found, put together: the data of report.json and allocation.json."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import time
@@ -17,7 +16,6 @@ from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison
-from qlr_jax.formats.card import CARD, card_of
 from qlr_jax.formats.targets import find_target
 from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
 from qlr_jax.models.sites import kind_of_path
@@ -27,18 +25,11 @@ from qlr_jax.settings.recipe import Recipe
 PACKAGES = ("qlr-jax", "jax", "flax", "numpy", "scipy", "transformers")
 FRONTIER_POINTS = 60
 OTHERS = "norms, biases"
-SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("FOLDER", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-
-import qlr_jax as qlr  # or in JAX
-logits = qlr.load("FOLDER")(tokens)"""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Everything that the report tells; `report()` is report.json."""
+    """Everything that a job found; `report()` is the content of report.json, `allocations()` that of allocation.json."""
 
     model: str
     command: str
@@ -59,20 +50,9 @@ class Record:
     device: str
     left_out: Mapping[str, Mapping[int, str]]
 
-    def files(self, report: dict[str, Any]) -> dict[str, str]:
-        """Name -> text of the files that lie beside the weights."""
-        from qlr_jax.report.html.page import report_html
-        from qlr_jax.report.markdown import report_markdown
-
-        allocation = {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}
-        return {
-            "report.json": json.dumps(report, indent=1) + "\n",
-            "allocation.json": json.dumps(allocation, indent=1) + "\n",
-            "recipe.yaml": self.recipe.to_yaml(),
-            "report.html": report_html(report),
-            "report.md": report_markdown(report),
-            CARD: card_of(report, self.model, target="qlr", snippet=SNIPPET),
-        }
+    def allocations(self) -> dict[str, Any]:
+        """Every plan by its name, and which of them was delivered."""
+        return {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}
 
     def report(self) -> dict[str, Any]:
         plan = self.plans[self.delivered]

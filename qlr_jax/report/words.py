@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeGuard
 
-from allocators.strategies import CONTROL, DEFAULT, STRATEGIES, Strategy, solved_strategies
+from allocators.strategies import DEFAULT, STRATEGIES, Strategy, solved_strategies
 from qlr_jax.models.sites import KINDS
 
 MODELS = ("original", *solved_strategies())
 MISSING = "–"
-NEAR = 0.01  # KLs that differ by less are called equal: seeds alone make them differ by more
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -105,85 +103,19 @@ def kind_order(kinds: Iterable[str]) -> list[str]:
     return sorted(set(kinds), key=lambda kind: (KINDS.index(kind) if kind in KINDS else len(KINDS), kind))
 
 
-def rank_line(matrices: Iterable[Mapping[str, Any]]) -> str:
-    """Where the ranks went, in one line.
+def sentence(text: str) -> str:
+    """A line as a sentence of its own; empty for an empty one.
 
-    >>> rank_line([{"kind": "q", "spec": "trellis-2+r8@trellis-4"}, {"kind": "v", "spec": "trellis-3"}])
-    'ranks: 1 of 2 matrices: q 1 of 1 (r8); none for v'
+    >>> sentence("measured on 5 tokens"), sentence("")
+    ('Measured on 5 tokens.', '')
     """
-    matrices = [matrix for matrix in matrices if matrix.get("spec")]
-    counts = Counter(kind_of(matrix) for matrix in matrices)
-    ranked = Counter((kind_of(matrix), rank_of(matrix["spec"])) for matrix in matrices if rank_of(matrix["spec"]))
-    if not matrices:
-        return "ranks: not known"
-    if not ranked:
-        return f"ranks: none; all {len(matrices)} matrices are stored without L R"
-    with_rank, without = [], []
-    for kind in kind_order(counts):
-        ranks = sorted(rank for name, rank in ranked if name == kind)
-        if not ranks:
-            without.append(kind)
-            continue
-        which = ", ".join(f"r{rank}" + (f" ×{ranked[kind, rank]}" if len(ranks) > 1 else "") for rank in ranks)
-        with_rank.append(f"{kind} {sum(ranked[kind, rank] for rank in ranks)} of {counts[kind]} ({which})")
-    line = f"ranks: {sum(ranked.values())} of {len(matrices)} matrices: {', '.join(with_rank)}"
-    return line + (f"; none for {', '.join(without)}" if without else "")
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def rank_verdict(with_rank: Any, without: Any) -> tuple[str, str]:
-    """Whether rank paid, and by how much: two damages in words; both empty where one is not known.
-
-    >>> rank_verdict(0.0308, 0.0335), rank_verdict(0.0310, 0.0311), rank_verdict(0.035, 0.0335)
-    (('paid', '8.1 % less'), ('made no difference', '0.3 % less'), ('did not pay', '4.5 % more'))
-    """
-    if not (is_number(with_rank) and is_number(without) and without > 0):
-        return "", ""
-    less = 1 - with_rank / without
-    how = f"{percent(abs(less))} {'less' if less > 0 else 'more'}" if less else "the same"
-    return "made no difference" if abs(less) < NEAR else "paid" if less > 0 else "did not pay", how
-
-
-def rank_paid(report: Mapping[str, Any]) -> str:
-    """Whether low-rank terms paid at the bytes of a finished job, in a sentence; empty where it was not measured.
-
-    >>> rank_paid({"kl": {"allocated": 0.0308, "rank0": 0.0335}})
-    'At these bytes rank paid: KL 0.0308 against 0.0335 without, 8.1 % less (held-out).'
-    """
-    for name, where in (("kl", "held-out"), ("calibration_kl", "calibration text")):
-        found = [part_of(report, name).get(key) for key in (DEFAULT, CONTROL)]
-        verdict, how = rank_verdict(*found)
-        if verdict and strategy_of(report, DEFAULT).ranks:
-            start = f"At these bytes rank {verdict}" if verdict == "paid" else f"Rank {verdict}"
-            return f"{start}: KL {number(found[0])} against {number(found[1])} without, {how} ({where})."
-    return ""
-
-
-def predicted(report: Mapping[str, Any], key: str) -> Any:
-    """The KL on the calibration text that was predicted of a model before it was solved; None where that is not known."""
-    value = part_of(report, "points", key).get("damage")
-    if value is None and key == report.get("delivered"):
-        value = part_of(report, "allocation").get("damage")
-    return value
-
-
-def refined_line(report: Mapping[str, Any]) -> str:
-    """What refining by measuring other allocations brought, in a line; empty where the job did none.
-
-    >>> refined_line({"refined": {"start": 0.025, "measured": 0.0246, "tried": 24, "accepted": 5}})
-    'refined: 5 of 24 proposals accepted, calibration KL 1.6 % lower'
-    >>> refined_line({"refined": {"start": 0.025, "measured": 0.025, "tried": 3, "accepted": 0}})
-    'refined: nothing gained, other allocations built and measured: 3'
-    """
-    found = part_of(report, "refined")
-    if not is_number(found.get("tried")):
-        return ""
-    if not found.get("accepted"):
-        return f"refined: nothing gained, other allocations built and measured: {found['tried']}"
-    line = f"refined: {found.get('accepted', MISSING)} of {found['tried']} proposals accepted"
-    start, share, measured = (found.get(key) for key in ("start", "gained", "measured"))
-    if is_number(start) and start > 0 and is_number(measured):
-        share = 1 - measured / start
-    return f"{line}, calibration KL {percent(max(share, 0.0))} lower" if is_number(share) else line
+def shape_of(matrix: Mapping[str, Any]) -> str:
+    """A matrix's shape as people write it, `64 × 32`; a dash where it is not known."""
+    shape = matrix.get("shape")
+    return " × ".join(str(side) for side in shape) if isinstance(shape, list | tuple) and shape else MISSING
 
 
 def model_label(key: str, report: Mapping[str, Any]) -> str:
@@ -225,9 +157,9 @@ def listed(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
-def model_name(report: Mapping[str, Any]) -> str:
-    """What the model is called: of a folder, its own name."""
-    name = str(report.get("model") or "Llama model").rstrip("/")
+def model_name(facts: Mapping[str, Any]) -> str:
+    """What the model of a report or of a table's notes is called: of a folder, its own name."""
+    name = str(facts.get("model") or "Llama model").rstrip("/")
     return name.rpartition("/")[2] if name.startswith("/") else name
 
 
@@ -243,20 +175,3 @@ def rows_of(report: Mapping[str, Any], *names: str) -> list[Mapping[str, Any]]:
     """A nested list of mappings of a report, empty where it is missing or null."""
     value = part_of(report, *names[:-1]).get(names[-1])
     return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list | tuple) else []
-
-
-def final_error(matrix: Mapping[str, Any]) -> Any:
-    """The relative error that was predicted of a matrix, as its solve left it: as the outputs feel it where they were weighed."""
-    felt = matrix.get("felt_error")
-    return matrix.get("relative_error") if felt is None else felt
-
-
-def median_ratio(matrices: Iterable[Mapping[str, Any]]) -> float | None:
-    """The median over matrices of final relative error over predicted, None where neither is known."""
-    ratios = sorted(
-        final_error(matrix) / matrix["predicted_error"]
-        for matrix in matrices
-        if is_number(final_error(matrix)) and is_number(matrix.get("predicted_error")) and matrix["predicted_error"] > 0
-    )
-    half = len(ratios) // 2
-    return (ratios[half] if len(ratios) % 2 else (ratios[half - 1] + ratios[half]) / 2) if ratios else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlr_jax.cost import MEMORY_ERROR, Part, Plan, Stage
 from qlr_jax.pipelines.preparation import WEIGHTS_SHARE
 from qlr_jax.progress import duration
-from qlr_jax.report.terminal.table import columns
+from qlr_jax.report.terminal.columns import columns
 from qlr_jax.report.words import bits, size
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qlr_jax.report.terminal.table import columns
+from qlr_jax.report.terminal.columns import columns
 from qlr_jax.report.words import number, percent
 
 

@@ -1,30 +1,35 @@
-"""Size against predicted damage as a picture of its own and as text, with the models that were built and measured on it."""
+"""Size against predicted damage, with the models that were built and measured on it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
-from allocators.strategies import CONTROL, STRATEGIES
-from qlr_jax.report.html.draw import LETTER, Plane, apart, label, line, marker, svg, ticks
-from qlr_jax.report.html.figures import MARKS, RADIUS
-from qlr_jax.report.terminal.table import columns
-from qlr_jax.report.words import MISSING, bits, is_number, number, rows_of, size
+from allocators.strategies import CONTROL
+from qlr_jax.report.content.frontier import point_name
+from qlr_jax.report.html.drawings.predictions import MARKS, RADIUS
+from qlr_jax.report.html.drawings.svg import LETTER, Plane, apart, label, line, marker, svg, ticks
+from qlr_jax.report.words import (
+    bits,
+    is_number,
+    number,
+    rows_of,
+    size,
+)
 
 WIDE, HIGH = 520, 380
 BOX = (58, 44, WIDE - 16, HIGH - 78)
 FAINT = 1e-4  # a log axis goes so far below the largest damage; what is smaller has no visible effect on a model
-CORNERS = 12  # that the terminal shows
 
 
 def frontier_svg(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any]] = ()) -> str:
-    """The drawing as inline SVG (`draw.standalone` makes a file of it).
+    """The drawing as inline SVG (`svg.standalone` makes a file of it).
 
-    The line is the hull of all options, the dashed one that without rank; marks are measured models, told apart by shape.
+    The line is the hull of all options, the dashed one that without rank; marks are measured models, a shape a kind.
 
-    curves    of ``planning.curves``
-    measured  of ``planning.measured_points``
+    Args:
+        curves: of `pipelines.allocate.curves`.
+        measured: of `pipelines.allocate.measured_points`.
     """
     solid, dashed = (_drawable(curves, key) for key in ("all", CONTROL))
     points = [row for row in measured if is_number(row.get("bytes")) and is_number(row.get("kl"))]
@@ -53,8 +58,8 @@ def frontier_svg(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any]
         out.append(label("predicted, bits alone", left + 238, bottom + 62))
     if points:
         texts = sorted({str(row["on"]) for row in points if row.get("on")})
-        told = "marks: measured" + (f" on {' and '.join(texts)} text" if texts else "")
-        out.append(label(told, left, bottom + 76, "start", ""))
+        legend = "marks: measured" + (f" on {' and '.join(texts)} text" if texts else "")
+        out.append(label(legend, left, bottom + 76, "start", ""))
     return svg(out, "Predicted damage against size", WIDE, HIGH + 4)
 
 
@@ -84,66 +89,13 @@ def _label_heights(plane: Plane, points: Sequence[Mapping[str, Any]]) -> list[fl
 def _point(plane: Plane, row: Mapping[str, Any], at: float) -> list[str]:
     """A mark, its label beside it at the height `at`, and a thin line between them where they are apart."""
     kind, x, y = str(row.get("kind")), plane.px(row["bytes"] / 1e6), plane.py(row["kl"])
-    name = _name(row)
+    name = point_name(row)
     shown = name if len(name) <= 24 else name[:23] + "…"
     text, beside = f"{shown} {number(row['kl'])}", 11
     room = plane.box[2] - x - beside
     leftward = LETTER * 1.1 * len(text) > room and x - plane.box[0] > room
     text_x, anchor = (x - beside, "end") if leftward else (x + beside, "start")
-    said = f"{name}: {size(row['bytes'])}, {bits(row.get('bits_per_weight'))} bits a weight, KL {number(row['kl'])}"
+    title = f"{name}: {size(row['bytes'])}, {bits(row.get('bits_per_weight'))} bits a weight, KL {number(row['kl'])}"
     out = [line([(x, y), (text_x, at)], "stroke-width:.8")] if abs(at - y) > 6 else []
-    out.append(marker(MARKS.get(kind, "diamond"), x, y, kind if kind in MARKS else "other", RADIUS.get(kind, 6), said))
+    out.append(marker(MARKS.get(kind, "diamond"), x, y, kind if kind in MARKS else "other", RADIUS.get(kind, 6), title))
     return [*out, label(text, text_x, at + 4, anchor)]
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    """What a measured model is called: its label, with kinds as people write them."""
-    return str(row.get("label") or row.get("kind")).replace(CONTROL, STRATEGIES[CONTROL].label)
-
-
-def frontier_text(curves: Mapping[str, Any], measured: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Some corners of the curve, with what rank saves there; then the measured models.
-
-    curves    of ``planning.curves``
-    measured  of ``planning.measured_points``
-    """
-    corners, without = rows_of(curves, "all"), rows_of(curves, CONTROL)
-    count = min(CORNERS, len(corners))
-    shown = [corners[round(at * (len(corners) - 1) / max(count - 1, 1))] for at in range(count)]
-    header = ["bits a weight", "MB", "damage", "saved by a further MB"] + (["without rank"] if without else [])
-    rows = []
-    for row in shown:
-        price = row.get("price")
-        cells = [
-            f"{bits_of:.2f}" if is_number(bits_of := row.get("bits_per_weight")) else MISSING,
-            number(row["bytes"] / 1e6),
-            number(row["damage"]),
-        ]
-        cells.append(number(price * 1e6) if is_number(price) else "nothing")
-        rows.append([*cells, *([number(_between(without, row["bytes"]))] if without else [])])
-    lines = [
-        columns(header, rows),
-        f"{len(shown)} of {curves.get('corners', len(corners)):,} corners; damage: predicted KL, nats a token",
-    ]
-    if measured:
-        cells = [
-            [
-                _name(row),
-                number(row["bytes"] / 1e6),
-                number(row["kl"]),
-                number(row.get("predicted")),
-                str(row.get("on") or ""),
-            ]
-            for row in measured
-        ]
-        lines += ["", columns(["measured", "MB", "KL", "predicted", "on"], cells)]
-    return "\n".join(lines)
-
-
-def _between(corners: Sequence[Mapping[str, Any]], size: int) -> float | None:
-    """The damage of a curve at a size, straight between its corners, level after the last; None before the first."""
-    for low, high in pairwise(corners):
-        if low["bytes"] <= size <= high["bytes"]:
-            part = (size - low["bytes"]) / (high["bytes"] - low["bytes"])
-            return low["damage"] + part * (high["damage"] - low["damage"])
-    return corners[-1]["damage"] if corners and size >= corners[-1]["bytes"] else None

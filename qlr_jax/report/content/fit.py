@@ -1,17 +1,20 @@
-"""Whether the model fits the device or the bytes named: what takes how much, before and after, as bars and as numbers."""
+"""Whether the model fits the device or the bytes named: what takes how much, before and after."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
-from qlr_jax.report.words import MISSING, is_number, part_of, size
+from qlr_jax.report.words import (
+    MISSING,
+    is_number,
+    part_of,
+    size,
+)
 
+HEADS = ("", "before", "after")
 FIXED = "norms and other fixed tensors"  # stored with the weights and counted there
-CLASSES = {"weights": "weights", "key-value cache": "cache", "working allowance": "work"}  # their patterns in the style sheet
-SHORT = {"key-value cache": "cache", "working allowance": "allowance"}
 ADVICE = (
     "The budget was in bits per weight, so nothing here says whether the model fits a device: "
     "--budget device:8GiB,context=8192 would count weights, key-value cache and working memory against one."
@@ -22,9 +25,10 @@ ADVICE = (
 class Need:
     """What one model takes of the memory named.
 
-    parts   name -> bytes, the weights first
-    limit   bytes that there are
-    fits    whether they suffice
+    Attributes:
+        parts: name -> bytes, the weights first.
+        limit: bytes that there are.
+        fits: whether they suffice.
     """
 
     parts: Mapping[str, float]
@@ -33,10 +37,12 @@ class Need:
 
     @property
     def total(self) -> float:
+        """Bytes of all parts."""
         return sum(self.parts.values())
 
     @property
     def free(self) -> float:
+        """Bytes that stay free, below 0 where there are too few."""
         return self.limit - self.total
 
 
@@ -58,8 +64,8 @@ def needs(report: Mapping[str, Any]) -> dict[str, Need]:
     for key, stored in weights.items():
         if is_number(stored):
             parts = {"weights": stored} | taken
-            told = fit.get("fits") if key == "after" else None
-            found[key] = Need(parts, limit, told if isinstance(told, bool) else sum(parts.values()) <= limit)
+            recorded = fit.get("fits") if key == "after" else None
+            found[key] = Need(parts, limit, recorded if isinstance(recorded, bool) else sum(parts.values()) <= limit)
     return found
 
 
@@ -85,6 +91,11 @@ def memory_named(report: Mapping[str, Any]) -> str:
     return device + (f", with {', '.join(words)}" if words else "")
 
 
+def advice(report: Mapping[str, Any]) -> str:
+    """How to learn whether it fits a device, where the budget was in bits per weight; else empty."""
+    return ADVICE if str(report.get("budget") or "").strip().lower().endswith("bpw") else ""
+
+
 def fit_sentence(report: Mapping[str, Any]) -> str:
     """Whether it fits, by how much, and whether the original would; empty where nothing was named to fit into."""
     found, named = needs(report), memory_named(report)
@@ -94,8 +105,8 @@ def fit_sentence(report: Mapping[str, Any]) -> str:
     spare = f"{size(after.free)} stay free" if after.free >= 0 else f"{size(-after.free)} too many"
     out = f"It {'fits' if after.fits else 'does not fit'} {named}: {size(after.total)} are needed, {spare}."
     if before:
-        says = "fits as well" if before.fits and after.fits else "fits" if before.fits else "does not fit"
-        out += f" The original needs {size(before.total)} and {says}."
+        verdict = "fits as well" if before.fits and after.fits else "fits" if before.fits else "does not fit"
+        out += f" The original needs {size(before.total)} and {verdict}."
     if report.get("target") == "adapter":
         out += " The given backbone is not among these weights: its bytes, which its maker knows, come on top."
     return out
@@ -111,54 +122,3 @@ def fit_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     cells["there is"] = {key: size(need.limit) for key, need in found.items()}
     cells["free"] = {key: size(need.free) if need.free >= 0 else f"−{size(-need.free)}" for key, need in found.items()}
     return [(name, row.get("before", MISSING), row.get("after", MISSING)) for name, row in cells.items()] if found else []
-
-
-def fit_section(report: Mapping[str, Any]) -> str:
-    """The section: a sentence, a bar before and after at one scale, the numbers. For bits per weight, a line of advice."""
-    found = needs(report)
-    if not found:
-        is_bits = str(report.get("budget") or "").strip().lower().endswith("bpw")
-        return f'<p class="soft" id="fit">{escape(ADVICE)}</p>' if is_bits else ""
-    out = ['<section id="fit"><h2>Does it fit?</h2>']
-    if sentence := fit_sentence(report):
-        out.append(f"<p><b>{escape(sentence)}</b></p>")
-    full = max([need.total for need in found.values()] + [need.limit for need in found.values()])
-    for key, need in found.items():
-        says = f"{key}: {size(need.total)} of {size(need.limit)}, {'fits' if need.fits else 'does not fit'}"
-        out.append(f'<small>{escape(says)}</small><div class="fit" role="img" aria-label="{escape(says)}">{_bar(need, full)}</div>')
-    over = any(need.total > need.limit for need in found.values())
-    if over:
-        limit = size(next(iter(found.values())).limit)
-        out.append(f'<p class="soft">The dashed line is where the memory ends, at {limit}.</p>')
-    heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after"))
-    out.append(f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>')
-    for name, before, after in fit_rows(report):
-        kind = CLASSES.get(name) or ("free" if name == "free" else "")
-        key = f'<i class="key {kind}"></i>' if kind else ""
-        row = ' class="chosen"' if name in ("needed", "free") else ""
-        out.append(f"<tr{row}><td>{key}{escape(name)}</td><td>{before}</td><td>{after}</td></tr>")
-    out.append("</tbody></table></div>")
-    out.append(f'<p class="soft">Weights are all that is stored, {FIXED} too.{_allowance(found)}</p></section>')
-    return "".join(out)
-
-
-def _allowance(found: Mapping[str, Need]) -> str:
-    shown = any("working allowance" in need.parts for need in found.values())
-    return " The working allowance is for activations, buffers and the runtime: an assumption, not measured." if shown else ""
-
-
-def _bar(need: Need, full: float) -> str:
-    """The parts from left to right, then what is free, and where the memory ends."""
-    out, at = [], 0.0
-    for name, value in [*need.parts.items(), ("free", max(need.free, 0.0))]:
-        share = 100 * value / full
-        if share > 0:
-            kind, short = CLASSES.get(name, "free" if name == "free" else "work"), SHORT.get(name, name)
-            room = (share - 1.2) / 2  # letters that a phone's width has room for
-            text = next((text for text in (f"{short} {size(value)}", short) if len(text) <= room), "")
-            title = escape(f"{name}: {size(value)}")
-            out.append(f'<i class="{kind}" style="left:{at:.2f}%;width:{share:.2f}%" title="{title}">{escape(text)}</i>')
-        at += share
-    if full > need.limit:
-        out.append(f'<b style="left:{100 * need.limit / full:.2f}%"></b>')
-    return "".join(out)

@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allocators.strategies import CONTROL, DEFAULT, STRATEGIES
-from qlr_jax.report.terminal.table import columns
-from qlr_jax.report.words import MISSING, NEAR, bits, number, part_of, percent, rank_line, rank_verdict, short_spec, times
+from qlr_jax.report.content.allocation import rank_line
+from qlr_jax.report.content.quality import NEAR, rank_verdict
+from qlr_jax.report.terminal.columns import columns
+from qlr_jax.report.words import MISSING, bits, number, part_of, percent, short_spec, times
 
 
-def plans_text(plans: Sequence[Mapping[str, Any]]) -> str:
+def allocations_text(plans: Sequence[Mapping[str, Any]]) -> str:
     """Every budget's allocation, a row each; then one by one what it is compared with.
 
-    plans  of ``planning.plan``
+    Args:
+        plans: of `pipelines.allocate.plan`.
     """
     header = ["budget", "bytes", "bits a weight", "damage", "bound", "gap", "status"]
     rows = [
@@ -31,11 +34,11 @@ def plans_text(plans: Sequence[Mapping[str, Any]]) -> str:
     lines = [columns(header, rows), "damage: predicted KL, nats a token; no allocation within the budget does less than the bound"]
     lines += [f"{status}: {says}" for status, says in {str(plan["status"]): plan.get("explain") for plan in plans}.items() if says]
     for plan in plans:
-        lines += ["", plan_text(plan)]
+        lines += ["", allocation_text(plan)]
     return "\n".join(lines)
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
+def allocation_text(plan: Mapping[str, Any]) -> str:
     """What a budget's allocation is compared with, where its ranks went, and whether they pay."""
     mine = str(plan.get("strategy") or DEFAULT)
     rows = [[STRATEGIES[mine].label, number(plan["damage"], 4), "", f"{plan['bytes']:,}"]]
@@ -77,8 +80,8 @@ def did_rank_pay(plan: Mapping[str, Any]) -> str:
     if not verdict:
         return "did rank pay? not known: nothing without rank fits, or nothing is damaged"
     answer = {"paid": "yes", "made no difference": f"it makes no difference (within {100 * NEAR:g} %)"}.get(verdict, "no")
-    damages = f"predicted damage {number(damage, 4)} against {number(without, 4)} without"
-    return f"did rank pay? {answer}: {damages} at the same bytes, {how}"
+    compared = f"predicted damage {number(damage, 4)} against {number(without, 4)} without"
+    return f"did rank pay? {answer}: {compared} at the same bytes, {how}"
 
 
 def _gap(value: Any) -> str:

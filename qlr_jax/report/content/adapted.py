@@ -1,27 +1,15 @@
-"""What adaptation won back: before and after, how it was trained, and the loss on the way."""
+"""What adaptation won back: before and after, how it was trained, and the losses on the way."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Mapping
 from typing import Any
 
 from qlr_jax.progress import duration
-from qlr_jax.report.html.draw import Plane, label, line, marker, svg
 from qlr_jax.report.words import bits, is_number, number, part_of, percent, rows_of, size
 
+HEADS = ("", "before", "after", "change")
 LOSSES = {"kl": "KL to the original", "text": "the next token's loss", "mix": "KL to the original and the next token's loss"}
-POINTS = 160  # of the training's line; more than that is averaged, since a single step is mostly noise
-
-
-def commands(report: Mapping[str, Any]) -> str:
-    """What was typed to make the folder, a line a command, in order.
-
-    >>> commands({"command": "qlr demo", "adapted": {"command": "qlr adapt a b"}})
-    'qlr demo\\nqlr adapt a b'
-    """
-    return "\n".join(str(found) for found in (report.get("command"), part_of(report, "adapted").get("command")) if found)
 
 
 def won_back(report: Mapping[str, Any]) -> float | None:
@@ -50,14 +38,14 @@ def adapted_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     found = part_of(report, "adapted")
     before, after = part_of(found, "before"), part_of(found, "after")
     rows = []
-    for key, name, say in (
+    for key, name, written in (
         ("kl", "KL, nats a token", number),
         ("perplexity", "perplexity", _four),
         ("agreement", "same top token", percent),
     ):
         old, new = before.get(key), after.get(key)
         if is_number(old) or is_number(new):
-            rows.append((name, say(old), say(new), _points(old, new) if key == "agreement" else _change(old, new)))
+            rows.append((name, written(old), written(new), _points(old, new) if key == "agreement" else _change(old, new)))
     old, new = found.get("bits_per_weight_before"), found.get("bits_per_weight")
     if is_number(old) or is_number(new):
         rows.append(("bits per weight", bits(old), bits(new), _change(old, new)))
@@ -69,7 +57,7 @@ def adapted_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 
 
 def how_line(report: Mapping[str, Any]) -> str:
-    """What was trained, on which loss, how long, and on what text it was judged; empty where nothing of it is known."""
+    """What was trained, on which loss, how long, and on what text it was evaluated; empty where nothing of it is known."""
     found = part_of(report, "adapted")
     trained, words = found.get("trained"), []
     if isinstance(trained, list | tuple) and trained:
@@ -80,62 +68,13 @@ def how_line(report: Mapping[str, Any]) -> str:
         words.append(f"{found['steps']:,} steps")
     if is_number(found.get("seconds")):
         words.append(f"in {duration(found['seconds'])}")
-    judged = f"{found['tokens']:,} tokens" if is_number(found.get("tokens")) else ""
-    judged += (" of " if judged else "") + str(found["text"]) if found.get("text") else ""
-    words += [f"judged on {judged}"] if judged else []
+    text = f"{found['tokens']:,} tokens" if is_number(found.get("tokens")) else ""
+    text += (" of " if text else "") + str(found["text"]) if found.get("text") else ""
+    words += [f"evaluated on {text}"] if text else []
     return ", ".join(words)
 
 
-def adapted_section(report: Mapping[str, Any]) -> str:
-    """The section; empty where the model was not adapted."""
-    found, rows, drawing = part_of(report, "adapted"), adapted_rows(report), loss_curve(report)
-    if not found:
-        return ""
-    out = ['<section id="adapted"><h2>What adaptation won back</h2>']
-    if sentence := won_sentence(report):
-        out.append(f"<p><b>{escape(sentence)}</b></p>")
-    if rows:
-        heads = "".join(f"<th>{head}</th>" for head in ("", "before", "after", "change"))
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        out.append(f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>')
-    if found.get("verdict"):
-        out.append(f"<p>{escape(str(found['verdict']))}</p>")
-    if how := how_line(report):
-        out.append(f'<p class="soft">{escape(how[:1].upper() + how[1:])}.</p>')
-    if drawing:
-        trained, _, starts = _points_of(report)
-        each = math.ceil(len(trained) / POINTS)
-        averaged = f"; a point is the mean of {each} steps" if each > 1 else ""
-        says = f"Line: loss on the text trained on{averaged}. Marks: loss on held-out text; what was best there is what was kept."
-        if len(starts) > 1:
-            says += f" Dotted: where a phase begins ({', then '.join(name for _, name in starts)})."
-        out.append(f"<figure>{drawing}<figcaption>{escape(says)}</figcaption></figure>")
-    return "".join(out) + "</section>"
-
-
-def loss_curve(report: Mapping[str, Any]) -> str:
-    """The loss of the training as a line, held-out losses as marks, over the steps of all phases; empty where there is none."""
-    trained, held_out, starts = _points_of(report)
-    trained = _thinned(trained)
-    xs, ys = [x for x, _ in trained + held_out], [y for _, y in trained + held_out]
-    if len(set(xs)) < 2:
-        return ""
-    plane = Plane.around(xs, ys, log_y=min(ys) > 0 and max(ys) > 8 * min(ys))
-    out = [*plane.grid(), *plane.titles("steps", "loss")]
-    names = []  # drawn last, over the line
-    for at, name in starts if len(starts) > 1 else []:
-        x = plane.px(at)
-        out.append(line([(x, plane.box[1]), (x, plane.box[3])], "stroke-dasharray:2 4;stroke-width:1"))
-        text = name if len(name) * 7 < plane.box[2] - x - 4 else ""
-        names.append(label(text, x + 4, plane.box[1] + 10))
-    if len(trained) > 1:
-        out.append(line(((plane.px(x), plane.py(y)) for x, y in trained), "stroke:var(--allocated)", "training"))
-    for x, y in held_out:
-        out.append(marker("diamond", plane.px(x), plane.py(y), "uniform", 4.5, f"held out, step {x}: {number(y)}"))
-    return svg(out + names, "Loss on the training text and on held-out text")
-
-
-def _points_of(report: Mapping[str, Any]) -> tuple[list[tuple[float, float]], list[tuple[float, float]], list[tuple[float, str]]]:
+def points_of(report: Mapping[str, Any]) -> tuple[list[tuple[float, float]], list[tuple[float, float]], list[tuple[float, str]]]:
     """(step, loss), (step, held-out loss), (step at which it begins, phase); steps counted on from phase to phase."""
     trained, held_out, starts = [], [], []
     offset = last = 0.0
@@ -152,12 +91,6 @@ def _points_of(report: Mapping[str, Any]) -> tuple[list[tuple[float, float]], li
         if is_number(entry.get("held_out")):
             held_out.append((last, entry["held_out"]))
     return trained, held_out, starts
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    each = math.ceil(len(points) / POINTS) or 1
-    groups = [points[at : at + each] for at in range(0, len(points), each)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
 
 
 def _weights(report: Mapping[str, Any]) -> int:
