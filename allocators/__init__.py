@@ -1,15 +1,15 @@
 """Which option each matrix gets under a memory budget, from numbers alone: numpy, no JAX, no model, no files.
 
 A table (`OptionTable`) and a limit (`Budget`) go in. `allocate` returns the exact best with its proof, `frontier` the curve of all
-limits, `compared` any of the STRATEGIES with the others beside it, and `refine` improves one by a few measurements of the true loss.
+limits, `compared` any of STRATEGIES with the others beside it, and `refine` improves one by a few measurements of the true loss.
 """
 
 from allocators.allocation import Allocation, Status, from_specs
 from allocators.baselines import filled_uniform, greedy, random, rank0, uniform
 from allocators.budget import Budget, Problem, format_size, parse_size
 from allocators.errors import AllocationError, Infeasible
+from allocators.exact.frontier import Frontier, frontier
 from allocators.exact.knapsack import allocate
-from allocators.frontier import Frontier, frontier
 from allocators.options import ModelFacts, Option, Row, Tie, backbone
 from allocators.prune import Dropped, Pruned, prune
 from allocators.refinement.trials import Refined, Trial, refine

@@ -86,7 +86,7 @@ def greedy(table: OptionTable, limit: int) -> Allocation:
     """
     start, limit, blocks = time.perf_counter(), check_limit(table, limit), Blocks(table)
     at = blocks.at(0)
-    at = fill(blocks, at, limit - int(blocks.walk.size[0]))
+    at = fill(blocks, at, limit - int(blocks.path.size[0]))
     return from_picks(table, blocks.options(at), limit, "greedy", seconds=time.perf_counter() - start)
 
 
@@ -105,8 +105,8 @@ def random(table: OptionTable, limit: int, seed: int = 0) -> Allocation:
     unit = float(np.mean([np.ptp(of) for of in size])) or 1.0
     for price in (0.0, *np.geomspace(1.0, 1e6, 21)):  # damages that fall with bytes, until their least is beyond the limit
         blocks = Blocks(table, [n - price * of / unit for n, of in zip(noise, size, strict=True)])
-        if blocks.walk.size[-1] >= min(limit, table.most_bytes):
+        if blocks.path.size[-1] >= min(limit, table.most_bytes):
             break
-    steps = blocks.walk.steps_within(limit)
-    at = fill(blocks, blocks.at(steps), limit - int(blocks.walk.size[steps]))
+    steps = blocks.path.steps_within(limit)
+    at = fill(blocks, blocks.at(steps), limit - int(blocks.path.size[steps]))
     return from_picks(table, blocks.options(at), limit, "random", seconds=time.perf_counter() - start)

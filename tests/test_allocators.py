@@ -30,7 +30,7 @@ from allocators import (
     rank0,
 )
 from allocators.exact import knapsack
-from allocators.exact.dynamic import thin
+from allocators.exact.reduction import trim
 
 SPECS = [f"int-{bits}" + (f"+r{rank}@bf16" if rank else "") for bits in (2, 3, 4, 5) for rank in (0, 4, 8)]
 TIES = {
@@ -155,7 +155,7 @@ def test_frontier_corners_are_optimal_allocations():
     curve = frontier(table)
     assert np.all(np.diff(curve.bytes) > 0) and np.all(np.diff(curve.damage) < 0) and np.all(np.diff(curve.price) <= 0)
     assert curve.bytes[0] == table.least_bytes
-    for corner in curve.thin(7):
+    for corner in curve.subsample(7):
         point = curve.allocation(corner)
         assert point.bytes == curve.bytes[corner] and point.damage == pytest.approx(curve.damage[corner])
         assert allocate(table, point.bytes).damage == pytest.approx(point.damage)
@@ -278,7 +278,7 @@ def test_exact_equals_highs(seed):
 
 @pytest.mark.parametrize("ties", TIES)
 @pytest.mark.parametrize("seed", range(20))
-def test_bounds_hold_where_states_are_thinned_or_time_runs_out(ties, seed, monkeypatch):
+def test_bounds_hold_where_states_are_trimmed_or_time_runs_out(ties, seed, monkeypatch):
     table = draw_table(seed, ties, options=5)
     every = brute_force(table)
     for limit in limits(table, every, seed)[1:]:
@@ -294,21 +294,21 @@ def test_bounds_hold_where_states_are_thinned_or_time_runs_out(ties, seed, monke
             assert one.status is not Status.WITHIN_GAP or one.damage - best <= 0.05 * abs(one.damage) + slack
 
 
-def test_thinned_searches_are_told_apart(monkeypatch):
+def test_trimmed_searches_say_so(monkeypatch):
     table = smooth_table(18, 3)
     limit = int(2.25 / 8 * table.weights())
     exact = allocate(table, limit)
     monkeypatch.setattr(knapsack, "CELLS", (200,))
-    thinned = allocate(table, limit)
-    assert thinned.status is Status.STOPPED and 0 < thinned.gap < 0.01
-    assert thinned.bound <= exact.damage <= thinned.damage
+    trimmed = allocate(table, limit)
+    assert trimmed.status is Status.STOPPED and 0 < trimmed.gap < 0.01
+    assert trimmed.bound <= exact.damage <= trimmed.damage
 
 
-def test_thinning_loses_no_more_than_it_says():
+def test_trimming_loses_no_more_than_it_says():
     draw = np.random.default_rng(0)
     for most in (2, 3, 10, 60, 200):
         damage = np.unique(draw.lognormal(0, 2, 100))[::-1]
-        kept, loss = thin(damage, most)
+        kept, loss = trim(damage, most)
         assert len(kept) <= most and kept[0] == 0
         before = kept[np.searchsorted(kept, np.arange(100), side="right") - 1]  # what stands in for each: fewer bytes
         assert (damage[before] - damage).max() == pytest.approx(loss)

@@ -52,7 +52,6 @@ LONG_FUNCTIONS = {
     "measure",
     "output_hessians",
     "plan_job",
-    "search",
     "sensitivity",
     "solve_many",
     "trainer",

@@ -1,1 +1,1 @@
-"""The exact allocation: hull, dynamic programming, search, and the proof of the bound."""
+"""The exact allocation: hull, reduction by the Lagrangian bound, dynamic programming, and the curve of all limits."""

@@ -1,4 +1,4 @@
-"""Filling what is left of a budget, best damage per byte first."""
+"""Filling what is left of a budget greedily, the most damage saved per byte first."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from allocators.exact.hull import Blocks
 def fill(blocks: Blocks, at: np.ndarray, left: int) -> np.ndarray:
     """Improve an allocation within the bytes left: again and again the change of one block that saves most damage per byte.
 
-    at    joint choice of every block (of its ``size``, ``damage``, ``choice``)
-    left  bytes that may still be spent
+    Args:
+        blocks: the table.
+        at: joint choice of every block (of its `size`, `damage`, `choice`), (blocks,).
+        left: bytes that may still be spent.
+
+    Returns:
+        The joint choices after the last change, (blocks,).
     """
     at = at.copy()
     rate, to = np.zeros(len(at)), at.copy()

@@ -13,8 +13,13 @@ from allocators.table import OptionTable
 def lower_hull(size: np.ndarray, damage: np.ndarray) -> np.ndarray:
     """Indices of the lower left convex hull, from the least bytes to the least damage.
 
-    >>> lower_hull(np.array([1, 2, 3, 4]), np.array([9.0, 8.0, 1.0, 2.0])).tolist()
-    [0, 2]
+    Args:
+        size: bytes, (points,).
+        damage: of each, (points,).
+
+    Example:
+        >>> lower_hull(np.array([1, 2, 3, 4]), np.array([9.0, 8.0, 1.0, 2.0])).tolist()
+        [0, 2]
     """
     hull: list[int] = []
     points_b, points_d = size.tolist(), damage.tolist()
@@ -35,12 +40,13 @@ def lower_hull(size: np.ndarray, damage: np.ndarray) -> np.ndarray:
 class Block:
     """Rows that are decided together: a row alone, or the rows of a tie.
 
-    rows     row numbers
-    keys     one entry a key that all rows offer (a backbone; for a lone row one entry): its undominated option numbers, by row
-    size     bytes of the joint choices considered: every undominated option of a lone row; for tied rows the hull under each key
-    damage   their damage
-    choice   their option numbers, (choices, rows)
-    hull     which of them form the block's lower convex hull, in order of bytes
+    Args:
+        rows: row numbers.
+        keys: one entry a key that all rows offer (a backbone; for a lone row one entry): its undominated option numbers, by row.
+        size: bytes of the joint choices considered: every undominated option of a lone row; for tied rows the hull under each key.
+        damage: their damage.
+        choice: their option numbers, (choices, rows).
+        hull: which of them form the block's lower convex hull, in order of bytes.
     """
 
     rows: tuple[int, ...]
@@ -52,9 +58,13 @@ class Block:
 
 
 def merge_steps(hulls: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """All steps of several hulls, steepest first: (hull, point reached, damage saved per byte).
+    """All steps of several hulls, steepest first: the edges of their Minkowski sum's hull.
 
-    The hull of a sum of sets is walked by taking the steps of their hulls in order of slope (Minkowski sum).
+    Args:
+        hulls: (bytes, damage) of the corners of each hull, in order of bytes.
+
+    Returns:
+        By step: which hull it is of, which of its corners it reaches, and the damage that it saves per byte.
     """
     owner = np.concatenate([np.full(len(size) - 1, k) for k, (size, _) in enumerate(hulls)])
     point = np.concatenate([np.arange(1, len(size)) for size, _ in hulls])
@@ -99,12 +109,15 @@ def _groups(table: OptionTable) -> list[Group]:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """The table's hull as a walk: all blocks at their first hull point, then one step of one block after another, steepest first.
+class HullPath:
+    """The table's hull as a path: all blocks at their first hull point, then one step of one block after another, steepest first.
 
-    block, point   which block moves, to which of its hull points; one entry a step
-    slope          damage saved per byte, never rising
-    size, damage   totals before the first step and after each one; (steps + 1)
+    Args:
+        block: which block moves, (steps,).
+        point: to which of its hull points, (steps,).
+        slope: damage saved per byte, never rising, (steps,).
+        size: bytes before the first step and after each one, (steps + 1,).
+        damage: likewise.
     """
 
     block: np.ndarray
@@ -121,8 +134,10 @@ class Walk:
 class Blocks:
     """A table made ready for the solvers: arrays in place of rows, ties resolved into blocks.
 
-    damage   in place of the table's own damage, one array a row (another objective over the same options)
-    groups   the rows decided together and, by key, which of their options share it: of this table, where they are known already
+    Args:
+        table: matrices × options.
+        damage: in place of the table's own damage, one array a row (another objective over the same options).
+        groups: the rows decided together and, by key, which of their options share it: of this table, where they are known already.
     """
 
     def __init__(self, table: OptionTable, damage: list[np.ndarray] | None = None, groups: list[Group] | None = None) -> None:
@@ -136,7 +151,7 @@ class Blocks:
                 self._block(rows, tuple(tuple(self._best(i, o) for i, o in zip(rows, key, strict=True)) for key in keys))
             )
 
-    def judged(self, damage: list[np.ndarray]) -> Blocks:
+    def with_damage(self, damage: list[np.ndarray]) -> Blocks:
         """The same table under another damage of its options, one array a row."""
         return Blocks(self.table, damage, self.groups)
 
@@ -155,7 +170,7 @@ class Blocks:
         return Block(rows, keys, size, damage, choice, lower_hull(size, damage))
 
     @cached_property
-    def walk(self) -> Walk:
+    def path(self) -> HullPath:
         """The hull of the whole table."""
         block, point, slope = merge_steps([(b.size[b.hull], b.damage[b.hull]) for b in self.blocks])
         moves = [(self.blocks[k], p) for k, p in zip(block, point, strict=True)]
@@ -165,12 +180,12 @@ class Blocks:
             return np.cumsum([first] + [getattr(b, of)[b.hull[p]] - getattr(b, of)[b.hull[p - 1]] for b, p in moves])
 
         size, damage = total("size"), total("damage")
-        return Walk(block, point, slope, size, damage)
+        return HullPath(block, point, slope, size, damage)
 
     def at(self, steps: int) -> np.ndarray:
-        """The joint choice of every block after so many steps of the walk."""
+        """The joint choice of every block after so many steps of the path."""
         point = np.zeros(len(self.blocks), dtype=np.int64)
-        np.maximum.at(point, self.walk.block[:steps], self.walk.point[:steps])
+        np.maximum.at(point, self.path.block[:steps], self.path.point[:steps])
         return np.array([b.hull[p] for b, p in zip(self.blocks, point, strict=True)])
 
     def include(self, picks: np.ndarray) -> np.ndarray:

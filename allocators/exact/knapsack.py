@@ -11,13 +11,13 @@ import numpy as np
 
 from allocators.allocation import Allocation, Status, check_limit, from_picks
 from allocators.errors import AllocationError
-from allocators.exact.dynamic import Choices, Relaxation, relax, remaining
+from allocators.exact.dynamic import dynamic_program, target_damage
 from allocators.exact.fill import fill
 from allocators.exact.hull import Blocks
-from allocators.exact.search import aim, search
+from allocators.exact.reduction import Choices, Relaxation, relax, remaining
 from allocators.table import OptionTable
 
-CELLS = (2**17, 2**20, 2**22)  # of states × choices that a search may hold: one after another, until one is whole
+CELLS = (2**17, 2**20, 2**22)  # of states × choices of a dynamic program: one after another, until one is whole
 
 
 def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float = 10.0) -> Allocation:
@@ -28,21 +28,28 @@ def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float
     Three steps. The hull of the table gives the best multiplier λ, the bound L = Σ min (damage + λ bytes) − λ limit, and, filled
     up greedily, a first allocation of damage U. An option whose reduced cost exceeds U − L is in no better allocation and is left
     out. What remains, often an option or two a row, is solved by dynamic programming over undominated (bytes, damage) states, each
-    bounded by the hull of the rows still to come. Where they are too many to keep they are thinned, and the bound tells what that
-    may have lost.
+    bounded by the hull of the rows still to come. Where they are too many to keep they are trimmed, and what that may have lost is
+    taken off the bound.
 
-    table    matrices × options
-    limit    bytes that all rows may take together (``Budget.parse("2.25bpw").on(table).limit``)
-    gap      relative gap at which to stop; 0 asks for the best of all
-    seconds  time after which the best found is returned with the gap that is proved
-    raises   Infeasible where the limit is below the table's least
-    source   Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11; Pisinger, EJOR 83 (1995)
+    Args:
+        table: matrices × options.
+        limit: bytes that all rows may take together (`Budget.parse("2.25bpw").on(table).limit`).
+        gap: relative gap at which to stop; 0 asks for the best of all.
+        seconds: time after which the best found is returned with the gap that is proved.
 
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
-    >>> best = allocate(OptionTable((Row("q", 64, options), Row("k", 64, options))), 56)
-    >>> best.bytes, best.damage, best.bound, best.status.value
-    (56, 2.5, 2.5, 'optimal')
+    Raises:
+        Infeasible: where the limit is below the table's least.
+        AllocationError: for a gap or a time out of range.
+
+    Source:
+        Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), chapter 11; Pisinger, EJOR 83 (1995)
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+        >>> best = allocate(OptionTable((Row("q", 64, options), Row("k", 64, options))), 56)
+        >>> best.bytes, best.damage, best.bound, best.status.value
+        (56, 2.5, 2.5, 'optimal')
     """
     start = time.perf_counter()
     limit = check_limit(table, limit)
@@ -50,7 +57,7 @@ def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float
         raise AllocationError(f"gap is {gap!r}; pass a relative gap from 0 to below 1, such as 1e-4")
     if not seconds > 0:
         raise AllocationError(f"seconds is {seconds!r}; pass a positive time")
-    found = solve(Blocks(table), limit, gap=gap, end=start + seconds, cells=CELLS)
+    found = solve_blocks(Blocks(table), limit, gap=gap, end=start + seconds, cells=CELLS)
     within, proof = found.damage - found.bound, Status.STOPPED
     if within <= max(found.rounding, gap * abs(found.damage)):
         proof = Status.OPTIMAL if within <= found.rounding else Status.WITHIN_GAP
@@ -60,7 +67,14 @@ def allocate(table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float
 
 @dataclass(frozen=True)
 class Solved:
-    """Option number by row, their damage, the proved bound on it, and how far sums of damages may be off by rounding."""
+    """What `solve_blocks` returns.
+
+    Args:
+        picks: option number by row.
+        damage: of the picks.
+        bound: no allocation within the limit does less damage.
+        rounding: how far sums of damages may be off by rounding.
+    """
 
     picks: np.ndarray
     damage: float
@@ -68,11 +82,15 @@ class Solved:
     rounding: float
 
 
-def solve(blocks: Blocks, limit: int, *, gap: float = 0.0, end: float = math.inf, cells: Sequence[int] = CELLS) -> Solved:
-    """``allocate`` for a table that is made ready, under the damages that it was made ready with.
+def solve_blocks(blocks: Blocks, limit: int, *, gap: float = 0.0, end: float = math.inf, cells: Sequence[int] = CELLS) -> Solved:
+    """`allocate` for a table that is made ready, under the damages that it was made ready with.
 
-    end    value of time.perf_counter() at which to stop
-    cells  sizes of the searches to try, smallest first
+    Args:
+        blocks: the table.
+        limit: bytes that all rows may take together.
+        gap: relative gap at which to stop.
+        end: value of time.perf_counter() at which to stop.
+        cells: sizes of the dynamic programs to try, smallest first.
     """
     picks, relaxation = _relaxed(blocks, _reachable(blocks, limit))
     damage, bound = _damage(blocks, picks), relaxation.bound
@@ -80,8 +98,8 @@ def solve(blocks: Blocks, limit: int, *, gap: float = 0.0, end: float = math.inf
     for most in cells:
         if damage - bound <= max(rounding, gap * abs(damage)):
             break
-        left = remaining(blocks, relaxation, aim(damage, gap), math.isqrt(most))
-        found = search(left, relaxation.limit, damage, gap, most, end)
+        left = remaining(blocks, relaxation, target_damage(damage, gap), math.isqrt(most))
+        found = dynamic_program(left, relaxation.limit, damage, gap, most, end)
         bound = max(bound, found.bound)
         better = picks if found.picks is None else _chosen(left, found.picks, len(picks))
         if _damage(blocks, better) < damage:
@@ -100,10 +118,10 @@ def _reachable(blocks: Blocks, limit: int) -> int:
 
 def _relaxed(blocks: Blocks, limit: int) -> tuple[np.ndarray, Relaxation]:
     """The break solution of the hull, filled up greedily: option number by row; and the relaxation at its price."""
-    walk = blocks.walk
-    steps = walk.steps_within(limit)
-    price = float(walk.slope[steps]) if steps < len(walk.slope) else 0.0
-    at = fill(blocks, blocks.at(steps), limit - int(walk.size[steps]))
+    path = blocks.path
+    steps = path.steps_within(limit)
+    price = float(path.slope[steps]) if steps < len(path.slope) else 0.0
+    at = fill(blocks, blocks.at(steps), limit - int(path.size[steps]))
     return blocks.options(at), relax(blocks, price, limit)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from allocators.allocation import Allocation, check_limit, from_picks, from_specs
 from allocators.errors import AllocationError
 from allocators.exact.hull import Blocks
-from allocators.exact.knapsack import CELLS, solve
+from allocators.exact.knapsack import CELLS, solve_blocks
 from allocators.options import few
 from allocators.refinement.moves import moves, promising
 from allocators.refinement.regression import learned
@@ -277,7 +277,7 @@ class _Search:
     def _tilted(self, proposal: str, tilt: np.ndarray) -> bool | None:
         """Measure the exact allocation of the damages times these factors."""
         damage = [d * t for d, t in zip(self.blocks.damage, tilt, strict=True)]
-        return self._try(proposal, solve(self.blocks.judged(damage), self.limit, cells=CELLS[:1]).picks)
+        return self._try(proposal, solve_blocks(self.blocks.with_damage(damage), self.limit, cells=CELLS[:1]).picks)
 
     # ---- swaps
 

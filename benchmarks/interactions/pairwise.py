@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from allocators.exact.hull import Blocks
-from allocators.exact.knapsack import CELLS, Solved, solve
+from allocators.exact.knapsack import CELLS, Solved, solve_blocks
 from allocators.refinement.moves import moves, promising
 from allocators.table import OptionTable
 from benchmarks.interactions.models import Pairwise
@@ -63,7 +63,7 @@ class JointProblem:
 
     def solve(self, damage: list[np.ndarray]) -> Solved:
         """The exact allocation of the table under other damages."""
-        return solve(self.blocks.judged(damage), self.limit, end=self.end, cells=CELLS[:1])
+        return solve_blocks(self.blocks.with_damage(damage), self.limit, end=self.end, cells=CELLS[:1])
 
     def improve(self, picks: np.ndarray) -> np.ndarray:
         """Linearise and descend, in turn, while the joint damage falls."""

@@ -130,7 +130,7 @@ def curves(table: OptionTable, points: int = POINTS) -> dict[str, Any]:
 def _corners(table: OptionTable, points: int) -> list[dict[str, Any]]:
     """Corners of the hull, each with the damage that a further byte saves (`price`; null at the last)."""
     curve, found = allocators.frontier(table), []
-    for at in curve.thin(points):
+    for at in curve.subsample(points):
         price = float(curve.price[at]) if at < len(curve.price) else None
         bits = curve.allocation(at).bits_per_weight
         found.append({"bytes": int(curve.bytes[at]), "bits_per_weight": bits, "damage": float(curve.damage[at]), "price": price})

@@ -168,7 +168,7 @@ class Record:
 
     def _frontier(self) -> list[dict[str, float]]:
         curve = allocators.frontier(self.sensitivity.table)
-        return [{"bytes": int(curve.bytes[i]), "damage": float(curve.damage[i])} for i in curve.thin(FRONTIER_POINTS)]
+        return [{"bytes": int(curve.bytes[i]), "damage": float(curve.damage[i])} for i in curve.subsample(FRONTIER_POINTS)]
 
 
 def _version(name: str) -> str:

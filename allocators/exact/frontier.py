@@ -16,9 +16,10 @@ from allocators.table import OptionTable
 class Frontier:
     """The lower convex hull of all allocations, each corner with its allocation.
 
-    bytes   of each corner, rising
-    damage  of each corner, falling; no allocation of the same bytes or fewer does less
-    price   damage saved per byte on the way to the next corner (the Lagrange multiplier), falling; one entry fewer
+    Args:
+        bytes: of each corner, rising.
+        damage: of each corner, falling; no allocation of the same bytes or fewer does less.
+        price: damage saved per byte on the way to the next corner (the Lagrange multiplier), falling; one entry fewer.
     """
 
     bytes: np.ndarray
@@ -47,7 +48,7 @@ class Frontier:
 
     def bracket(self, limit: int) -> tuple[int, int]:
         """The corners on both sides of a limit in bytes: the exact best there does damage between the bound and the first's."""
-        below = self._blocks.walk.steps_within(check_limit(self._blocks.table, limit))
+        below = self._blocks.path.steps_within(check_limit(self._blocks.table, limit))
         return below, min(below + 1, len(self) - 1)
 
     def bound(self, limit: int) -> float:
@@ -57,10 +58,12 @@ class Frontier:
             return float(self.damage[below])
         return float(self.damage[below] - self.price[below] * (limit - self.bytes[below]))
 
-    def thin(self, points: int) -> list[int]:
-        """At most so many corners, both ends among them, spread evenly over the bytes: for a plot."""
+    def subsample(self, points: int) -> list[int]:
+        """At most so many corners, both ends among them, evenly spaced over the bytes: for a plot."""
         wanted = np.linspace(self.bytes[0], self.bytes[-1], max(points, 2))
         return np.unique(np.abs(self.bytes[:, None] - wanted).argmin(axis=0)).tolist()
+
+    thin = subsample
 
 
 def frontier(table: OptionTable) -> Frontier:
@@ -68,15 +71,18 @@ def frontier(table: OptionTable) -> Frontier:
 
         L(λ) = Σ_blocks min_x [damage(x) + λ · bytes(x)];  as λ falls from ∞ to 0 its minimisers are the corners
 
-    table   the table; ties are kept
-    source  Everett, Operations Research 11 (1963); Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2
+    Args:
+        table: matrices × options; ties are kept.
 
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
-    >>> curve = frontier(OptionTable((Row("q", 64, options), Row("k", 64, options))))
-    >>> curve.bytes.tolist(), curve.damage.tolist()
-    ([32, 40, 48, 56, 64], [6.0, 4.5, 3.0, 2.5, 2.0])
+    Source:
+        Everett, Operations Research 11 (1963); Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+        >>> curve = frontier(OptionTable((Row("q", 64, options), Row("k", 64, options))))
+        >>> curve.bytes.tolist(), curve.damage.tolist()
+        ([32, 40, 48, 56, 64], [6.0, 4.5, 3.0, 2.5, 2.0])
     """
     blocks = Blocks(table)
-    walk = blocks.walk
-    return Frontier(walk.size, walk.damage, walk.slope, blocks)
+    return Frontier(blocks.path.size, blocks.path.damage, blocks.path.slope, blocks)
