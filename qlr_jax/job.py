@@ -75,7 +75,7 @@ def compress(
     """Compress a Llama folder (or hub name) under a memory budget and write a folder that JAX and PyTorch load.
 
     Args:
-        model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3 or Gemma model.
+        model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3, Gemma or OLMo2 model.
         out: the folder to write; it must not exist or be empty.
         budget: e.g. `2.25bpw`, `900MB`, `device:8GiB,context=8192`; the recipe's where not given.
         calibration: text file(s).

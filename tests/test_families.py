@@ -52,8 +52,10 @@ CASES = {  # the prefix of transformers' classes, and what differs from SIZES
     "qwen3 attention_bias": ("Qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
     "gemma": ("Gemma", {"head_dim": 16}),
     "gemma untied": ("Gemma", {"head_dim": 8, "tie_word_embeddings": False, "attention_bias": True, "rope_parameters": LINEAR}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2 tied": ("Olmo2", {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4}),
 }
-FEW = ["llama mlp_bias", "mistral", "qwen2", "qwen3", "gemma"]  # one of every family, biases everywhere once
+FEW = ["llama mlp_bias", "mistral", "qwen2", "qwen3", "gemma", "olmo2"]  # one of every family, biases everywhere once
 TOKENS = np.random.default_rng(0).integers(0, 96, (3, 45))
 run = jax.jit(lambda model, tokens: model(tokens))
 
@@ -193,7 +195,7 @@ def test_hessians_equal_those_of_captured_inputs(case, tmp_path):
         assert_close(found[input_of(name)], rows.T @ rows / len(rows))
 
 
-@pytest.mark.parametrize("case", ["llama mlp_bias", "qwen3", "gemma"])  # biases, head norms, activation
+@pytest.mark.parametrize("case", ["llama mlp_bias", "qwen3", "gemma", "olmo2"])  # biases, head norms, activation, norms after
 def test_gradients_at_outputs_equal_torch(case, tmp_path):
     import torch
 
@@ -225,6 +227,7 @@ PUBLISHED = {  # the numbers of published config.json files, and how many parame
     "qwen2 0.5B": ("Qwen2", (151936, 896, 4864, 24, 14, 2), {"tie_word_embeddings": True, **ROPE}, 494_032_768),
     "qwen3 8B": ("Qwen3", (151936, 4096, 12288, 36, 32, 8), {"head_dim": 128, "attention_bias": False, **ROPE}, 8_190_735_360),
     "gemma 2B": ("Gemma", (256000, 2048, 16384, 18, 8, 1), {"hidden_act": "gelu", "hidden_activation": None}, 2_506_172_416),
+    "olmo2 7B": ("Olmo2", (100352, 4096, 11008, 32, 32, 32), {"rope_theta": 500000, "attention_bias": False}, 7_298_617_344),
     "gemma 7B": ("Gemma", (256000, 3072, 24576, 28, 16, 16), {"head_dim": 256}, 8_537_680_896),
 }
 
@@ -266,7 +269,7 @@ def test_an_unknown_name_lists_the_known():
         known_config("Llama-9")
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Olmo2"])
 def test_what_config_json_leaves_out_is_as_in_transformers(name):
     import transformers
 
@@ -341,7 +344,7 @@ def test_switches_that_a_family_lacks_are_refused():
     for change in ({"sliding_window": 4}, {"family": "qwen2", "attention_bias": True}, {"family": "gemma", "mlp_bias": True}):
         with pytest.raises(QLRError, match="does not have"):
             dataclasses.replace(config, **change)
-    with pytest.raises(QLRError, match="'phi' is unknown; pass one of llama, mistral, qwen2, qwen3, gemma"):
+    with pytest.raises(QLRError, match="'phi' is unknown; pass one of llama, mistral, qwen2, qwen3, gemma, olmo2"):
         dataclasses.replace(config, family="phi")
 
 
@@ -361,6 +364,31 @@ def test_the_runtime_has_a_row_for_every_family():
     assert list(runtime.ARCHITECTURES) == wanted
     for architecture, (plain, packed) in zip(wanted, runtime.PACKED.items(), strict=True):
         assert plain.__name__ == architecture and packed is getattr(runtime, runtime_class(architecture))
+
+
+def test_hidden_states_are_not_compared_behind_a_norm():
+    from qlr_jax.adaptation import AdaptConfig, adapt
+
+    model = qlr_jax.models.Llama(LlamaConfig(**SIZES, family="olmo2"), jax.random.key(0))
+    linear = next(iter(model.linears().values()))
+    original = jax.tree.map(lambda leaf: leaf, model)
+    linear.weight.set_value(qlr_jax.solve(np.asarray(linear.weight.get_value()), None, "int-4g16", seed=1, iterations=1).value)
+    with pytest.raises(QLRError, match=r"states 1 .* Olmo2ForCausalLM normalises .* pass states 0"):
+        adapt(model, TOKENS, AdaptConfig(loss="kl", states=1.0, steps=1), teacher=original)
+
+
+def test_norms_multiply_in_the_type_that_they_do_in_transformers():
+    import torch
+    from transformers.models.olmo2.modeling_olmo2 import Olmo2RMSNorm
+
+    x = np.random.default_rng(0).standard_normal((5, 32)).astype(np.float32)
+    weight = np.linspace(0.3, 3, 32, dtype=np.float32)
+    norm = qlr_jax.models.llama.RMSNorm(jnp.asarray(weight, jnp.bfloat16), 1e-5, wide=True)
+    theirs = Olmo2RMSNorm(32, 1e-5).to(torch.bfloat16)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.tensor(weight))
+        wanted = theirs(torch.tensor(x).to(torch.bfloat16)).float().numpy()
+    np.testing.assert_array_equal(np.asarray(norm(jnp.asarray(x, jnp.bfloat16)), np.float32), wanted)
 
 
 def test_missing_biases_are_missed(tmp_path):

@@ -253,6 +253,11 @@ def _metrics(
     of the hidden states where they are compared."""
     factors = [name for name, site in student.sites.items() if site.rank and "factors" in config.train]
     bodies = [name for name in student.sites if "body" in values[name]]
+    if config.states and model.config.traits.norms.after_mlp:
+        raise QLRError(
+            f"states {config.states:g} weighs hidden states by the gradients at a block's last matrix, but a "
+            f"{model.config.traits.architecture} normalises what that puts out; pass states 0"
+        )
     # what the last matrix of a block puts out is added to the hidden state, so that its G is the state's
     last = [f"model.layers.{i}.{SITES[-1].path}" for i in range(model.config.num_hidden_layers)] if config.states else []
     if not (factors or bodies or last):

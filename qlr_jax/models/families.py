@@ -113,6 +113,15 @@ FAMILIES: Mapping[str, Family] = {
                 "use_bidirectional_attention": (None, False),
             },
         ),
+        Family(
+            "olmo2",
+            "Olmo2ForCausalLM",
+            switches=("attention_bias",),
+            norms=Norms("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
+            qk_norm="width",
+            wide_norm=True,
+            defaults={"rms_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": 50279},
+        ),
     )
 }
 """By model_type."""
@@ -144,7 +153,7 @@ UNSUPPORTED: Mapping[str, str] = {
             "ernie4_5_moe minimax hunyuan_v1_moe",
         ),
         (_FUSED, "phi3 internlm2 baichuan chatglm"),
-        (_NORMS, "gemma2 gemma3 gemma3_text gemma3n olmo2 glm4 exaone4"),
+        (_NORMS, "gemma2 gemma3 gemma3_text gemma3n glm4 exaone4"),
         (_PARALLEL, "phi falcon gptj gpt_neox cohere cohere2"),
         (_PLAIN_MLP, "gpt2 gpt_bigcode opt bloom mpt starcoder2 stablelm nemotron olmo arcee apertus"),
         (_MULTIPLIERS, "granite minicpm"),

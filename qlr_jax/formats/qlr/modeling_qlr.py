@@ -805,6 +805,7 @@ ARCHITECTURES = (
     "Qwen2ForCausalLM",
     "Qwen3ForCausalLM",
     "GemmaForCausalLM",
+    "Olmo2ForCausalLM",
 )
 
 
