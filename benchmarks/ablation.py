@@ -27,8 +27,8 @@ from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import PRESETS, SolverConfig
 from qlr_jax.core.objective import checked_hessian
-from qlr_jax.job import BUNDLED
 from qlr_jax.models import KINDS, input_of, kind_of, load_model, load_tokenizer
+from qlr_jax.models.bundled import BUNDLED
 
 SPECS = ("trellis-2+r8@trellis-4", "trellis-2+r32@trellis-4", "trellis-2+r16@int-8", "trellis-1.5+r16@trellis-3", "e8-2+r16@e8-4")
 SETTINGS: dict[str, dict] = {

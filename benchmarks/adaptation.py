@@ -23,7 +23,8 @@ import platform
 import sys
 import sysconfig
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import allocators
-from qlr_jax import calibration, evaluation, job
+from qlr_jax import calibration, evaluation
 from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.calibration.text import split_of
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.formats.qlr.packed import load, read_matrices, save_packed
 from qlr_jax.models import load_model, load_tokenizer
-from qlr_jax.pipelines.preparation import BUNDLED, calibrate, open_source, sense
+from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.pipelines.run import Run
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve
 from qlr_jax.progress import plain
 from qlr_jax.settings.recipe import DEMO
 
@@ -91,12 +96,14 @@ def compressed(work: Path, budgets: set[str]) -> None:
         return
     recipe, progress = DEMO.updated(refine=0, state_bits=8, search_state_bits=8), plain(every=60)
     source = open_source("bundled", recipe)
-    statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
-    table, solutions = sense(source, statistics, sample, recipe, progress).table, {}
+    statistics, sample = calibrate(source, calibration.standard_library("calibration"), progress)
+    run, solved = Run(source, statistics, sample, progress), {}
+    run = replace(run, solver=lambda kind: partial(solve_many, into=solved))
+    table = measure(run).table
     for budget in missing:
-        plan = job.allocate(allocators.Budget.parse(budget).on(table), progress)["allocated"]
-        job.solve([plan], solutions, statistics, recipe, progress)
-        save_packed(work / budget, source.model, job.chosen(plan.specs, solutions), source=source.folder)
+        plan = allocate(run, allocators.Budget.parse(budget).on(table))["allocated"]
+        found = solve(run, {"allocated": plan})["allocated"]
+        save_packed(work / budget, source.model, found.matrices, source=source.folder)
 
 
 def headers(split: str) -> str:

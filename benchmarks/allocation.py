@@ -15,14 +15,18 @@ import json
 import platform
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
-from qlr_jax import calibration, evaluation, job
+from qlr_jax import calibration, evaluation
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.pipelines.preparation import calibrate, open_source, sense
+from qlr_jax.pipelines.run import Run
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages import allocate, calibrate, evaluate_on_calibration, measure, refine, solve
 from qlr_jax.progress import plain
 from qlr_jax.report.content.allocation import rank_line
 from qlr_jax.settings.recipe import DEMO
@@ -31,48 +35,47 @@ MODELS = ("allocated", "uniform", "rank0")
 
 
 @one_blas_thread()
-def run(seed: int, budgets: list[str], refine: int, state_bits: int | None, tokens: int) -> list[dict]:
+def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None, tokens: int) -> list[dict]:
     """One seed: every budget's three models, measured."""
-    recipe, progress = DEMO.updated(seed=seed, refine=refine, refine_seconds=3600.0), plain(every=60)
+    recipe, progress = DEMO.updated(seed=seed, refine=refinements, refine_seconds=3600.0), plain(every=60)
     if state_bits:
         recipe = recipe.updated(state_bits=state_bits, search_state_bits=state_bits)
     start = time.perf_counter()
     source = open_source("bundled", recipe)
-    statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
+    statistics, sample = calibrate(source, calibration.standard_library("calibration"), progress)
     calibrated = time.perf_counter() - start
-    table = sense(source, statistics, sample, recipe, progress).table
+    cache = {}
+    job = Run(source, statistics, sample, progress, lambda kind: partial(solve_many, into=cache))
+    table = measure(job).table
     measured = time.perf_counter() - start - calibrated
     windows = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
     held_out = evaluation.reference(source.model, calibration.thinned(windows, tokens))
-    solutions, records = {}, []
+    records = []
     for budget in budgets:
         start = time.perf_counter()
         problem = allocators.Budget.parse(budget).on(table)
-        plans = job.allocate(problem, progress)
-        job.solve(plans.values(), solutions, statistics, recipe, progress)
-        model = lambda plan: job.with_weights(source.model, job.chosen(plan.specs, solutions))  # noqa: E731
-        judged = {name: evaluation.divergence(model(plan), sample) for name, plan in plans.items()}
+        candidates = evaluate_on_calibration(job, solve(job, allocate(job, problem)))
         solved = time.perf_counter() - start
-        first = dict(plans)
+        first = candidates["allocated"]
         refined = None
-        if refine:
-            refined = job.refine(problem, plans, judged, solutions, source.model, sample, statistics, recipe, progress)
-            plans = plans | {"unrefined": first["allocated"]}
+        if refinements:
+            candidates, refined = refine(job, problem, candidates)
+            candidates["unrefined"] = first
         record = {"seed": seed, "budget": budget, "seconds": {"calibrate": calibrated, "measure": measured, "solve": solved}}
-        record |= {"gap": first["allocated"].gap, "status": first["allocated"].status.value, "models": {}}
-        for name, plan in plans.items():
-            found = evaluation.divergence(model(plan), held_out)
+        record |= {"gap": first.plan.gap, "status": first.plan.status.value, "models": {}}
+        for name, candidate in candidates.items():
+            plan, found = candidate.plan, evaluation.divergence(candidate.model(source.model), held_out)
             record["models"][name] = {
                 "bits_per_weight": plan.bits_per_weight,
                 "damage": plan.damage,
-                "calibration_kl": judged[name].kl if name in judged else None,
+                "calibration_kl": candidate.kl,
                 "kl": found.kl,
                 "perplexity": found.perplexity,
                 "perplexity_original": found.perplexity_original,
                 "agreement": found.agreement,
                 "specs": dict(plan.specs),
             }
-        record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in plans["allocated"].specs.items()])
+        record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in candidates["allocated"].plan.specs.items()])
         if refined is not None:
             record["refined"] = {
                 "gained": refined.gained,

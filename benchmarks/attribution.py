@@ -28,7 +28,8 @@ from qlr_jax import calibration, evaluation
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.spec import Spec
-from qlr_jax.pipelines.preparation import calibrate, open_source, solver_config
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages import calibrate
 from qlr_jax.progress import plain
 from qlr_jax.sensitivity import ATTRIBUTIONS, PROBE, Attribution, Case, attribute, final_error
 from qlr_jax.settings.recipe import DEMO
@@ -55,11 +56,11 @@ def main() -> None:
     args = parse.parse_args()
     progress, recipe = plain(every=30), DEMO.updated(state_bits=args.state_bits, seed=args.seed)
     source = open_source("bundled", recipe)
-    statistics, sample = calibrate(source, calibration.standard_library("calibration"), recipe, progress)
+    statistics, sample = calibrate(source, calibration.standard_library("calibration"), progress)
     text = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
     held_out = evaluation.reference(source.model, calibration.thinned(text, args.tokens))
 
-    names, config = list(source.weights), solver_config(recipe)
+    names, config = list(source.weights), source.settings.solver
     problems = {(name, spec): statistics.problem(name, spec) for spec in grid() for name in names}
     start = time.perf_counter()
     with progress.stage("solving", total=len(problems)) as stage:

@@ -146,13 +146,14 @@ def watched(name: str, folder: Path) -> dict[str, Any]:
     from qlr_jax import job
     from qlr_jax.calibration import standard_library
     from qlr_jax.core import batch
+    from qlr_jax.run import session
 
     watch = Watch()
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: watch.compiled.append(seconds) if event.endswith("backend_compile_duration") else None
     )
 
-    class Clock(job.Clock):
+    class Clock(session.Clock):
         @contextmanager
         def stage(self, name: str) -> Iterator[None]:
             with super().stage(name), watch.stage(name):
@@ -171,7 +172,7 @@ def watched(name: str, folder: Path) -> dict[str, Any]:
         })  # fmt: skip
         return found
 
-    job.Clock, batch.solve_batch = Clock, timed
+    session.Clock, batch.solve_batch = Clock, timed
     before = _resident("VmRSS")
     started = _cpu()
     with watch.stage("job"):
@@ -201,7 +202,7 @@ def made(name: str, folder: Path) -> None:
     import jax
 
     from qlr_jax.models import Llama, save_model
-    from qlr_jax.pipelines.preparation import BUNDLED
+    from qlr_jax.models.bundled import BUNDLED
 
     save_model(Llama(config_of(name), jax.random.key(0)), folder / "model", tokenizer_from=BUNDLED)
 

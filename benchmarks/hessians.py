@@ -36,8 +36,9 @@ from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.evaluation import divergence, reference, windows
-from qlr_jax.job import BUNDLED, with_weights
 from qlr_jax.models import input_of, load_model, load_tokenizer
+from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.pipelines.run import with_weights
 
 LENGTH = 256
 Arrays = dict[str, np.ndarray]

@@ -98,7 +98,7 @@ def make(config: object, folder: str) -> None:
     import jax
 
     from qlr_jax.models import Llama, save_model
-    from qlr_jax.pipelines.preparation import BUNDLED
+    from qlr_jax.models.bundled import BUNDLED
 
     save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=BUNDLED)
 

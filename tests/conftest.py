@@ -65,7 +65,7 @@ def tiny(tmp_path_factory):
     import jax
 
     from qlr_jax.models import Llama, LlamaConfig, save_model
-    from qlr_jax.pipelines.preparation import BUNDLED
+    from qlr_jax.models.bundled import BUNDLED
 
     folder = tmp_path_factory.mktemp("tiny")
     config = LlamaConfig(

@@ -168,7 +168,7 @@ def test_evaluate_and_inspect(calls):
 
 
 def test_verify_and_generate(monkeypatch):
-    from qlr_jax.pipelines import delivered
+    from qlr_jax.pipelines import generate as generating
     from qlr_jax.pipelines import verify as gate
 
     seen = {}
@@ -181,7 +181,7 @@ def test_verify_and_generate(monkeypatch):
     verdict = {"passed": True, "checks": [check | {"passed": True, "value": 0.05, "margin": 0.05}]}
     result = qlr("verify", "o", "--json")
     assert result.exit_code == 0 and json.loads(result.stdout)["passed"]
-    monkeypatch.setattr(delivered, "generate", lambda *args, **kwargs: seen.update(args=args, **kwargs) or iter(["b", "c"]))
+    monkeypatch.setattr(generating, "generate", lambda *args, **kwargs: seen.update(args=args, **kwargs) or iter(["b", "c"]))
     result = qlr("generate", "o", "--prompt", "a", "--temperature", "0.5", "--stop", "x", "--stop", "y")
     assert result.exit_code == 0 and result.stdout == "abc\n"
     assert seen["args"] == ("o", "a") and seen["temperature"] == 0.5 and seen["stop"] == ["x", "y"]

@@ -17,9 +17,12 @@ from qlr_jax.cost import Machine, Work, advice, find_config, plan_job
 from qlr_jax.cost.solves import solve
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, known_config, linear_names, parameter_count, shape_of
+from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.models.known import KNOWN
-from qlr_jax.pipelines import preparation
+from qlr_jax.pipelines.source import open_source
 from qlr_jax.report.terminal.cost import plan_text
+from qlr_jax.settings import resolved
+from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES
 from qlr_jax.settings.recipe import DEMO, Recipe
 
 GB = 10**9
@@ -69,8 +72,8 @@ def test_configurations_are_found_by_folder_and_by_name(tmp_path):
     assert find_config("meta-llama/Llama-2-7b-hf")[0] == KNOWN["Llama-2-7B"]
     assert find_config("meta-llama/Meta-Llama-3-8B-Instruct")[0] == KNOWN["Llama-3-8B"]
     config, size = find_config("bundled")
-    assert config.hidden_size == 256 and size == (preparation.BUNDLED / "model.safetensors").stat().st_size
-    (tmp_path / "config.json").write_text((preparation.BUNDLED / "config.json").read_text())
+    assert config.hidden_size == 256 and size == (BUNDLED / "model.safetensors").stat().st_size
+    (tmp_path / "config.json").write_text((BUNDLED / "config.json").read_text())
     assert find_config(tmp_path) == (config, None)
     with pytest.raises(QLRError, match="no-such-model' is not known"):
         find_config("no-such-model")
@@ -90,7 +93,7 @@ def test_sizes_are_exact(name):
 def test_the_budgets_range_is_that_of_the_job_itself():
     """The same table as `open_source` prices, so the same refusal, before anything is loaded."""
     recipe = LIGHT.updated(budget="0.9bpw")
-    source = preparation.open_source("bundled", recipe)
+    source = open_source("bundled", recipe)
     plan = plan_job(source.model.config, recipe, ROOMY)
     assert (plan.budget["least_bytes"], plan.budget["most_bytes"]) == (source.prices.least_bytes, source.prices.most_bytes)
     with pytest.raises(ValueError) as refused:
@@ -122,15 +125,15 @@ def test_memory_is_counted_by_its_formulas():
 
 
 def test_the_plan_streams_where_the_job_does(monkeypatch, tmp_path):
-    (tmp_path / "config.json").write_text((preparation.BUNDLED / "config.json").read_text())
+    (tmp_path / "config.json").write_text((BUNDLED / "config.json").read_text())
     config, _ = find_config(tmp_path)
     edge = 8 * parameter_count(config)
     for size in (edge - 2, edge, edge + 2):
-        monkeypatch.setattr(preparation, "memory", lambda size=size: size)
+        monkeypatch.setattr(resolved, "machine_memory", lambda size=size: size)
         for told in (None, True, False):
             recipe = LIGHT.updated(streaming=told)
             plan = plan_job(config, recipe, Machine("cpu", size, size, 2))
-            assert plan.streaming == preparation.streams(tmp_path, recipe) == plan.to_dict()["streaming"]
+            assert plan.streaming == resolved.Settings.of(recipe, config).streaming == plan.to_dict()["streaming"]
 
 
 def test_weights_on_disk_leave_a_small_part_of_the_memory():
@@ -197,9 +200,8 @@ def test_what_is_compressed_is_what_the_patterns_leave():
 
 def test_output_hessians_are_left_out_where_the_job_leaves_them_out():
     config, recipe = known_config("Llama-3-8B"), Recipe(streaming=False)
-    weights = {n: np.broadcast_to(np.float32(0), shape_of(config, n)) for n in linear_names(config)}
-    needed = preparation.outputs_bytes(weights)
-    just, less = int(needed / preparation.OUTPUTS_SHARE) + 10, int(needed / preparation.OUTPUTS_SHARE) - 10
+    needed = sum(2 * 4 * shape_of(config, n)[0] ** 2 for n in linear_names(config))
+    just, less = int(needed / OUTPUTS_SHARE) + 10, int(needed / OUTPUTS_SHARE) - 10
     names = [{s.name for s in plan_job(config, recipe, Machine("cpu", size, size, 2)).stages} for size in (just, less)]
     assert "calibrate: outputs" in names[0] and "calibrate: outputs" not in names[1]
     assert any("without them" in note for note in plan_job(config, recipe, Machine("cpu", less, less, 2)).notes)
@@ -216,7 +218,7 @@ def test_what_the_job_would_refuse_is_foretold():
     plan = plan_job(config, Recipe(measure_tokens=16384), ROOMY)
     assert not plan.fits and any("pass measure_tokens: 14336" in problem for problem in plan.problems)
     with pytest.raises(QLRError, match="4202692608 bytes"):
-        reference(Llama(config), np.zeros((8, 2048), np.int32), max_bytes=preparation.REFERENCE_BYTES)
+        reference(Llama(config), np.zeros((8, 2048), np.int32), max_bytes=REFERENCE_BYTES)
     assert plan_job(config, Recipe(measure_tokens=14336), ROOMY).fits
     assert plan_job(known_config("Llama-3-8B"), Recipe(), ROOMY).fits
     second = plan_job(SMALL, LIGHT.updated(attribution="second-order", streaming=True), ROOMY)

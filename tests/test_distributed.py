@@ -20,7 +20,7 @@ from qlr_jax.core.batch import batches
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.errors import QLRError
 from qlr_jax.run import processes as distributed
-from qlr_jax.run.processes import Cluster, Together, cost, gather, join, share
+from qlr_jax.run.processes import Cluster, WorkerGroup, cost, gather, join, share
 from qlr_jax.run.workspace import Workspace
 from qlr_jax.settings.recipe import Recipe
 
@@ -49,7 +49,7 @@ dies, patience, *arguments = sys.argv[1:]
 from qlr_jax import cli
 from qlr_jax.run import processes as distributed
 from qlr_jax.run import workspace
-distributed.Together.__init__.__defaults__ = (float(patience), *distributed.Together.__init__.__defaults__[1:])
+distributed.WorkerGroup.__init__.__defaults__ = (float(patience), *distributed.WorkerGroup.__init__.__defaults__[1:])
 if int(dies):
     left, keep = [int(dies)], workspace._save
     def last(path, solution):
@@ -193,7 +193,7 @@ def test_an_output_folder_in_use_is_refused(tmp_path):
 
 
 def worker(root, patience=60.0):
-    team = Together(Cluster(1, 2), root, patience)
+    team = WorkerGroup(Cluster(1, 2), root, patience)
     team.folder.mkdir(parents=True)
     return team
 
@@ -212,21 +212,21 @@ def test_a_worker_ends_with_process_0(tmp_path):
 def test_statistics_are_those_of_process_0_and_shared_arrays_stay_shared(tmp_path, monkeypatch):
     draw, space = np.random.default_rng(0), Workspace.open(tmp_path, {}, resume=False)
     shared, own, kept = draw.standard_normal((3, 4, 4), np.float32)
-    first = Together(Cluster(0, 2), space.root)
+    first = WorkerGroup(Cluster(0, 2), space.root)
     first.folder.mkdir(parents=True)
     kept = space.spill("outputs")("k", kept)
     first.publish(space, {"q": shared, "k": shared, "o": own}, {"k": kept})
-    hessians, outputs = Together(Cluster(1, 2), space.root).statistics()
+    hessians, outputs = WorkerGroup(Cluster(1, 2), space.root).statistics()
     assert hessians["q"] is hessians["k"] and np.array_equal(hessians["q"], shared) and np.array_equal(hessians["o"], own)
     assert list(outputs) == ["k"] and np.array_equal(outputs["k"], kept)
     monkeypatch.setattr(distributed, "_devices", lambda: 8)
     with pytest.raises(QLRError, match="process 1 has 8 devices and process 0 has 1"):
-        Together(Cluster(1, 2), space.root).statistics()
+        WorkerGroup(Cluster(1, 2), space.root).statistics()
 
 
 def test_silence_is_told_from_slowness(tmp_path, monkeypatch):
     """By a count that stands still, whatever the clocks of other machines say; a first sign may take ten times as long."""
-    team = Together(Cluster(0, 3), tmp_path, patience=10)
+    team = WorkerGroup(Cluster(0, 3), tmp_path, patience=10)
     team.folder.mkdir(parents=True)
     now = itertools.count(0, 4)
     monkeypatch.setattr(time, "monotonic", lambda: next(now))

@@ -18,9 +18,10 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, drift, generate, windows
 from qlr_jax.formats import load, save_packed
 from qlr_jax.models import Llama, LlamaConfig, load_model, load_tokenizer, save_model
-from qlr_jax.pipelines import delivered
+from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.pipelines import evaluate as evaluating
+from qlr_jax.pipelines import generate as generating
 from qlr_jax.pipelines import verify as gate
-from qlr_jax.pipelines.preparation import BUNDLED
 from qlr_jax.pipelines.verify import verify
 from qlr_jax.settings import thresholds
 from qlr_jax.settings.recipe import Recipe
@@ -214,17 +215,17 @@ def test_what_is_missing_is_an_error_not_a_verdict(parts, tmp_path):
 
 def test_evaluate_tells_every_choice_of_its_protocol(parts):
     _, good, _, text = parts
-    found = delivered.evaluate(good, text=[text], windows=9, drift=False)
+    found = evaluating.evaluate(good, text=[text], windows=9, drift=False)
     whole = windows(text.read_text(), load_tokenizer(good), 32)
     assert found["windows"] == 9 and found["windows_in_text"] == len(whole) and found["window"] == 32 and found["tokens"] == 288
     assert found["bos"] == "<s>" and 0 <= found["dropped_tokens"] < 32 and "drift" not in found
     for word in ("tokenizer", "one BOS (<s>)", f"9 of {len(whole)} windows of 32", "dropped", "mean over windows"):
         assert word in found["protocol"]
     assert found["intervals"]["kl"][0] <= found["kl"] <= found["intervals"]["kl"][1]
-    narrow = delivered.evaluate(good, text=[text], window=16, drift=False)
+    narrow = evaluating.evaluate(good, text=[text], window=16, drift=False)
     assert narrow["window"] == 16 and narrow["windows"] == narrow["windows_in_text"] >= 2 * len(whole)
     with pytest.raises(QLRError, match="windows of 64 tokens are asked for, and the model takes 32"):
-        delivered.evaluate(good, text=[text], window=64)
+        evaluating.evaluate(good, text=[text], window=64)
     text = report.evaluation(found)
     assert "95 % interval" in text and "worst token: KL" in text and "protocol: the whole text" in text
 
@@ -240,7 +241,7 @@ def test_evaluate_on_tasks_alone(parts, tmp_path, monkeypatch):
         f"dataset_kwargs: {{data_files: {{test: {tmp_path / 'few.jsonl'}}}}}\n"
         "doc_to_choice: [os, f]\ndoc_to_target: a\nmetric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
-    found = delivered.evaluate(parts[1], tasks=["few"], task_path=tmp_path)
+    found = evaluating.evaluate(parts[1], tasks=["few"], task_path=tmp_path)
     metric = found["zero_shot"]["tasks"]["few"]["metrics"]["acc"]
     assert list(found) == ["zero_shot"] and set(metric) == {"original", "compressed", "difference", "stderr"}
     assert "few" in report.evaluation(found)
@@ -251,6 +252,6 @@ def test_generate_from_a_compressed_folder_and_from_its_original(parts):
     tokenizer = load_tokenizer(good)
     for folder, model in ((good, load(good)), (source, load_model(source))):
         ids = generate(model, [tokenizer.encode("import")], max_new_tokens=8)[0]
-        assert "".join(delivered.generate(folder, "import", max_new_tokens=8)) == tokenizer.decode(ids, skip_special_tokens=True)
+        assert "".join(generating.generate(folder, "import", max_new_tokens=8)) == tokenizer.decode(ids, skip_special_tokens=True)
     with pytest.raises(QLRError, match="max_new_tokens of at most"):
-        delivered.generate(good, "import", max_new_tokens=100)
+        generating.generate(good, "import", max_new_tokens=100)

@@ -16,7 +16,7 @@ from qlr_jax.evaluation.sampling import GenerationSettings, choose, truncated
 from qlr_jax.evaluation.scoring import _scored, scores
 from qlr_jax.evaluation.text import pieces
 from qlr_jax.models import Llama, LlamaConfig, RopeScaling, load_model, load_tokenizer
-from qlr_jax.pipelines.preparation import BUNDLED
+from qlr_jax.models.bundled import BUNDLED
 
 GQA = LlamaConfig(
     vocab_size=40,

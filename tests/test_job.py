@@ -17,8 +17,10 @@ from qlr_jax import job
 from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
-from qlr_jax.pipelines import preparation
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages import calibrate
 from qlr_jax.progress import silent
+from qlr_jax.settings import resolved
 from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
 
@@ -163,12 +165,12 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
 
 
 def test_without_room_for_output_hessians_outputs_count_alike(tiny, text, monkeypatch):
-    monkeypatch.setattr(preparation, "memory", lambda: 1000)
+    monkeypatch.setattr(resolved, "machine_memory", lambda: 1000)
     said = []
     progress = silent()
     monkeypatch.setattr(type(progress), "say", lambda self, line: said.append(line))
-    source = preparation.open_source(tiny, LIGHT)
-    statistics, _ = preparation.calibrate(source, text.read_text(), LIGHT, progress)
+    source = open_source(tiny, LIGHT.updated(streaming=False))
+    statistics, _ = calibrate(source, text.read_text(), progress)
     assert statistics.outputs == {} and "all outputs count alike" in said[0]
 
 

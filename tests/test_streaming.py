@@ -20,7 +20,9 @@ from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
 from qlr_jax.models import Llama, LlamaConfig, input_of, linear_names, load_model, save_model
-from qlr_jax.pipelines import preparation
+from qlr_jax.pipelines.run import with_weights
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages.calibrate import calibrate, calibration_tokens
 from qlr_jax.progress import silent
 from qlr_jax.sensitivity import path_shares
 from qlr_jax.settings.recipe import Recipe
@@ -84,13 +86,13 @@ def test_a_sequence_that_is_not_finite_is_in_no_statistic(folder):
     """One word is infinite, and one of 128 sequences has it: H, G and the reference are those of the others."""
     text, told = standard_library("calibration")[:20000], []
     recipe = Recipe(sequences=128, sequence_length=16, measure_tokens=2048, force=True)
-    source = preparation.open_source(folder, recipe)
-    tokens = preparation.calibration_tokens(text, source.tokenizer, source.model, recipe, source.weights)
+    source = open_source(folder, recipe)
+    tokens = calibration_tokens(source, text)
     row, word = next((r, w) for r in range(60, 128) for w in tokens[r] if (tokens == w).any(axis=1).sum() == 1)
     embedding = source.model.model.embed_tokens.weight
     embedding.set_value(embedding.get_value().at[word].set(jnp.inf))
     talks = SimpleNamespace(stage=silent().stage, say=told.append)
-    found, sample = preparation.calibrate(source, text, recipe, talks)
+    found, sample = calibrate(source, text, talks)
     rest = np.delete(tokens, row, axis=0)
     assert found.hessians.left_out == {row: "the activations that enter model.layers.0.self_attn.qkv"}
     assert len(told) == 1 and "1 of 128 sequences is left out: the activations that enter model.layers.0" in told[0]
@@ -113,7 +115,7 @@ def test_judgements_are_the_same(both):
     value = {
         n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-4g16").value for n in linear_names(CONFIG)[:7]
     }
-    placed = [job.with_weights(model, value) for model in both]
+    placed = [with_weights(model, value) for model in both]
     assert isinstance(placed[1].linears()[linear_names(CONFIG)[0]].weight.get_value(), Lazy)
     assert divergence(placed[0], want) == divergence(placed[1], want)
     assert compare(resident, placed[0], TOKENS, batch=2) == compare(streamed, placed[1], TOKENS, batch=2)
@@ -162,7 +164,7 @@ def test_moments_behind_compressed_blocks(both):
     value = {
         n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-3g16").value for n in linear_names(CONFIG)[:7]
     }
-    changed = job.with_weights(resident, value)  # layer 0 is compressed
+    changed = with_weights(resident, value)  # layer 0 is compressed
     taps = [{}, {}]
     for model, seen in zip((resident, changed), taps, strict=True):
         model(jnp.asarray(TOKENS), tap=lambda name, x, seen=seen: seen.__setitem__(name, np.asarray(x, np.float64)))

@@ -15,7 +15,7 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.targets import TARGETS, find_target
 from qlr_jax.models import Llama, LlamaConfig, linear_names, load_model, save_model, shape_of
-from qlr_jax.pipelines import preparation
+from qlr_jax.pipelines.source import open_source
 from qlr_jax.sensitivity import options, price
 from qlr_jax.settings.recipe import Recipe
 
@@ -146,7 +146,7 @@ def test_a_backbone_of_another_model_is_refused(tiny, rounded, text, tmp_path):
     (folder / "config.json").write_text((rounded / "config.json").read_text())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(QLRError, match=r"model\.norm\.weight is not the original's"):
-        preparation.open_source(tiny, LIGHT.updated(backbone_from=str(folder)))
+        open_source(tiny, LIGHT.updated(backbone_from=str(folder)))
     with pytest.raises(QLRError, match="exclude cannot be had with backbone_from"):
         Recipe(backbone_from="x", include=("*.mlp.*",))
     with pytest.raises(QLRError, match="give backbone_from"):

@@ -51,7 +51,7 @@ def folders(tmp_path_factory):
 
 def test_a_folder_is_adapted(folders, tmp_path):
     told = tuning.adapt(
-        folders / "out", tmp_path / "dest", [folders / "text.txt"], FEW, judged_tokens=512, command="qlr adapt out dest"
+        folders / "out", tmp_path / "dest", [folders / "text.txt"], FEW, evaluation_tokens=512, command="qlr adapt out dest"
     )
     assert told["after"]["kl"] < told["before"]["kl"] and told["bits_per_weight"] == told["bits_per_weight_before"]
     report = json.loads((tmp_path / "dest" / "report.json").read_text())
@@ -81,7 +81,7 @@ def test_trained_embeddings_are_in_the_folder_in_pytorch_and_in_what_is_exported
     from qlr_jax.formats import export_dense, export_peft
 
     config, dest = AdaptConfig(**{**vars(FEW), "train": ("embeddings",)}), tmp_path / "dest"
-    told = tuning.adapt(folders / "out", dest, [folders / "text.txt"], config, judged_tokens=512)
+    told = tuning.adapt(folders / "out", dest, [folders / "text.txt"], config, evaluation_tokens=512)
     assert told["trained"] == ["embeddings"] and told["after"]["kl"] < told["before"]["kl"]
     old, new = (qlr.load(folder).tensors() for folder in (folders / "out", dest))
     export_dense(dest, tmp_path / "dense")
@@ -109,7 +109,7 @@ def test_without_the_original_text_alone(folders, tmp_path):
     raw["quantization_config"]["settings"] = {}
     (out / "config.json").write_text(json.dumps(raw))
     (out / "checksums.json").unlink()
-    told = tuning.adapt(out, tmp_path / "dest", [folders / "text.txt"], config, judged_tokens=512)
+    told = tuning.adapt(out, tmp_path / "dest", [folders / "text.txt"], config, evaluation_tokens=512)
     assert set(told["before"]) == {"perplexity"} and told["after"]["perplexity"] < told["before"]["perplexity"]
     with pytest.raises(QLRError, match="--original"):
         tuning.adapt(out, tmp_path / "other", [folders / "text.txt"], FEW)

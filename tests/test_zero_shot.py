@@ -13,7 +13,7 @@ import yaml
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import PAPER_TASKS, GenerationSettings, compare_zero_shot, zero_shot
 from qlr_jax.models import load_model, load_tokenizer
-from qlr_jax.pipelines.preparation import BUNDLED
+from qlr_jax.models.bundled import BUNDLED
 
 pytest.importorskip("lm_eval")
 import datasets

@@ -131,9 +131,9 @@ def generate(
     """
     with clear_errors(as_json):
         from qlr_jax import progress
-        from qlr_jax.pipelines import delivered
+        from qlr_jax.pipelines import generate as generating
 
-        pieces = delivered.generate(
+        pieces = generating.generate(
             out,
             prompt,
             max_new_tokens=max_new_tokens,

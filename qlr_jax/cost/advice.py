@@ -12,7 +12,7 @@ from typing import Any
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages, held, peak
 from qlr_jax.models import parameter_count
-from qlr_jax.pipelines.preparation import OUTPUTS_SHARE, REFERENCE_BYTES, WEIGHTS_SHARE
+from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, WEIGHTS_SHARE
 
 WORTH = 0.99  # a setting that leaves more of the peak than this is not worth what it costs elsewhere
 

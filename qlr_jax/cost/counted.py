@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -12,11 +11,10 @@ from qlr_jax.calibration.backward import SPILLED
 from qlr_jax.core.batch import FACTORED_TOGETHER, ROWS_TOGETHER, SMALL
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.machine import Machine
-from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
 from qlr_jax.models.sites import siblings
-from qlr_jax.pipelines.preparation import OUTPUTS_SHARE, WEIGHTS_SHARE
 from qlr_jax.settings.recipe import Recipe
+from qlr_jax.settings.resolved import Settings
 
 CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration, of a backward pass, of a comparison
 
@@ -30,25 +28,18 @@ class Counted:
     machine: Machine
 
     @cached_property
-    def streaming(self) -> bool:
-        """As `preparation.streams` decides on such a machine."""
-        if self.recipe.streaming is not None:
-            return self.recipe.streaming
-        return 4 * parameter_count(self.config) > WEIGHTS_SHARE * self.machine.host
+    def settings(self) -> Settings:
+        """The recipe as the job resolves it on such a machine."""
+        return Settings.of(self.recipe, self.config, self.machine.host)
 
-    @cached_property
+    @property
+    def streaming(self) -> bool:
+        return self.settings.streaming
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Name -> (out, in) of the matrices to compress."""
-        include, exclude = self.recipe.include, self.recipe.exclude
-
-        def wanted(name: str) -> bool:
-            inside = not include or any(fnmatch.fnmatch(name, p) for p in include)
-            return inside and not any(fnmatch.fnmatch(name, p) for p in exclude)
-
-        found = {name: shape_of(self.config, name) for name in linear_names(self.config) if wanted(name)}
-        if not found:
-            raise QLRError(f"no linear layer is left by include {list(include)}, exclude {list(exclude)}; pass other patterns")
-        return found
+        return self.settings.matrices
 
     @cached_property
     def groups(self) -> Counter[tuple[str, tuple[int, int]]]:
@@ -101,12 +92,12 @@ class Counted:
     def outputs(self) -> int:
         """Bytes of the output Hessians once; 0 where they are not made."""
         once = sum(4 * m * m for m, _ in self.shapes.values())
-        fits = self.streaming or 2 * once <= OUTPUTS_SHARE * self.machine.host
+        fits = self.streaming or self.settings.outputs_fit
         return once if self.recipe.outputs == "fisher" and fits else 0
 
     @property
     def length(self) -> int:
-        return self.recipe.sequence_length or min(2048, self.config.max_position_embeddings)
+        return self.settings.sequence_length
 
     @property
     def tokens(self) -> int:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
+from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from qlr_jax.models.known import KNOWN
-from qlr_jax.pipelines.preparation import BUNDLED, BUNDLED_NAME
 
 
 def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:

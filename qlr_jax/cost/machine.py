@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import allocators
 from allocators.budget import format_size, parse_size
 from qlr_jax.errors import QLRError
-from qlr_jax.pipelines.preparation import memory as machine_memory
+from qlr_jax.settings.limits import machine_memory
 
 KINDS = ("cpu", "gpu", "tpu")
 EXAMPLE = "'24GiB', 'cpu:24GiB,cores=2' or 'gpu:80GiB,host=512GiB'"

@@ -9,7 +9,7 @@ import allocators
 from qlr_jax.core.batch import SMALL
 from qlr_jax.cost.counted import BACKWARD, CALIBRATED, SCORED, Counted
 from qlr_jax.models import linear_names, parameter_count
-from qlr_jax.pipelines.preparation import REFERENCE_BYTES
+from qlr_jax.settings.limits import REFERENCE_BYTES
 
 
 @dataclass(frozen=True)

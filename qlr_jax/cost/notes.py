@@ -7,7 +7,7 @@ from qlr_jax.cost.memory import temporary
 from qlr_jax.cost.rates import RATES
 from qlr_jax.cost.work import reads
 from qlr_jax.models import parameter_count
-from qlr_jax.pipelines.preparation import OUTPUTS_SHARE
+from qlr_jax.settings.limits import OUTPUTS_SHARE
 
 FITTED = 30_000_000  # parameters of the largest model that a job was measured on
 

@@ -3,29 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import allocators
 from qlr_jax.cost.counted import Counted
-from qlr_jax.formats.targets import find_target
+from qlr_jax.cost.prices import price_options
 from qlr_jax.models import tensor_names
-from qlr_jax.pipelines.preparation import tied
-from qlr_jax.sensitivity.table import options, price
 
 
 def budget_and_sizes(job: Counted) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """Where the budget lies in the range of what the recipe offers, and the model's sizes before and at it."""
-    recipe, target = job.recipe, find_target(job.recipe.target)
-    table = price(
-        job.config,
-        job.shapes,
-        lambda shape: options(recipe.backbones, recipe.ranks, recipe.factors, shape, target.nbytes, target.holds),
-        target.nbytes,
-    )
-    if recipe.backbone_from:  # a budget of bytes is the factors' alone
-        table = replace(table, model=replace(table.model, fixed_bytes=0))
-    table = tied(table, target)
+    recipe = job.recipe
+    table = price_options(job.config, recipe, job.settings)
     least, most, weights = table.least_bytes, table.most_bytes, table.weights()
     found: dict[str, Any] = {
         "text": str(allocators.Budget.parse(recipe.budget)),

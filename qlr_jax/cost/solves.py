@@ -7,7 +7,6 @@ from typing import Any
 
 from allocators.strategies import STRATEGIES
 from qlr_jax.core.batch import SMALL
-from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import GROUP, row_group
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.quantizers.trellis import walk_height
@@ -109,9 +108,9 @@ def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors
     if not factors:
         return found + rounding
     race = 2 if job.outputs else 1
-    iterations = SolverConfig.make({}, job.recipe.preset).iterations if job.recipe.iterations is None else job.recipe.iterations
+    iterations = job.settings.solver.iterations
     rounds, k = min(ROUNDS, iterations - 1), bucket(sorted(job.recipe.ranks)[len(job.recipe.ranks) // 2], min(shape))
-    inner = SolverConfig.make({}, job.recipe.preset).inner
+    inner = job.settings.solver.inner
     fit = Work(
         products=b * (felt + 3 * (4 * m * n * k + 2 * n * n * k) + inner * (6 * n * n * k + 4 * m * n * k + 4 * m * m * k)),
         factored=b * (3 * 4 * m * k * k + m * m * k),

@@ -1,4 +1,4 @@
-"""A compressed folder adapted on its receiver's text: read, train the small parts, judge, write another folder."""
+"""The `adapt` command: a compressed folder trained on its receiver's text, and written as another folder."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from qlr_jax import adaptation
-from qlr_jax import calibration as calibrating
-from qlr_jax import evaluation as evaluating
+from qlr_jax import adaptation, calibration, evaluation
 from qlr_jax.adaptation import AdaptConfig
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, divergence, reference
 from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
-from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
-from qlr_jax.pipelines.preparation import BUNDLED, BUNDLED_NAME, REFERENCE_BYTES
+from qlr_jax.models import Llama, load_model, load_tokenizer
+from qlr_jax.models.bundled import BUNDLED_NAME
+from qlr_jax.pipelines.source import locate
 from qlr_jax.progress import Progress, silent
+from qlr_jax.settings.limits import REFERENCE_BYTES
 
 LENGTH = 512  # tokens of a sequence, where the model takes so many
 STOPPING = 20  # every so many sequences one is for early stopping
@@ -35,7 +35,7 @@ def adapt(
     original: str | Path | None = None,
     held_out: Sequence[str | Path] | None = None,
     sequences: int = 4096,
-    judged_tokens: int = 16384,
+    evaluation_tokens: int = 16384,
     resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
@@ -51,7 +51,7 @@ def adapt(
         held_out: file(s) that the figures are measured on; for the bundled model its own where no text is given; else the
             sequences that early stopping looks at, which training does not see.
         sequences: of the text, at most, spread over it.
-        judged_tokens: for the figures, at most.
+        evaluation_tokens: for the figures, at most.
         resume: go on with an adaptation that was interrupted.
         command: what was typed, for the report.
 
@@ -74,27 +74,27 @@ def adapt(
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
-    content = calibrating.standard_library("calibration") if bundled else calibrating.read_text(text or ())
+    content = calibration.standard_library("calibration") if bundled else calibration.read_text(text or ())
     rows = _rows(content, tokenizer, model, sequences)
     training, stopping = np.delete(rows, np.s_[::STOPPING], axis=0), rows[::STOPPING][:64]
-    judged, judged_on = stopping, "sequences of the text that training did not see"
+    windows, measured_on = stopping, "sequences of the text that training did not see"
     if held_out or bundled:
-        other = calibrating.read_text(held_out) if held_out else calibrating.standard_library("heldout")
-        judged = evaluating.windows(other, tokenizer, rows.shape[1])
-        judged_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
-    judged = calibrating.thinned(judged, judged_tokens)
+        other = calibration.read_text(held_out) if held_out else calibration.standard_library("heldout")
+        windows = evaluation.windows(other, tokenizer, rows.shape[1])
+        measured_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
+    windows = calibration.thinned(windows, evaluation_tokens)
 
     with progress.stage("measuring before"):
-        known = reference(teacher or model.densified(), judged, max_bytes=REFERENCE_BYTES)
+        known = reference(teacher or model.densified(), windows, max_bytes=REFERENCE_BYTES)
         before = divergence(model, known)
     found = adaptation.adapt(model, training, config, teacher=teacher, held_out=stopping, checkpoint=checkpoint, progress=progress)
     with progress.stage("measuring after"):
         after = divergence(found.value, known)
-    told = {
+    record = {
         "command": command,
         "text": "the calibration text" if bundled else ", ".join(map(str, text or ())),
-        "judged_on": judged_on,
-        "tokens": int(judged.size),
+        "judged_on": measured_on,
+        "tokens": int(windows.size),
         "verdict": str(found.verdict),
         "trained": list(config.train),
         "loss": config.loss,
@@ -103,8 +103,8 @@ def adapt(
         "after": _figures(after, teacher is not None),
     }
     with progress.stage("saving"):
-        _save(out, dest, found, told, settings)
-    return {"out": str(out), "dest": str(dest), **told}
+        _save(out, dest, found, record, settings)
+    return {"out": str(out), "dest": str(dest), **record}
 
 
 def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | None:
@@ -114,7 +114,7 @@ def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | No
             raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
         return None
     try:
-        return load_model(BUNDLED if str(named) == BUNDLED_NAME else find_folder(named))
+        return load_model(locate(named))
     except QLRError:
         if needed or given:
             raise
@@ -123,12 +123,12 @@ def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | No
 
 def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:
     length = min(LENGTH, model.config.max_position_embeddings)
-    available = len(calibrating.encode(content, tokenizer)) // length
+    available = len(calibration.encode(content, tokenizer)) // length
     if available < 2 * STOPPING:
         raise QLRError(
             f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"
         )
-    return calibrating.thinned(evaluating.windows(content, tokenizer, length), sequences * length)
+    return calibration.thinned(evaluation.windows(content, tokenizer, length), sequences * length)
 
 
 def _figures(found: Comparison, against_original: bool) -> dict[str, float]:
@@ -137,7 +137,7 @@ def _figures(found: Comparison, against_original: bool) -> dict[str, float]:
     return {"kl": found.kl, "perplexity": found.perplexity, "agreement": found.agreement}
 
 
-def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any], settings: dict[str, Any]) -> None:
+def _save(out: Path, dest: Path, found: adaptation.Adapted, record: dict[str, Any], settings: dict[str, Any]) -> None:
     """The packed folder, with the report of the compression, this adaptation added to it."""
     import shutil
 
@@ -149,7 +149,7 @@ def _save(out: Path, dest: Path, found: adaptation.Adapted, told: dict[str, Any]
         report = json.loads((out / "report.json").read_text(encoding="utf-8"))
         _updated(report, found)
     earlier = (report.get("adapted") or {}).get("command")  # of a folder that was adapted before
-    report["adapted"] = told | {"command": "\n".join(filter(None, (earlier, told["command"])))}
+    report["adapted"] = record | {"command": "\n".join(filter(None, (earlier, record["command"])))}
     files |= report_files(report, settings.get("base_model"))
     save_packed(dest, found.value, found.matrices, source=out, settings=settings, files=files)
     shutil.rmtree(dest / JOB, ignore_errors=True)

@@ -16,7 +16,7 @@ import numpy as np
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import check_files
 from qlr_jax.formats.qlr.packed import load, read_config
-from qlr_jax.pipelines.delivered import evaluate
+from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.progress import Progress, silent
 from qlr_jax.report.words import number
 from qlr_jax.settings.thresholds import Thresholds

@@ -37,12 +37,13 @@ class Record:
     config: LlamaConfig
     plans: Mapping[str, allocators.Allocation]
     delivered: str
-    solutions: Mapping[tuple[str, str], Solution]
+    solutions: Mapping[str, Solution]
     sensitivity: Sensitivity
-    judged: Mapping[str, Comparison]
+    calibration: Mapping[str, Comparison]
     refined: allocators.Refined | None
     held_out: Mapping[str, Comparison]
     held_out_name: str
+    window: int
     seconds: Mapping[str, float]
     started: float
     peak_rss: int
@@ -83,7 +84,7 @@ class Record:
             "kl": {name: c.kl for name, c in everyone.items()},
             "kl_p99": {name: c.kl_p99 for name, c in everyone.items()},
             "agreement": {name: c.agreement for name, c in everyone.items()},
-            "calibration_kl": {name: c.kl for name, c in self.judged.items()},
+            "calibration_kl": {name: c.kl for name, c in self.calibration.items()},
             "delivered": self.delivered,
             "left_out": {kind: {str(row): where for row, where in rows.items()} for kind, rows in self.left_out.items()},
             "refined": self._refined(),
@@ -126,7 +127,7 @@ class Record:
         return {name: note["spectrum"] for name, note in noted.items() if note.get("spectrum")}
 
     def _matrix(self, name: str, spec: str) -> dict[str, Any]:
-        solution = self.solutions[name, spec]
+        solution = self.solutions[name]
         m, n = solution.value.shape
         kept = all(option.spec != spec for option in self.sensitivity.table[name].options)  # the original fits as it is
         target = find_target(self.recipe.target)
@@ -163,8 +164,7 @@ class Record:
     def _evaluation(self, comparisons: list[Comparison]) -> dict[str, Any] | None:
         if not comparisons:
             return None
-        window = self.recipe.sequence_length or min(2048, self.config.max_position_embeddings)
-        return {"text": self.held_out_name, "tokens": comparisons[0].tokens, "window": window}
+        return {"text": self.held_out_name, "tokens": comparisons[0].tokens, "window": self.window}
 
     def _frontier(self) -> list[dict[str, float]]:
         curve = allocators.frontier(self.sensitivity.table)

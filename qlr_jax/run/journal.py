@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,26 +41,26 @@ class Journal:
     Of matrices that end together the first has the seconds of all.
 
     Example:
-        >>> told = []
-        >>> journal = Journal(Clock(), told.append, {"model": "bundled"})
+        >>> written = []
+        >>> journal = Journal(Clock(), written.append, {"model": "bundled"})
         >>> with journal.clock.stage("load"):
         ...     pass
-        >>> told[-1]["model"], told[-1]["stage"], list(told[-1]["seconds"])
+        >>> written[-1]["model"], written[-1]["stage"], list(written[-1]["seconds"])
         ('bundled', 'load', ['load'])
     """
 
-    def __init__(self, clock: Clock, tell: Callable[[Mapping[str, Any]], None], facts: Mapping[str, Any]):
-        self.clock, self.facts, self._tell = clock, facts, tell
-        self._told: dict[str, Any] = {"format": 1, **facts, "stage": None, "seconds": clock.seconds}
+    def __init__(self, clock: Clock, write: Callable[[Mapping[str, Any]], None], facts: Mapping[str, Any]):
+        self.clock, self.facts, self._write = clock, facts, write
+        self._state: dict[str, Any] = {"format": 1, **facts, "stage": None, "seconds": clock.seconds}
         self._matrices: dict[str, list[dict[str, Any]]] = {}
         self._written = 0.0
         clock.ended = lambda stage: self.add(stage=stage)
 
     def add(self, **facts: Any) -> None:
         """Facts that are known from now on."""
-        self._told |= facts
+        self._state |= facts
         self._written = time.monotonic()
-        self._tell(self._told | {"matrices": self._matrices})
+        self._write(self._state | {"matrices": self._matrices})
 
     def watched(self, solve: Callable[..., Any], kind: str) -> Callable[..., Any]:
         """`solve` for one kind of solutions, every matrix noted as soon as it is there."""
@@ -80,3 +82,13 @@ class Journal:
             return solve(kind, problems, on_done=done, **settings)
 
         return solved
+
+
+def peak_rss() -> int:
+    """The largest resident size of this process so far, bytes.
+
+    Example:
+        >>> peak_rss() > 2**20
+        True
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

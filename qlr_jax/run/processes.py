@@ -1,9 +1,9 @@
 """Many processes for one job: process 0 runs it, and the solves are shared out through the folder that all of them see.
 
-    job/together/process-<p>.json     who is there: a pulse that keeps counting, and how it left
-    job/together/statistics.json      where H and G of every matrix lie, once process 0 has them
-    job/together/request-<i>.json     what process 0 wants solved
-    job/together/finished.json        the others are no longer needed, or why process 0 stopped
+    job/workers/process-<p>.json     who is there: a heartbeat that keeps counting, and how it left
+    job/workers/statistics.json      where H and G of every matrix lie, once process 0 has them
+    job/workers/request-<i>.json     what process 0 wants solved
+    job/workers/finished.json        the others are no longer needed, or why process 0 stopped
     job/<kind>/<matrix>.<spec>.safetensors  what is solved, by whomever (`Workspace`)
 
 JAX brings the processes together (`jax.distributed`) and is let go then: solves need no message between processes, and with its
@@ -39,8 +39,8 @@ from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB
 from qlr_jax.run.workspace import Key, Workspace
 
-TOGETHER = "together"
-POLL, PULSE = 0.2, 1.0  # seconds between looks at the folder, and between signs of life
+WORKERS = "workers"
+POLL, HEARTBEAT = 0.2, 1.0  # seconds between looks at the folder, and between signs of life
 PATIENCE = 60.0  # seconds without a sign of life after which a process counts as lost
 ARRIVAL = 10  # times that, before the first: processes load and compile at their own pace
 SEEN = 30.0  # seconds after which a folder that another machine made is seen here, if ever
@@ -83,7 +83,7 @@ def join(out: str | Path, coordinator: str | None = None, processes: int | None 
         raise QLRError(f"process {process} of {processes} does not exist; count from 0 to processes - 1")
     if not coordinator.rpartition(":")[2].isdigit():
         raise QLRError(f"the coordinator {coordinator!r} is no host:port; pass e.g. 10.0.0.1:9911")
-    folder = Path(out).expanduser() / JOB / TOGETHER
+    folder = Path(out).expanduser() / JOB / WORKERS
     if not process:  # before the others can come: what they find there is of this run
         refuse_occupied(folder.parents[1], keep=(JOB,))
         shutil.rmtree(folder, ignore_errors=True)
@@ -146,21 +146,21 @@ def gather(
     Args:
         still_there: called between looks; raises where there is no point in waiting on.
     """
-    kept, keys = space.kept(kind), list(keys)
+    store, keys = space.store(kind), list(keys)
     missing = dict.fromkeys(keys)
     while missing:
-        for key in [key for key in missing if key in kept]:
+        for key in [key for key in missing if key in store]:
             del missing[key]
             if on_done is not None:
-                on_done(key, kept[key])
+                on_done(key, store[key])
         if missing:
             still_there()
             time.sleep(POLL)
-    return LazyMap(keys, kept.__getitem__)
+    return LazyMap(keys, store.__getitem__)
 
 
 @dataclass
-class Together:
+class WorkerGroup:
     """One job's processes while they work: a context in which each shows that it is there.
 
     Process 0 tells where its statistics lie (`publish`) and calls `solve` as it would the workspace's; every other one takes the
@@ -180,35 +180,35 @@ class Together:
 
     @property
     def folder(self) -> Path:
-        return self.root / TOGETHER
+        return self.root / WORKERS
 
     @property
     def alone(self) -> bool:
         return self.cluster.processes == 1
 
-    def __enter__(self) -> Together:
+    def __enter__(self) -> WorkerGroup:
         if not self.alone:
-            self._pulse = threading.Thread(target=self._show, daemon=True)
-            self._pulse.start()
+            self._heartbeat = threading.Thread(target=self._show, daemon=True)
+            self._heartbeat.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if self.alone:
             return
         self._over.set()
-        self._pulse.join()
-        told = None if error is None else f"{type(error).__name__}: {error}" if not isinstance(error, QLRError) else str(error)
+        self._heartbeat.join()
+        message = None if error is None else f"{type(error).__name__}: {error}" if not isinstance(error, QLRError) else str(error)
         with suppress(OSError):
-            self._tell(self._own, self._card() | {"left": told or "done"})
+            self._write(self._own, self._card() | {"left": message or "done"})
             if not self.cluster.process:
-                self._tell(self.folder / "finished.json", {"error": told})
+                self._write(self.folder / "finished.json", {"error": message})
                 self._wait_until_left()
 
     def publish(self, space: Workspace, hessians: Mapping[str, np.ndarray], outputs: Mapping[str, np.ndarray]) -> None:
         """Put H and G where the other processes read them, and tell them; arrays that matrices share stay shared."""
         if not self.alone:
-            told = {kind: self._placed(space, kind, own) for kind, own in (("hessians", hessians), ("outputs", outputs))}
-            self._tell(self.folder / "statistics.json", told | {"devices": _devices()})
+            places = {kind: self._placed(space, kind, own) for kind, own in (("hessians", hessians), ("outputs", outputs))}
+            self._write(self.folder / "statistics.json", places | {"devices": _devices()})
 
     def _placed(self, space: Workspace, kind: str, arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
         put, found = space.spill(kind), {}
@@ -226,15 +226,16 @@ class Together:
         Raises:
             QLRError: process 0 is lost or has stopped, or has another number of devices.
         """
-        told = self._await(self.folder / "statistics.json")
-        assert told is not None
-        if told["devices"] != _devices():
+        known = self._await(self.folder / "statistics.json")
+        assert known is not None
+        if known["devices"] != _devices():
             raise QLRError(
-                f"process {self.cluster.process} has {_devices()} devices and process 0 has {told['devices']}, so results would "
+                f"process {self.cluster.process} has {_devices()} devices and process 0 has {known['devices']}, so results would "
                 "differ; run all processes with as many devices each"
             )
-        files = {file: np.load(self.root / file, mmap_mode="r") for kind in ("hessians", "outputs") for file in told[kind].values()}
-        hessians, outputs = ({name: files[file] for name, file in told[kind].items()} for kind in ("hessians", "outputs"))
+        named = (file for kind in ("hessians", "outputs") for file in known[kind].values())
+        files = {file: np.load(self.root / file, mmap_mode="r") for file in named}
+        hessians, outputs = ({name: files[file] for name, file in known[kind].items()} for kind in ("hessians", "outputs"))
         return hessians, outputs
 
     def solve(
@@ -254,24 +255,24 @@ class Together:
         """
         if self.alone:
             return space.solve(kind, problems, seed=seed, config=config, on_done=on_done)
-        kept = space.kept(kind)
-        todo = [keys for keys in batches(problems) if not all(key in kept for key in keys)]
+        store = space.store(kind)
+        todo = [keys for keys in batches(problems) if not all(key in store for key in keys)]
         mine = wanted = {key: problems[key] for keys in todo for key in keys}
         if len(todo) > 1:
             request = {"kind": kind, "seed": seed, "config": asdict(config), "keys": list(wanted)}
-            self._tell(self.folder / f"request-{self._asked}.json", request)
+            self._write(self.folder / f"request-{self._asked}.json", request)
             self._asked += 1
             mine = share(wanted, 0, self.cluster.processes, config)
         space.solve(kind, mine, seed=seed, config=config, on_done=on_done)
         gather(space, kind, [key for key in problems if key not in mine], on_done=on_done, still_there=self._check)
-        return LazyMap(problems, kept.__getitem__)
+        return LazyMap(problems, store.__getitem__)
 
-    def serve(self, space: Workspace, problem: Callable[[str, str], tuple], told: Callable[[Key, Solution], None]) -> int:
+    def serve(self, space: Workspace, problem: Callable[[str, str], tuple], on_done: Callable[[Key, Solution], None]) -> int:
         """Solve this process's share of every request until process 0 needs no more.
 
         Args:
             problem: (matrix, spec) -> what `solve_many` takes.
-            told: called when a matrix is finished.
+            on_done: called when a matrix is finished.
 
         Returns:
             How many matrices were solved here.
@@ -285,16 +286,16 @@ class Together:
             config = SolverConfig(**request["config"])
             problems = {(name, spec): problem(name, spec) for name, spec in request["keys"]}
             mine = share(problems, self.cluster.process, self.cluster.processes, config)
-            space.solve(request["kind"], mine, seed=request["seed"], config=config, on_done=self._while_asked(told))
+            space.solve(request["kind"], mine, seed=request["seed"], config=config, on_done=self._while_asked(on_done))
             solved += len(mine)
         return solved
 
-    def _while_asked(self, told: Callable[[Key, Solution], None]) -> Callable[[Key, Solution], None]:
-        def on_done(key: Key, solution: Solution) -> None:
-            told(key, solution)
+    def _while_asked(self, on_done: Callable[[Key, Solution], None]) -> Callable[[Key, Solution], None]:
+        def done(key: Key, solution: Solution) -> None:
+            on_done(key, solution)
             self._finished()
 
-        return on_done
+        return done
 
     def _await(self, path: Path) -> dict[str, Any] | None:
         """What process 0 writes there; None where it is over before."""
@@ -325,14 +326,14 @@ class Together:
 
     def _show(self) -> None:
         beat = 0
-        while not self._over.wait(PULSE if beat else 0):
+        while not self._over.wait(HEARTBEAT if beat else 0):
             beat += 1
             with suppress(OSError):  # a folder that is slow for once
-                self._tell(self._own, self._card(beat))
+                self._write(self._own, self._card(beat))
 
-    def _tell(self, path: Path, told: dict[str, Any]) -> None:
+    def _write(self, path: Path, content: dict[str, Any]) -> None:
         temporary = path.with_name(f".{path.name}.{self.cluster.process}")
-        temporary.write_text(json.dumps(told), encoding="utf-8")
+        temporary.write_text(json.dumps(content), encoding="utf-8")
         os.replace(temporary, path)
 
     def _read(self, process: int) -> dict[str, Any] | None:

@@ -14,7 +14,6 @@ Every file is written under another name and renamed, so that one that is there 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import mmap
 import os
@@ -39,7 +38,6 @@ from qlr_jax.formats.qlr.packed import JOB
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
 Key = tuple[str, str]  # matrix, spec
-SAMPLE = 2**16  # bytes at both ends of a file of weights that stand for all of it
 
 
 @dataclass
@@ -72,11 +70,11 @@ class Workspace:
         try:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise QLRError(f"{path} cannot be read ({error}); remove {space.root} and start anew") from None
+            raise QLRError(f"{path} cannot be read ({error}); remove {space.root} and start again") from None
         if changed := list(_changes(begun, facts)):
             raise QLRError(
                 f"the job in {out} was begun otherwise: {'; '.join(changed[:3])}; give what it was begun with, "
-                f"or remove {space.root} and start anew"
+                f"or remove {space.root} and start again"
             )
         return space
 
@@ -95,13 +93,13 @@ class Workspace:
         on_done: Callable[[Key, Solution], None] | None = None,
     ) -> LazyMap[Key, Solution]:
         """`solve_many`, of which what is kept is not solved again, and what is new is kept as soon as it is done."""
-        kept = self.kept(kind)
-        solve_many(problems, seed=seed, config=config, on_done=on_done, into=kept)
-        return LazyMap(problems, kept.__getitem__)
+        store = self.store(kind)
+        solve_many(problems, seed=seed, config=config, on_done=on_done, into=store)
+        return LazyMap(problems, store.__getitem__)
 
-    def kept(self, kind: str) -> Kept:
+    def store(self, kind: str) -> SolutionStore:
         """The solutions of one kind, a file each."""
-        return Kept(self, self.root / kind)
+        return SolutionStore(self, self.root / kind)
 
     def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
         """A function that puts a named array into a file, and gives it back as one that is read where it is used."""
@@ -120,7 +118,7 @@ class Workspace:
 
         return put
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         """Pages of spilled arrays that were read count as this process's memory until they are given back; they are read again."""
         for array in self._mapped if hasattr(mmap, "MADV_DONTNEED") else ():  # not on Windows
             array._mmap.madvise(mmap.MADV_DONTNEED)
@@ -137,12 +135,12 @@ class Workspace:
 
     def log(self, line: str) -> None:
         """Add a line to the log, once anything is kept: a matrix or a stage is done."""
-        self._let_go()
+        self._release()
         if self.root.is_dir():
             with (self.root / LOG).open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    def tell(self, report: Mapping[str, Any]) -> None:
+    def write_report(self, report: Mapping[str, Any]) -> None:
         """Put what is known so far where it can be looked at, once anything is kept."""
         if self.begun:
             self.write(self.root / REPORT, lambda path: path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
@@ -165,7 +163,7 @@ class Workspace:
             _renamed(path, write)
 
 
-class Kept(MutableMapping[Key, Solution]):
+class SolutionStore(MutableMapping[Key, Solution]):
     """The solutions of one folder, written when they are set and read when they are asked for."""
 
     def __init__(self, space: Workspace, folder: Path):
@@ -198,8 +196,8 @@ def _save(path: Path, solution: Solution) -> None:
     from safetensors.numpy import save_file
 
     arrays = {name: np.ascontiguousarray(array) for name, array in solution.value.arrays.items()}
-    told = {"layout": asdict(solution.value.layout), "verdict": solution.verdict.name, "stats": dict(solution.stats)}
-    save_file(arrays, path, metadata={"solution": json.dumps(told)})
+    recorded = {"layout": asdict(solution.value.layout), "verdict": solution.verdict.name, "stats": dict(solution.stats)}
+    save_file(arrays, path, metadata={"solution": json.dumps(recorded)})
 
 
 def _load(path: Path) -> Solution:
@@ -209,12 +207,12 @@ def _load(path: Path) -> Solution:
 
     try:
         with safe_open(str(path), framework="np") as handle:
-            told = json.loads((handle.metadata() or {})["solution"])
+            recorded = json.loads((handle.metadata() or {})["solution"])
             arrays = {name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118  it is no mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise QLRError(f"{path} cannot be read ({error}); remove it, and go on with --resume") from None
-    layout = Layout(**{**told["layout"], "shape": tuple(told["layout"]["shape"])})
-    return Solution(QLRMatrix(arrays, layout), Verdict[told["verdict"]], told["stats"])
+    layout = Layout(**{**recorded["layout"], "shape": tuple(recorded["layout"]["shape"])})
+    return Solution(QLRMatrix(arrays, layout), Verdict[recorded["verdict"]], recorded["stats"])
 
 
 def _renamed(path: Path, write: Callable[[Path], Any]) -> None:
@@ -251,21 +249,3 @@ def _changes(begun: Any, now: Any, at: str = "") -> Iterator[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) < 60 else text[:56] + " …"
-
-
-def digest_text(text: str) -> str:
-    """What tells one text from another."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def digest_model(folder: Path) -> str:
-    """What tells one model folder from another: its configuration, and size and both ends of every file of weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(size - SAMPLE, 0))
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:16]

@@ -136,6 +136,12 @@ class Recipe:
         return self.refine > 0 and self.strategy == DEFAULT
 
     @classmethod
+    def of(cls, recipe: Recipe | str | Path | None = None, budget: str | None = None) -> Recipe:
+        """A recipe that is given as such or as a YAML file, the defaults where none is, with another budget where one is given."""
+        found = recipe if isinstance(recipe, Recipe) else cls.from_yaml(Path(recipe)) if recipe else cls()
+        return found.updated(budget=budget) if budget else found
+
+    @classmethod
     def from_yaml(cls, source: str | Path) -> Recipe:
         """A recipe from a YAML file or text; settings that it does not name keep their defaults."""
         return cls(**read_settings(source))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from qlr_jax.cost import MEMORY_ERROR, Part, Plan, Stage
-from qlr_jax.pipelines.preparation import WEIGHTS_SHARE
 from qlr_jax.progress import duration
 from qlr_jax.report.terminal.columns import columns
 from qlr_jax.report.words import bits, size
+from qlr_jax.settings.limits import WEIGHTS_SHARE
 
 
 def plan_text(plan: Plan) -> str:

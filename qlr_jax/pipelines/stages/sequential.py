@@ -1,8 +1,8 @@
-"""Solving block by block, each on what the compressed blocks before it hand on, so that error does not pile up unseen."""
+"""Solve in sequence: block by block, each on what the compressed blocks before it hand on, so that no error piles up unseen."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,47 +13,66 @@ from qlr_jax.calibration.compensated import aimed, moments
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.core.solution import Solution
-from qlr_jax.models import Llama, input_of, layer_of
+from qlr_jax.evaluation import divergence
+from qlr_jax.models import input_of, layer_of
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import Block
-from qlr_jax.sensitivity import Statistics
+from qlr_jax.pipelines.run import Candidate, Key, Run
+from qlr_jax.pipelines.stages.calibrate import calibration_tokens
+from qlr_jax.pipelines.stages.solve import solutions_of
 
 BATCH = 8  # sequences of one pass
 
 
-def solve_sequentially(
-    model: Llama,
-    specs: Mapping[str, str],
-    tokens: np.ndarray,
-    statistics: Statistics,
-    solver: Callable[[dict[tuple[str, str], Any]], Mapping[tuple[str, str], Solution]],
-    damping: float,
-) -> LazyMap[tuple[str, str], Solution]:
+def solve_in_sequence(run: Run, candidate: Candidate, text: str) -> Candidate:
+    """The candidate solved again block by block, each behind the compressed ones before it; as it was where that is no better.
+
+    Args:
+        text: of calibration.
+    """
+    specs, settings = candidate.plan.specs, {"seed": run.recipe.seed, "config": run.settings.solver}
+    solver = run.solver("sequential")
+    with run.progress.stage("compressing in sequence", total=len(specs)) as stage:
+
+        def on_done(key: Key, solution: Solution) -> None:
+            stage.advance(note=f"{key[0]} {solution.told()}")
+
+        def solved(problems: Mapping[Key, Any]) -> Mapping[Key, Solution]:
+            return solver(problems, on_done=on_done, **settings)
+
+        found = _solve_blocks(run, specs, calibration_tokens(run.source, text), solved)
+    again = Candidate(candidate.plan, solutions_of(specs, found))
+    again = again.replace(calibration=divergence(again.model(run.original), run.reference))
+    message = f"solved in sequence the KL on the calibration text is {again.kl:.5f}, before {candidate.kl:.5f}"
+    run.progress.say(message + (": kept" if again.kl < candidate.kl else ": not kept"))
+    return again if again.kl < candidate.kl else candidate
+
+
+def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver: Any) -> LazyMap[Key, Solution]:
     """The matrices of one allocation, each solved for W* = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ in the metric E[x̂ x̂ᵀ].
 
     Args:
         specs: name -> spec, of one plan: another plan hands on other x̂, and is solved anew.
         tokens: (sequences, time) of calibration text.
-        statistics: the weights, and G of the outputs, which stay those of the original.
         solver: problems -> solutions.
-        damping: of E[x̂ x̂ᵀ], in W*.
 
-    Source: GPTQ, arXiv 2210.17323, section 4 (inputs of compressed blocks); GPTAQ, arXiv 2504.02692 (the original's output as aim).
+    Source: GPTQ, arXiv 2210.17323, section 4 (inputs of compressed blocks); GPTAQ, arXiv 2504.02692 (the original's output).
     """
+    model, statistics = run.original, run.statistics
     fill = -len(tokens) % min(BATCH, len(tokens))
     rows = np.concatenate([tokens, tokens[:fill]])  # repeats: every batch has one shape, and nothing weighs much more
     batches = np.split(rows, len(rows) // min(BATCH, len(tokens)))
     rope = model.rope(tokens.shape[1])
     original = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
     behind = list(original)
-    found: LazyMap[tuple[str, str], Solution] = LazyMap()
+    found: LazyMap[Key, Solution] = LazyMap()
     for i in range(model.config.num_hidden_layers):
         block, prefix = model.block(i), f"model.layers.{i}."
         original, known = moments(block, original, behind, rope)
         problems, metrics = {}, {name: checked_hessian(own, len(own)) for name, (own, _) in known.items()}
         for name in (n for n in specs if layer_of(n) == i):
             local = input_of(name).removeprefix(prefix)
-            weight = aimed(np.asarray(statistics.weights[name]), *known[local], damping)
+            weight = aimed(np.asarray(statistics.weights[name]), *known[local], run.recipe.damping)
             problems[name, specs[name]] = (weight, metrics[local], specs[name], statistics.outputs.get(name), None)
         solved = solver(problems)
         found.update(solved)

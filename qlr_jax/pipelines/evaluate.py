@@ -1,25 +1,24 @@
-"""What can be asked of a compressed folder: how good it is, what it writes, and what is inside."""
+"""The `evaluate` command: how good a compressed folder is beside its original."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from qlr_jax import calibration as calibrating
-from qlr_jax import evaluation as evaluating
+from qlr_jax import calibration, evaluation
 from qlr_jax.errors import QLRError
-from qlr_jax.evaluation import GenerationSettings
 from qlr_jax.evaluation.windows import Windows, fitting_batch
-from qlr_jax.formats.qlr.packed import load, read_config, read_matrices
-from qlr_jax.models import Llama, find_folder, load_model, load_tokenizer
-from qlr_jax.pipelines.preparation import BUNDLED, BUNDLED_NAME
+from qlr_jax.formats.qlr.packed import load, read_config
+from qlr_jax.models import Llama, load_model, load_tokenizer
+from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.pipelines.source import locate
 from qlr_jax.progress import Progress, silent
+from qlr_jax.settings.resolved import sequence_length
 
 DRIFT_TOKENS = 32_768  # the mean over tokens has settled long before
 
@@ -64,22 +63,22 @@ def evaluate(
         base = original or read_config(out)[1].get("settings", {}).get("base_model")
         if not base:
             raise QLRError(f"{out} does not say what it was compressed from; pass the original model's folder (--original)")
-        base = BUNDLED if base == BUNDLED_NAME else base
-        compressed, tokenizer, first = load(out).densified(), load_tokenizer(out), load_model(base)
-    if not text and not tasks and find_folder(base) != BUNDLED:
+        compressed, tokenizer, uncompressed = load(out).densified(), load_tokenizer(out), load_model(locate(base))
+    if not text and not tasks and locate(base) != BUNDLED:
         raise QLRError("no text was given to evaluate on; pass --text FILE, or --tasks")
     result: dict[str, Any] = {}
     if text or not tasks:
-        content = calibrating.read_text(text) if text else calibrating.standard_library("heldout")
+        content = calibration.read_text(text) if text else calibration.standard_library("heldout")
         most = compressed.config.max_position_embeddings
         if window is not None and window > most:
             raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
-        whole = evaluating.cut(content, tokenizer, window or min(2048, most))
-        rows = whole.rows if windows is None else calibrating.thinned(whole.rows, windows * whole.rows.shape[1])
-        result = _on_text(first, compressed, tokenizer, rows, drift, batch, progress) | _protocol(out, tokenizer, whole, rows)
+        whole = evaluation.cut(content, tokenizer, sequence_length(compressed.config, window))
+        rows = whole.rows if windows is None else calibration.thinned(whole.rows, windows * whole.rows.shape[1])
+        result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress)
+        result |= _protocol(out, tokenizer, whole, rows)
     if tasks:
         settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
-        result["zero_shot"] = evaluating.compare_zero_shot(first, compressed, tokenizer, tasks, **settings)
+        result["zero_shot"] = evaluation.compare_zero_shot(uncompressed, compressed, tokenizer, tasks, **settings)
     return result
 
 
@@ -88,14 +87,14 @@ def _on_text(
 ) -> dict[str, Any]:
     size = fitting_batch(compressed.config.vocab_size, rows.shape[1], batch)
     with progress.stage(f"evaluating {rows.size} tokens"):
-        found = evaluating.positions(original, compressed, rows, size)
-    figures = evaluating.summary(found)
+        found = evaluation.positions(original, compressed, rows, size)
+    figures = evaluation.summary(found)
     result = dataclasses.asdict(figures) | {"perplexity_ratio": figures.perplexity_ratio}
-    result |= {"intervals": evaluating.intervals(found), "worst": evaluating.worst_token(found, tokenizer)}
+    result |= {"intervals": evaluation.intervals(found), "worst": evaluation.worst_token(found, tokenizer)}
     if drift:
-        some = calibrating.thinned(rows, DRIFT_TOKENS)
+        some = calibration.thinned(rows, DRIFT_TOKENS)
         with progress.stage("comparing hidden states", total=original.config.num_hidden_layers) as stage:
-            drifted = evaluating.drift(original, compressed, some, size, stage)
+            drifted = evaluation.drift(original, compressed, some, size, stage)
         result["drift"] = dataclasses.asdict(drifted) | {"worst_layer": drifted.worst, "worst": drifted.layers[drifted.worst]}
     return result
 
@@ -119,57 +118,3 @@ def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray)
             "exp of the mean over windows of each window's mean negative log-likelihood of its tokens after the first"
         ),
     }
-
-
-def generate(
-    source: str | Path,
-    prompt: str,
-    settings: GenerationSettings | None = None,
-    *,
-    stop: Sequence[str] = (),
-    progress: Progress | None = None,
-    **options: Any,
-) -> Iterator[str]:
-    """What a model writes after a prompt, piece by piece as it comes.
-
-    Args:
-        source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
-        prompt, settings, stop, options: as for `evaluation.stream_text`.
-
-    Raises:
-        QLRError: as `load`, `load_model` and `evaluation.stream_text`; before the first piece.
-    """
-    with (progress or silent()).stage("loading"):
-        folder = BUNDLED if str(source) == BUNDLED_NAME else find_folder(source)
-        model, tokenizer = load(folder) if _is_packed(folder) else load_model(folder), load_tokenizer(folder)
-    return evaluating.stream_text(model, tokenizer, prompt, settings, stop=stop, **options)
-
-
-def _is_packed(folder: Path) -> bool:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == "qlr"
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # load_model says what is wrong
-
-
-def inspect(out: str | Path) -> dict[str, Any]:
-    """What is inside a compressed folder: every matrix with its spec and bytes, and the totals."""
-    matrices = read_matrices(Path(out))
-    rows = [
-        {
-            "name": n,
-            "spec": str(m.spec),
-            "shape": list(m.shape),
-            "bytes": m.nbytes,
-            "bits": 8 * m.nbytes / (m.shape[0] * m.shape[1]),
-        }
-        for n, m in matrices.items()
-    ]
-    total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
-    settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
-    size = sum(f.stat().st_size for f in Path(out).glob("*.safetensors"))
-    return {
-        "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
-        "bits_per_weight": 8 * total / count if count else None, "safetensors_bytes": size,
-    }  # fmt: skip

@@ -1,0 +1,47 @@
+"""The `generate` command: what a model writes after a prompt."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qlr_jax import evaluation
+from qlr_jax.evaluation import GenerationSettings
+from qlr_jax.formats.qlr.packed import load
+from qlr_jax.models import load_model, load_tokenizer
+from qlr_jax.pipelines.source import locate
+from qlr_jax.progress import Progress, silent
+
+
+def generate(
+    source: str | Path,
+    prompt: str,
+    settings: GenerationSettings | None = None,
+    *,
+    stop: Sequence[str] = (),
+    progress: Progress | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """What a model writes after a prompt, piece by piece as it comes.
+
+    Args:
+        source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
+        prompt, settings, stop, options: as for `evaluation.stream_text`.
+
+    Raises:
+        QLRError: as `load`, `load_model` and `evaluation.stream_text`; before the first piece.
+    """
+    with (progress or silent()).stage("loading"):
+        folder = locate(source)
+        model, tokenizer = load(folder) if _is_packed(folder) else load_model(folder), load_tokenizer(folder)
+    return evaluation.stream_text(model, tokenizer, prompt, settings, stop=stop, **options)
+
+
+def _is_packed(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "qlr"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # load_model says what is wrong

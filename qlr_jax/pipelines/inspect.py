@@ -1,0 +1,41 @@
+"""The `inspect` command: what is inside a compressed folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlr_jax.formats.qlr.packed import read_config, read_matrices
+
+
+def inspect(out: str | Path) -> dict[str, Any]:
+    """Every matrix of a compressed folder with its spec and bytes, and the totals.
+
+    Args:
+        out: what `compress` wrote.
+
+    Returns:
+        settings; matrices: [{name, spec, shape, bytes, bits}]; compressed_bytes, compressed_weights, bits_per_weight,
+        safetensors_bytes.
+
+    Raises:
+        QLRError: no compressed folder.
+    """
+    matrices = read_matrices(Path(out))
+    rows = [
+        {
+            "name": n,
+            "spec": str(m.spec),
+            "shape": list(m.shape),
+            "bytes": m.nbytes,
+            "bits": 8 * m.nbytes / (m.shape[0] * m.shape[1]),
+        }
+        for n, m in matrices.items()
+    ]
+    total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
+    settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
+    size = sum(f.stat().st_size for f in Path(out).glob("*.safetensors"))
+    return {
+        "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
+        "bits_per_weight": 8 * total / count if count else None, "safetensors_bytes": size,
+    }  # fmt: skip

@@ -1,0 +1,78 @@
+"""The `sensitivity` command: how much each matrix's error matters, as the table that allocations are made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.formats.files import refuse_occupied, staged
+from qlr_jax.models.bundled import BUNDLED_NAME
+from qlr_jax.pipelines.run import Run
+from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.stages.calibrate import calibrate
+from qlr_jax.pipelines.stages.measure import measure
+from qlr_jax.pipelines.texts import Files, Texts
+from qlr_jax.progress import Progress, silent
+from qlr_jax.report.html.sensitivity_page import write_pictures
+from qlr_jax.run.journal import Clock
+from qlr_jax.settings.host import one_loop_at_a_time
+from qlr_jax.settings.recipe import Recipe
+
+TABLE = "table.json"
+
+
+@one_blas_thread()
+def sensitivity(
+    model: str | Path,
+    out: str | Path,
+    calibration: Files = None,
+    recipe: Recipe | str | Path | None = None,
+    *,
+    matrix: str | None = None,
+    progress: Progress | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Measure how much each matrix's error matters, and write the table of all its options with pictures; nothing is compressed.
+
+    Args:
+        model: as for `compress`, or "bundled".
+        out: the folder for table.json, sensitivity.html and the pictures; it must not exist or be empty.
+        calibration: text file(s); "bundled" has its own.
+        recipe: a Recipe or a YAML file; its budget plays no part.
+        matrix: whose error is drawn against bits; that of the largest damage where not given.
+        progress, command: where to tell how far it is, and what was typed, for the table's notes.
+
+    Returns:
+        out, table (its path), matrices and options (how many), seconds, notes.
+
+    Raises:
+        QLRError: no calibration text, an `out` that holds something, a model or recipe that cannot be used.
+    """
+    one_loop_at_a_time()
+    progress, recipe, out, clock = progress or silent(), Recipe.of(recipe), Path(out).expanduser(), Clock()
+    refuse_occupied(out)
+    own = str(model) == BUNDLED_NAME and not calibration
+    texts = Texts.standard_library() if own else Texts.read(calibration)
+    with clock.stage("load"), progress.stage("loading"):
+        source = open_source(model, recipe)
+    with clock.stage("calibrate"):
+        statistics, reference = calibrate(source, texts.calibration, progress)
+    with clock.stage("measure"):
+        table = measure(Run(source, statistics, reference, progress)).table
+    seconds = dict(clock.seconds) | {"total": time.perf_counter() - clock.started}
+    facts = {"model": source.name, "command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}
+    table = dataclasses.replace(table, notes=dict(table.notes) | facts)
+    with staged(out) as folder:
+        (folder / TABLE).write_text(table.to_json() + "\n", encoding="utf-8")
+        write_pictures(table, folder, matrix)
+    return {
+        "out": str(out),
+        "table": str(out / TABLE),
+        "matrices": len(table.rows),
+        "options": sum(len(row.options) for row in table.rows),
+        "seconds": seconds,
+        "notes": table.notes,
+    }

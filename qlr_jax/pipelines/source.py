@@ -1,0 +1,107 @@
+"""The model that a job is of, and what of it is compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import allocators
+from qlr_jax.core.lazy import Lazy
+from qlr_jax.core.objective import checked_weight
+from qlr_jax.core.reconstruction import checked_backbone
+from qlr_jax.cost.prices import price_options
+from qlr_jax.errors import QLRError
+from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
+from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.settings.recipe import Recipe
+from qlr_jax.settings.resolved import Settings
+
+Weight = np.ndarray | Lazy
+"""An array in memory, or one that is read when it is used."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and its matrices to compress.
+
+    Attributes:
+        name: as a report calls it.
+        folder: where it lies.
+        recipe: what is asked for.
+        settings: the recipe, resolved for this model on this machine.
+        weights: name -> W (out, in), checked.
+        prices: the option table with its exact bytes, no damage yet.
+        backbones: name -> Q, where the recipe takes them from another model.
+    """
+
+    name: str
+    folder: Path
+    model: Llama
+    tokenizer: Any
+    recipe: Recipe
+    settings: Settings
+    weights: Mapping[str, Weight]
+    prices: allocators.OptionTable
+    backbones: Mapping[str, Weight] = field(default_factory=dict)
+
+
+def locate(model: str | Path) -> Path:
+    """The folder of a model: one that is given, "bundled", or a hub name's.
+
+    Raises:
+        QLRError: nothing of that name.
+    """
+    return BUNDLED if str(model) == BUNDLED_NAME else find_folder(model)
+
+
+def open_source(model: str | Path, recipe: Recipe) -> Source:
+    """Load a model and price every option that the recipe offers.
+
+    Args:
+        model: a folder, a hub name, or "bundled".
+
+    Raises:
+        QLRError: a model that cannot be read, weights that are not finite, patterns that leave nothing to compress, or given
+            backbones of another model.
+    """
+    folder = locate(model)
+    config = LlamaConfig.from_hf(folder)
+    settings = Settings.of(recipe, config)
+    original, tokenizer = load_model(folder, on_disk=settings.streaming), load_tokenizer(folder)
+    linears = original.linears()
+    weights = {name: _checked(linears[name].weight.get_value(), checked_weight) for name in settings.matrices}
+    backbones = _given_backbones(recipe.backbone_from, original, settings.streaming) if recipe.backbone_from else {}
+    name = BUNDLED_NAME if folder == BUNDLED else str(model)
+    prices = price_options(config, recipe, settings)
+    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones)
+
+
+def _given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, Weight]:
+    """Q of every linear layer: the weights of another model's folder, whose other tensors must be the original's."""
+    other = load_model(source, on_disk=on_disk)
+    theirs, ours, linears = other.tensors(), original.tensors(), original.linears()
+    if list(theirs) != list(ours):
+        raise QLRError(f"{source} is no model of the same tensors as the original; pass the dense weights of the same model")
+    for name, param in ours.items():
+        if name.removesuffix(".weight") in linears:
+            continue
+        one, two = (np.asarray(p.get_value(), np.float32) for p in (param, theirs[name]))
+        if one.shape != two.shape or np.abs(one - two).max() > 0.02 * np.abs(one).max():
+            raise QLRError(
+                f"{source}: {name} is not the original's, so its linear layers do not stand for the same matrices; "
+                "undo what was folded into it, or pass a dump of the same embeddings, norms and head"
+            )
+    shapes = {name: linear.weight.get_value().shape for name, linear in linears.items()}
+    return {
+        name: _checked(linear.weight.get_value(), lambda w, name=name: checked_backbone(w, shapes[name]))
+        for name, linear in other.linears().items()
+    }
+
+
+def _checked(value: Any, check: Callable[[Any], np.ndarray]) -> Weight:
+    """The checked array, or where the model's is read when it is used, one that is read and checked then."""
+    return Lazy(value.shape, lambda: check(value.dense())) if isinstance(value, Lazy) else check(value)

@@ -1,0 +1,96 @@
+"""Calibrate: Hessians of inputs and outputs, and the original's log-probabilities, from text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from qlr_jax import calibration
+from qlr_jax.core.objective import checked_hessian
+from qlr_jax.errors import QLRError
+from qlr_jax.evaluation import Reference, reference
+from qlr_jax.pipelines.source import Source
+from qlr_jax.progress import Progress
+from qlr_jax.sensitivity import Statistics
+from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, machine_memory
+
+Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
+"""kind -> (name, array) -> the same array, on disk."""
+
+
+def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None = None) -> tuple[Statistics, Reference]:
+    """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text.
+
+    Sequences on which the original is not finite are left out of all of them, and named: `left_out` of both kinds of Hessians
+    has each with its place.
+
+    Args:
+        text: of calibration.
+        spill: puts Hessians on disk; used where the model streams.
+
+    Raises:
+        QLRError: too little text, more than 1 % of the sequences not finite, or logits that are not.
+    """
+    recipe, model, names = source.recipe, source.model, list(source.weights)
+    keep = spill if spill is not None and source.settings.streaming else lambda kind: lambda name, array: array
+    tokens = calibration_tokens(source, text)
+    if recipe.hessians_from:
+        sizes = {name: w.shape[1] for name, w in source.weights.items()}
+        hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
+    else:
+        hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
+        tokens = np.delete(tokens, list(hessians.left_out), axis=0)
+    outputs = {}
+    if recipe.outputs == "fisher":
+        if source.settings.outputs_fit or (source.settings.streaming and spill):
+            outputs = _output_hessians(source, tokens, progress, keep("outputs"))
+        else:
+            needed, room = sum(2 * 4 * w.shape[0] ** 2 for w in source.weights.values()), OUTPUTS_SHARE * machine_memory()
+            progress.say(
+                f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
+                "machine's memory): all outputs count alike"
+            )
+    sample = reference(model, calibration.thinned(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
+    if np.isnan(sample.perplexity):
+        raise QLRError(
+            "the original's logits on the calibration text are not finite, so that nothing can be compared with it; load it in "
+            "float32, check its weights, or give other text"
+        )
+    return Statistics(source.weights, hessians, outputs, source.backbones), sample
+
+
+def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, keep: Callable[[str, Any], Any]) -> Any:
+    recipe = source.recipe
+    with progress.stage("calibrating: outputs", total=source.model.config.num_hidden_layers) as stage:
+        outputs = calibration.output_hessians(
+            source.model,
+            calibration.thinned(tokens, recipe.output_tokens),
+            list(source.weights),
+            seed=recipe.seed,
+            progress=stage.advance,
+            keep=lambda name, g: keep(name, checked_hessian(g, len(g), "outputs")),
+        )
+    if outputs.left_out:
+        progress.say(f"calibrating: outputs: {outputs.told()}")
+    return outputs
+
+
+def calibration_tokens(source: Source, text: str) -> np.ndarray:
+    """Sequences of calibration text, (sequences, length): as many as the recipe wants or the text gives.
+
+    Raises:
+        QLRError: an empty text, or one of fewer tokens than a matrix has inputs, so that its Hessian would be singular.
+    """
+    recipe, tokenizer, length = source.recipe, source.tokenizer, source.settings.sequence_length
+    if not text.strip():
+        raise QLRError("the calibration text is empty; give text that resembles what the model will read")
+    available = len(calibration.encode(text, tokenizer)) // (length - 1 if tokenizer.bos_token_id is not None else length)
+    sequences, inputs = min(recipe.sequences, available), max(w.shape[1] for w in source.weights.values())
+    if sequences < 1 or (sequences * length < inputs and not recipe.force):
+        raise QLRError(
+            f"the calibration text gives {sequences} sequences of {length} tokens, fewer tokens than the {inputs} inputs of the "
+            "widest matrix; give more text" + ("" if sequences < 1 else ", or force it (--force)")
+        )
+    return calibration.calibration_tokens(text, tokenizer, sequences, length)

@@ -1,0 +1,64 @@
+"""Refine: better the allocated plan by building and measuring others near it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import allocators
+from allocators.strategies import DEFAULT
+from qlr_jax.core.lazy import LazyMap
+from qlr_jax.core.solution import Solution
+from qlr_jax.evaluation import Comparison, divergence
+from qlr_jax.models import kind_of, layer_of
+from qlr_jax.pipelines.run import Candidate, Key, Run
+from qlr_jax.pipelines.stages.solve import solutions_of
+
+
+def refine(
+    run: Run, problem: allocators.Problem, candidates: Mapping[str, Candidate]
+) -> tuple[dict[str, Candidate], allocators.Refined]:
+    """The candidates with the allocated one bettered where the measured KL falls, and what was tried.
+
+    Args:
+        problem: the table and the limit that every proposal keeps to.
+        candidates: measured on calibration text; proposals start from all of them.
+    """
+    solved: LazyMap[Key, Solution] = LazyMap()
+    measured: dict[tuple[tuple[str, str], ...], Comparison] = {}
+    for candidate in candidates.values():
+        assert candidate.calibration is not None, "candidates are measured before they are refined"
+        solved.update(LazyMap(candidate.plan.specs.items(), lambda key, c=candidate: c.solutions[key[0]]))
+        measured[tuple(candidate.plan.specs.items())] = candidate.calibration
+
+    def measure(specs: Mapping[str, str]) -> float:
+        key = tuple(specs.items())
+        if key not in measured:
+            missing = {item: run.statistics.problem(*item) for item in specs.items() if item not in solved}
+            solved.update(run.solver("final")(missing, seed=run.recipe.seed, config=run.settings.solver))
+            built = Candidate(candidates[DEFAULT].plan, solutions_of(specs, solved))
+            measured[key] = divergence(built.model(run.original), run.reference)
+        return measured[key].kl
+
+    groups: dict[str, set[str]] = {}
+    for name in problem.table.index:
+        groups.setdefault(f"kind {kind_of(name)}", set()).add(name)
+        groups.setdefault(f"layer {layer_of(name)}", set()).add(name)
+    start, others = candidates[DEFAULT].plan, [c.plan for name, c in candidates.items() if name != DEFAULT]
+    with run.progress.stage("refining", total=run.recipe.refine) as stage:
+        found = allocators.refine(
+            problem.table,
+            start,
+            problem.limit,
+            measure,
+            groups=groups,
+            evaluations=run.recipe.refine + len(candidates),
+            seconds=run.recipe.refine_seconds,
+            candidates=others,
+            on_measured=lambda proposal, kl, kept: stage.advance(note=f"{proposal}: KL {kl:.5f}" + (", kept" if kept else "")),
+        )
+    if found.allocation in others:  # one of the others is delivered as what it is
+        return dict(candidates), found
+    plan = dataclasses.replace(found.allocation, baselines=start.baselines)
+    better = Candidate(plan, solutions_of(plan.specs, solved), measured[tuple(plan.specs.items())])
+    return {**candidates, DEFAULT: better}, found

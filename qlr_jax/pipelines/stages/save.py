@@ -1,0 +1,55 @@
+"""Save: the delivered model as a folder, with the report of all that was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlr_jax.formats.qlr.packed import save_packed
+from qlr_jax.pipelines.run import Outcome, Run
+from qlr_jax.pipelines.texts import Texts
+from qlr_jax.report.files import job_files
+from qlr_jax.report.record import Record
+from qlr_jax.run.journal import Clock, peak_rss
+from qlr_jax.run.workspace import enough_space
+
+
+def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, command: str) -> dict[str, Any]:
+    """Write the folder of the delivered candidate; returns the report.
+
+    Args:
+        command: what was typed, for the report.
+
+    Raises:
+        QLRError: a full disk; nothing of the folder is left then.
+    """
+    source, candidates, statistics = run.source, outcome.candidates, run.statistics
+    delivered = candidates[outcome.delivered]
+    record = Record(
+        model=source.name,
+        command=command,
+        recipe=run.recipe,
+        config=run.original.config,
+        plans={name: candidate.plan for name, candidate in candidates.items()},
+        delivered=outcome.delivered,
+        solutions=delivered.solutions,
+        sensitivity=outcome.sensitivity,
+        calibration={name: candidate.calibration for name, candidate in candidates.items() if candidate.calibration},
+        refined=outcome.refined,
+        held_out={name: candidate.held_out for name, candidate in candidates.items() if candidate.held_out},
+        held_out_name=texts.held_out_name,
+        window=run.settings.sequence_length,
+        seconds=clock.seconds,
+        started=clock.started,
+        peak_rss=peak_rss(),
+        problem=outcome.problem,
+        device=jax.devices()[0].device_kind,
+        left_out={"inputs": getattr(statistics.hessians, "left_out", {}), "outputs": getattr(statistics.outputs, "left_out", {})},
+    )
+    with run.progress.stage("saving"), enough_space(out):
+        report = record.report()
+        settings, files = {"base_model": source.name}, job_files(record, report)
+        save_packed(out, run.original, delivered.matrices, source=source.folder, settings=settings, files=files)
+    return report

@@ -1,0 +1,51 @@
+"""Select: measure the candidates on calibration text, deliver the best, and measure all on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from allocators.strategies import DEFAULT, STRATEGIES, delivered
+from qlr_jax import calibration, evaluation
+from qlr_jax.evaluation import Comparison
+from qlr_jax.models import Llama
+from qlr_jax.pipelines.run import Candidate, Run
+
+
+def evaluate_on_calibration(run: Run, candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """The candidates with their KL on calibration text."""
+    compare = lambda model: evaluation.divergence(model, run.reference)  # noqa: E731
+    return _evaluated(run, candidates, "evaluating on calibration text", "calibration", "calibration_kl", compare)
+
+
+def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str) -> dict[str, Candidate]:
+    """The candidates with their perplexity and KL on held-out text; as they are where there is none."""
+    if not text:
+        return dict(candidates)
+    rows = evaluation.windows(text, run.source.tokenizer, run.settings.sequence_length)
+    rows = calibration.thinned(rows, run.recipe.evaluation_tokens)
+    compare = lambda model: evaluation.compare(run.original, model, rows)  # noqa: E731
+    return _evaluated(run, candidates, "evaluating on held-out text", "held_out", "kl", compare)
+
+
+def _evaluated(
+    run: Run, candidates: Mapping[str, Candidate], title: str, part: str, known_as: str, compare: Callable[[Llama], Comparison]
+) -> dict[str, Candidate]:
+    found: dict[str, Candidate] = {}
+    with run.progress.stage(title, total=len(candidates)) as stage:
+        for name, candidate in candidates.items():
+            found[name] = candidate.replace(**{part: compare(candidate.model(run.original))})
+            run.note(**{known_as: {other: getattr(done, part).kl for other, done in found.items()}})
+            stage.advance(note=name)
+    return found
+
+
+def select(run: Run, candidates: Mapping[str, Candidate]) -> str:
+    """The candidate to deliver: of the default strategy the one of least KL on calibration text, else what was asked for."""
+    asked, kl = run.recipe.strategy, {name: candidate.kl for name, candidate in candidates.items()}
+    chosen, best = delivered(kl, asked), delivered(kl)
+    if chosen != DEFAULT:
+        run.progress.say(f"the {chosen} model has the lower KL on the calibration text, so it is what is delivered")
+    elif best != chosen:
+        label = STRATEGIES[best].label
+        run.progress.say(f"the {label} model has the lower KL on the calibration text; {asked} was asked for, so that is delivered")
+    return chosen

@@ -1,0 +1,109 @@
+"""The work of a job as it goes on: its folder, its journal, and the processes that share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from allocators import OptionTable
+from qlr_jax.core.lazy import LazyMap
+from qlr_jax.core.solution import Solution
+from qlr_jax.formats.files import refuse_occupied
+from qlr_jax.formats.qlr.packed import JOB
+from qlr_jax.progress import Progress, logged
+from qlr_jax.run.journal import Clock, Journal
+from qlr_jax.run.processes import Cluster, WorkerGroup
+from qlr_jax.run.workspace import Key, Workspace
+from qlr_jax.sensitivity import Statistics
+
+
+class Session:
+    """One job under way, a context: entered before the model is loaded, begun once it is known what the job is of.
+
+    Attributes:
+        out: the folder that the job writes.
+        progress: where it tells how far it is; once begun, into the log as well.
+        clock: seconds of every stage.
+        assists: whether this process only solves for process 0.
+
+    Raises:
+        QLRError: `out` holds something other than a job under way.
+    """
+
+    def __init__(self, out: Path, cluster: Cluster | None, progress: Progress):
+        refuse_occupied(out, keep=(JOB,))
+        self.out, self.progress, self.clock = out, progress, Clock()
+        self._workers = WorkerGroup(cluster or Cluster(), out / JOB)
+        self.assists = self._workers.cluster.process > 0
+        self._space = Workspace(out / JOB, {})
+        self._journal = Journal(self.clock, self._space.write_report, {})
+
+    def __enter__(self) -> Session:
+        self._workers.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._workers.__exit__(*error)
+        if error[0] is None and not self.assists:
+            self._space.finish()
+
+    @contextmanager
+    def stage(self, name: str, title: str | None = None) -> Iterator[None]:
+        """A stage of the job, timed; with a title it is shown as under way too."""
+        with self.clock.stage(name):
+            if title is None:
+                yield
+            else:
+                with self.progress.stage(title):
+                    yield
+
+    def begin(self, facts: Mapping[str, Any], resume: bool, known: Mapping[str, Any]) -> None:
+        """Open the job's folder: what is kept there of an earlier run is not done again.
+
+        Args:
+            facts: what the job is of; a job that was begun with others is refused.
+            known: for job/report.json.
+        """
+        self._space = Workspace.open(self.out, facts, resume)
+        if resume and not self._space.begun:
+            self.progress.say(f"{self.out} holds no job to go on with; it begins now")
+        self._journal = Journal(self.clock, self._space.write_report, known)
+        self.progress = logged(self.progress, self._space.log)
+
+    def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
+        """(name, array) -> the same array, in a file of the job's folder."""
+        return self._space.spill(kind)
+
+    def publish(self, statistics: Statistics) -> None:
+        """Let the other processes have the Hessians."""
+        self._workers.publish(self._space, statistics.hessians, statistics.outputs)
+
+    def table(self, measure: Callable[[], OptionTable]) -> OptionTable:
+        """The option table that an interrupted run kept, or the one measured now."""
+        return self._space.table(measure)
+
+    def solver(self, kind: str) -> Callable[..., LazyMap[Key, Solution]]:
+        """What solves matrices of this kind, on all processes, and keeps each as soon as it is done."""
+        if kind == "sequential":  # each block waits for the one before it: nothing to share
+            return self._journal.watched(self._space.solve, kind)
+        return self._journal.watched(partial(self._workers.solve, self._space), kind)
+
+    def note(self, **facts: Any) -> None:
+        """Put what is known so far into job/report.json."""
+        self._journal.add(**facts)
+
+    def assist(self, facts: Mapping[str, Any], weights: Mapping[str, Any], backbones: Mapping[str, Any]) -> dict[str, Any]:
+        """Solve this process's share of what process 0 asks for, until it needs no more; says how much that was."""
+        with self.progress.stage("waiting for process 0"):
+            statistics = Statistics(weights, *self._workers.statistics(), backbones)
+            space = Workspace.open(self.out, facts, resume=True)
+        with self.progress.stage("solving for process 0") as stage:
+            done = lambda key, found: stage.advance(note=f"{key[0]} {found.told()}")  # noqa: E731
+            solved = self._workers.serve(space, statistics.problem, done)
+        cluster = self._workers.cluster
+        return {"process": cluster.process, "processes": cluster.processes, "solved": solved}

@@ -1,0 +1,17 @@
+"""What a job asks of the JAX that it runs in; nothing is changed by an import."""
+
+from __future__ import annotations
+
+
+def one_loop_at_a_time() -> None:
+    """Let a CPU run compiled loops one after another, for the rest of this process.
+
+    Two loops that overlap can wait for each other for ever in XLA's thread pool (seen with jaxlib 0.10.2). It takes effect only
+    where no backend has started yet; the commands and `compress` call it first of all.
+
+    Example:
+        >>> one_loop_at_a_time()
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)

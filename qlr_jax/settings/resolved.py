@@ -1,0 +1,99 @@
+"""What a recipe means for one model on one machine: each setting resolved once, for the job, its plan and its report."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.errors import QLRError
+from qlr_jax.formats.targets import Target, find_target
+from qlr_jax.models import LlamaConfig, linear_names, parameter_count, shape_of
+from qlr_jax.settings.limits import OUTPUTS_SHARE, WEIGHTS_SHARE, machine_memory
+from qlr_jax.settings.recipe import Recipe
+
+LONGEST = 2048  # tokens of a sequence where nothing else is asked for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A recipe, resolved.
+
+    Attributes:
+        matrices: name -> (out, in) of the linear layers to compress.
+        sequence_length: tokens of one sequence of text.
+        streaming: whether weights and statistics stay on disk and are read block by block.
+        outputs_fit: whether the output Hessians of all matrices fit in memory at once while they are summed.
+        target: the format to compress for.
+        solver: of the final solves.
+        search: of the solves while options are measured.
+    """
+
+    matrices: dict[str, tuple[int, int]]
+    sequence_length: int
+    streaming: bool
+    outputs_fit: bool
+    target: Target
+    solver: SolverConfig
+    search: SolverConfig
+
+    @classmethod
+    def of(cls, recipe: Recipe, config: LlamaConfig, memory: int | None = None) -> Settings:
+        """The recipe's settings for a model.
+
+        Args:
+            config: the model's shapes.
+            memory: bytes that the machine has; None: this one's.
+
+        Raises:
+            QLRError: a recipe whose patterns leave no matrix to compress.
+
+        Example:
+            >>> settings = Settings.of(Recipe(), LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1), memory=2**34)
+            >>> settings.sequence_length, settings.streaming, settings.solver.state_bits, len(settings.matrices)
+            (2048, False, 12, 7)
+        """
+        memory = machine_memory() if memory is None else memory
+        matrices = _matrices(recipe, config)
+        outputs = sum(2 * 4 * rows**2 for rows, _ in matrices.values())  # bytes, while they are summed and after
+        weights = 4 * parameter_count(config)
+        return cls(
+            matrices,
+            sequence_length(config, recipe.sequence_length),
+            weights > WEIGHTS_SHARE * memory if recipe.streaming is None else recipe.streaming,
+            outputs <= OUTPUTS_SHARE * memory,
+            find_target(recipe.target),
+            _solver(recipe, recipe.state_bits),
+            _solver(recipe, recipe.search_state_bits),
+        )
+
+
+def sequence_length(config: LlamaConfig, asked: int | None = None) -> int:
+    """Tokens of a sequence or window: what is asked for, or as many as the model takes, 2048 at most.
+
+    Example:
+        >>> small = LlamaConfig(vocab_size=512, hidden_size=64, max_position_embeddings=256)
+        >>> sequence_length(small), sequence_length(small, 128)
+        (256, 128)
+    """
+    return asked or min(LONGEST, config.max_position_embeddings)
+
+
+def _matrices(recipe: Recipe, config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """The linear layers that match a pattern of `include`, if there is any, and none of `exclude`."""
+
+    def chosen(name: str) -> bool:
+        inside = not recipe.include or any(fnmatch.fnmatch(name, p) for p in recipe.include)
+        return inside and not any(fnmatch.fnmatch(name, p) for p in recipe.exclude)
+
+    names = linear_names(config)
+    found = {name: shape_of(config, name) for name in names if chosen(name)}
+    if not found:
+        patterns = f"include {list(recipe.include)}, exclude {list(recipe.exclude)}"
+        raise QLRError(f"no linear layer is left by {patterns}; pass other patterns: names look like {names[0]}")
+    return found
+
+
+def _solver(recipe: Recipe, state_bits: int) -> SolverConfig:
+    options = {"damping": recipe.damping, "state_bits": state_bits, "rotation_block": recipe.rotation_block}
+    return SolverConfig.make(options | ({"iterations": recipe.iterations} if recipe.iterations else {}), recipe.preset)
