@@ -16,7 +16,7 @@ from allocators.table import OptionTable
 
 
 class Status(Enum):
-    """How far an allocation is proved; ``status.explain`` says it in words."""
+    """How far an allocation is proved; `status.explain` says it in words."""
 
     OPTIMAL = "optimal"
     WITHIN_GAP = "within gap"
@@ -38,17 +38,18 @@ class Status(Enum):
 class Allocation:
     """One spec for every row of a table.
 
-    specs            spec by row name
-    bytes            what all rows take together; never above limit
-    damage           their predicted damage
-    limit            the bytes that were allowed
-    method           which solver or baseline
-    status           what is proved
-    bound            no allocation within the limit does less damage than this; None where none was computed
-    bits_per_weight  of the counted rows; None where no row is counted
-    seconds          time taken
-    spec             the spec that every free row takes, or was filled up from, where the method gives all of them the same
-    baselines        simpler allocations within the same limit, by name, for comparison (``compared`` attaches them)
+    Args:
+        specs: spec by row name.
+        bytes: what all rows take together; never above the limit.
+        damage: their predicted damage.
+        limit: the bytes that were allowed.
+        method: which solver or baseline.
+        status: what is proved.
+        bound: no allocation within the limit does less damage than this; None where none was computed.
+        bits_per_weight: of the counted rows; None where no row is counted.
+        seconds: time taken.
+        spec: the spec that every free row takes, or was filled up from, where the method gives all of them the same.
+        baselines: other strategies' allocations within the same limit, by name, for comparison (`compared` attaches them).
     """
 
     specs: Mapping[str, str]
@@ -71,7 +72,7 @@ class Allocation:
         return (self.damage - self.bound) / abs(self.damage) if self.damage else -self.bound
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; ``spec`` and ``baselines`` (without their specs by row) only where there are any."""
+        """Plain values for JSON; `spec` and `baselines` (without their specs by row) only where there are any."""
         plain = {
             name: getattr(self, name)
             for name in ("method", "bytes", "limit", "damage", "bound", "gap", "bits_per_weight", "seconds")
@@ -88,10 +89,17 @@ class Allocation:
 
 
 def from_picks(table: OptionTable, picks: Sequence[int] | np.ndarray, limit: int, method: str, **proof: Any) -> Allocation:
-    """The allocation that takes option ``picks[i]`` of row i, totals added up afresh in whole bytes and checked.
+    """The allocation that takes option `picks[i]` of row i, totals added up from the table in whole bytes and checked.
 
-    proof  what else is known of it: fields of ``Allocation``
-    raises AllocationError where it is over the limit or breaks a tie
+    Args:
+        table: matrices × options.
+        picks: option number by row, (rows,).
+        limit: bytes that all rows may take together.
+        method: which solver or baseline it is of.
+        proof: what else is known of it: fields of `Allocation`.
+
+    Raises:
+        AllocationError: where it is over the limit or breaks a tie.
     """
     options = [row.options[int(k)] for row, k in zip(table.rows, picks, strict=True)]
     total = sum(option.bytes for option in options)
@@ -112,13 +120,20 @@ def from_picks(table: OptionTable, picks: Sequence[int] | np.ndarray, limit: int
 def from_specs(table: OptionTable, specs: Mapping[str, str], limit: int | None = None, method: str = "given") -> Allocation:
     """The allocation with these specs, one for every row: its bytes and damage by this table.
 
-    limit  bytes allowed; what the specs take where not given
-    raises AllocationError for a missing or unknown row, a spec that is not offered, a broken tie, or too many bytes
+    Args:
+        table: matrices × options.
+        specs: spec by row name.
+        limit: bytes allowed; what the specs take where not given.
+        method: what to call it.
 
-    >>> from allocators.options import Option, Row
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),))
-    >>> from_specs(table, {"q": "int-4"}).bits_per_weight
-    4.0
+    Raises:
+        AllocationError: for a missing or unknown row, a spec that is not offered, a broken tie, or too many bytes.
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),))
+        >>> from_specs(table, {"q": "int-4"}).bits_per_weight
+        4.0
     """
     for name in specs:
         table[name]
@@ -130,7 +145,12 @@ def from_specs(table: OptionTable, specs: Mapping[str, str], limit: int | None =
 
 
 def check_limit(table: OptionTable, limit: int) -> int:
-    """The limit as a whole number of bytes; AllocationError where no allocation of the table is within it."""
+    """The limit as a whole number of bytes.
+
+    Raises:
+        AllocationError: where it is no whole number.
+        Infeasible: where no allocation of the table is within it.
+    """
     if isinstance(limit, bool) or not isinstance(limit, (int, np.integer)):
         raise AllocationError(f"the limit is {limit!r}; pass a whole number of bytes (Budget.parse(...).on(table).limit)")
     if limit < table.least_bytes:

@@ -1,4 +1,4 @@
-"""Simple allocations that the exact one is compared with."""
+"""Simple allocations, which the exact one is compared with; each is a row of `strategies.STRATEGIES`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,18 @@ def uniform(table: OptionTable, limit: int) -> Allocation:
 
     Rows with a single option (locked) keep it. Uncounted rows (embeddings, head) get the best that still fits beside the spec.
 
-    table   the table before pruning
-    limit   bytes of all rows
-    raises  Infeasible where no single spec fits
+    Args:
+        table: matrices × options, before pruning.
+        limit: bytes that all rows may take together.
 
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
-    >>> dict(uniform(OptionTable((Row("q", 64, options), Row("k", 64, options))), 63).specs)
-    {'q': 'int-3', 'k': 'int-3'}
+    Raises:
+        Infeasible: where no single spec fits.
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+        >>> dict(uniform(OptionTable((Row("q", 64, options), Row("k", 64, options))), 63).specs)
+        {'q': 'int-3', 'k': 'int-3'}
     """
     start, limit = time.perf_counter(), check_limit(table, limit)
     counted, others = table.select(lambda row: row.counted), table.select(lambda row: not row.counted)
@@ -55,7 +59,14 @@ def uniform(table: OptionTable, limit: int) -> Allocation:
 
 
 def filled_uniform(table: OptionTable, limit: int) -> Allocation:
-    """The best single spec, with what is left of the limit filled greedily; see ``uniform``."""
+    """The best single spec, with what is left of the limit filled greedily.
+
+    Args:
+        table, limit: as in `uniform`.
+
+    Raises:
+        Infeasible: where no single spec fits.
+    """
     start, first, blocks = time.perf_counter(), uniform(table, limit), Blocks(table)
     picks = np.array([row.options.index(row.option(first.specs[row.name])) for row in table.rows])
     at = fill(blocks, blocks.include(picks), limit - first.bytes)
@@ -67,13 +78,19 @@ def rank0(table: OptionTable, limit: int, **settings: float) -> Allocation:
 
         min Σ damage(i, x_i)   subject to   rank(x_i) = 0,   Σ bytes(i, x_i) ≤ limit   and the table's ties
 
-    settings  of ``allocate``: gap, seconds
-    raises    Infeasible where a row or a tie offers nothing without rank, or the limit is below the least of what is offered
+    Args:
+        table: matrices × options.
+        limit: bytes that all rows may take together.
+        settings: of `allocate`: gap, seconds.
 
-    >>> from allocators.options import Option, Row
-    >>> row = Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.5), Option("int-4", 32, 2.0)))
-    >>> dict(rank0(OptionTable((row,)), 30).specs)
-    {'q': 'int-2'}
+    Raises:
+        Infeasible: where a row or a tie offers nothing without rank, or the limit is below the least of what is offered.
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> row = Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 24, 1.5), Option("int-4", 32, 2.0)))
+        >>> dict(rank0(OptionTable((row,)), 30).specs)
+        {'q': 'int-2'}
     """
     without = table.restrict(lambda row, option: option.rank == 0, "leaving out every rank")
     return replace(allocate(without, limit, **settings), method="rank0")
@@ -82,7 +99,18 @@ def rank0(table: OptionTable, limit: int, **settings: float) -> Allocation:
 def greedy(table: OptionTable, limit: int) -> Allocation:
     """From the smallest allocation, again and again the affordable change that saves most damage per byte.
 
-    source  Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2 (the greedy for the relaxation, carried on)
+    Args:
+        table: matrices × options.
+        limit: bytes that all rows may take together.
+
+    Source:
+        Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2 (the greedy for the relaxation, carried on)
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
+        >>> greedy(OptionTable((Row("q", 64, options), Row("k", 64, options))), 60).bytes
+        56
     """
     start, limit, blocks = time.perf_counter(), check_limit(table, limit), Blocks(table)
     at = blocks.at(0)
@@ -94,9 +122,12 @@ def random(table: OptionTable, limit: int, seed: int = 0) -> Allocation:
     """A random allocation that all but fills the limit: the best one for random damages.
 
     Gumbel noise stands in for the damages, so at the price λ of the limit each lone row's option has probability ∝ exp(−λ · bytes):
-    the least presuming distribution of that mean size. λ may be negative: a large limit is filled too.
+    the distribution of largest entropy at that mean size. λ may be negative: a large limit is filled too.
 
-    seed  one seed, one allocation
+    Args:
+        table: matrices × options.
+        limit: bytes that all rows may take together.
+        seed: one seed, one allocation.
     """
     start, limit = time.perf_counter(), check_limit(table, limit)
     draw = np.random.default_rng(seed)

@@ -21,8 +21,12 @@ EXAMPLES = "'2.25bpw', '900MB' or 'device:8GiB,context=8192'"
 def parse_size(text: str) -> int:
     """Bytes of a size with its unit, rounded down: MB = 10⁶, MiB = 2²⁰.
 
-    >>> parse_size("900MB"), parse_size("1.5GiB")
-    (900000000, 1610612736)
+    Raises:
+        AllocationError: for a text that is no positive size with a unit.
+
+    Example:
+        >>> parse_size("900MB"), parse_size("1.5GiB")
+        (900000000, 1610612736)
     """
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)", text.strip())
     unit = {name.lower(): size for name, size in UNITS.items()}.get(found[2].lower()) if found else None
@@ -39,8 +43,9 @@ def parse_size(text: str) -> int:
 def format_size(size: int) -> str:
     """The shortest exact way of writing a number of bytes.
 
-    >>> format_size(1_500_000_000), format_size(8 * 2**30), format_size(1001)
-    ('1.5GB', '8GiB', '1001B')
+    Example:
+        >>> format_size(1_500_000_000), format_size(8 * 2**30), format_size(1001)
+        ('1.5GB', '8GiB', '1001B')
     """
     exact = [f"{_plain(Decimal(size) / unit)}{name}" for name, unit in reversed(UNITS.items()) if size >= unit]
     return min((text for text in exact if parse_size(text) == size), key=len)
@@ -52,7 +57,7 @@ def _plain(number: Decimal) -> str:
 
 
 def _digits(number: Fraction, up: bool) -> str:
-    """Four significant digits, rounded outward or inward as told, so that the printed end is itself acceptable."""
+    """Four significant digits, rounded up or down, so that the printed end is itself acceptable."""
     value = Decimal(number.numerator) / Decimal(number.denominator)
     step = Decimal(1).scaleb(value.adjusted() - 3)
     return _plain((value / step).to_integral_value(ROUND_CEILING if up else ROUND_FLOOR) * step)
@@ -67,11 +72,13 @@ def _about(size: int, up: bool = True) -> str:
 class Problem:
     """A budget put to a table: what the solvers take.
 
-    table           the table to allocate; under a bpw budget its uncounted rows hold one option each (bf16 where offered)
-    limit           bytes that all rows of this table may take together
-    items           where the limit comes from, in bytes: they add up to it
-    keeps_original  True where the rows fit at 16 bits a weight, so that nothing need be compressed at all
-    everything_fits True where even the largest option of every row fits
+    Args:
+        budget: as it was given.
+        table: the table to allocate; under a bpw budget its uncounted rows have one option each (bf16 where offered).
+        limit: bytes that all rows of this table may take together.
+        items: where the limit comes from, in bytes: they add up to it.
+        keeps_original: True where the rows fit at 16 bits a weight, so that nothing need be compressed at all.
+        everything_fits: True where even the largest option of every row fits.
     """
 
     budget: Budget
@@ -90,10 +97,17 @@ class Budget:
         bytes    Σ bytes of all rows + fixed tensors ≤ size
         device   the same + 2 · layers · kv_heads · head_dim · context · batch · bytes(kv) + working allowance ≤ size
 
-    The working allowance (activations, buffers, the runtime) is a tenth of the device unless ``work=`` gives it.
+    Args:
+        bits: per weight, of a bpw budget; None of another.
+        size: bytes, of a byte or device budget.
+        context: tokens in the key-value cache, of a device budget.
+        batch: sequences at once, of a device budget.
+        kv: type of the cache's numbers, one of KV_BYTES.
+        work: working allowance in bytes (activations, buffers, the runtime); a tenth of the device where None.
 
-    >>> str(Budget.parse("2.250 bpw")), str(Budget.parse("1500MB")), str(Budget.parse("device:8GiB,context=8192"))
-    ('2.25bpw', '1.5GB', 'device:8GiB,context=8192,batch=1,kv=bf16')
+    Example:
+        >>> str(Budget.parse("2.250 bpw")), str(Budget.parse("1500MB")), str(Budget.parse("device:8GiB,context=8192"))
+        ('2.25bpw', '1.5GB', 'device:8GiB,context=8192,batch=1,kv=bf16')
     """
 
     bits: Decimal | None = None
@@ -107,7 +121,11 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """A budget from its text.
 
-        text  ``2.25bpw`` | ``900MB`` | ``900MiB`` | ``device:8GiB,context=8192[,batch=1][,kv=bf16][,work=1GiB]``
+        Args:
+            text: `2.25bpw`, `900MB`, `900MiB` or `device:8GiB,context=8192[,batch=1][,kv=bf16][,work=1GiB]`.
+
+        Raises:
+            AllocationError: for a text that is none of these, naming what is wrong with it.
         """
         if isinstance(text, cls):
             return text
@@ -158,17 +176,21 @@ class Budget:
     def on(self, table: OptionTable, model: ModelFacts | None = None) -> Problem:
         """Put the budget to a table.
 
-        table  every row of the model that may change
-        model  facts of the model; the table's own where not given
-        raises AllocationError below the table's least, naming both ends; under a bpw budget above its most as well
+        Args:
+            table: every row of the model that may change.
+            model: facts of the model; the table's own where not given.
 
-        >>> from allocators.options import Option, Row
-        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),))
-        >>> Budget.parse("3bpw").on(table).limit
-        24
-        >>> Budget.parse("1bpw").on(table)
-        Traceback (most recent call last):
-        allocators.errors.Infeasible: budget 1bpw is below the table's range; pass 2bpw to 4bpw
+        Raises:
+            AllocationError: below the table's least, naming both ends; under a bpw budget above its most as well.
+
+        Example:
+            >>> from allocators.options import Option, Row
+            >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),))
+            >>> Budget.parse("3bpw").on(table).limit
+            24
+            >>> Budget.parse("1bpw").on(table)
+            Traceback (most recent call last):
+            allocators.errors.Infeasible: budget 1bpw is below the table's range; pass 2bpw to 4bpw
         """
         return self._bits_on(table) if self.bits is not None else self._size_on(table, model or table.model)
 

@@ -13,16 +13,22 @@ BINDS = ("backbone", "spec")
 
 
 def backbone(spec: str) -> str:
-    """The part of a spec that a tie binds: the text before the first ``+``.
+    """The part of a spec that a tie binds: the text before the first `+`.
 
-    >>> backbone("trellis-2+r32@trellis-4"), backbone("int-4g32")
-    ('trellis-2', 'int-4g32')
+    Example:
+        >>> backbone("trellis-2+r32@trellis-4"), backbone("int-4g32")
+        ('trellis-2', 'int-4g32')
     """
     return spec.split("+", 1)[0]
 
 
 def few(names: Iterable[str], limit: int = 6) -> str:
-    """Names for an error message: the first few, then how many more there are."""
+    """Names for an error message: the first few, then how many more there are.
+
+    Example:
+        >>> few("abcdefgh")
+        'a, b, c, d, e, f and 2 more'
+    """
     names = list(names)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
@@ -31,14 +37,19 @@ def few(names: Iterable[str], limit: int = 6) -> str:
 class Option:
     """One way of storing one matrix.
 
-    spec      the spec's text, e.g. ``trellis-2+r32@trellis-4``
-    bytes     everything stored for the matrix under this spec, side data and padding included
-    damage    predicted damage, in any unit that adds over matrices (nats of KL a token, for instance)
-    measured  True where the damage was measured by a full solve, False where it was predicted
-    rank      rank of the low-rank part; read from the spec's text when not given
+    Args:
+        spec: the spec's text, e.g. `trellis-2+r32@trellis-4`.
+        bytes: everything stored for the matrix under this spec, side data and padding included.
+        damage: predicted damage, in any unit that adds over matrices (nats of KL a token, for instance).
+        measured: True where the damage was measured by a full solve, False where it was predicted.
+        rank: of the low-rank part; read from the spec's text when not given.
 
-    >>> Option("trellis-2+r32@trellis-4", 1200, 0.5).rank
-    32
+    Raises:
+        AllocationError: for a value that cannot be used.
+
+    Example:
+        >>> Option("trellis-2+r32@trellis-4", 1200, 0.5).rank
+        32
     """
 
     spec: str
@@ -67,10 +78,14 @@ class Option:
 class Row:
     """One matrix and its options.
 
-    name     the matrix's name in the model
-    weights  how many weights it has (m · n)
-    options  what it may become, at least one, no spec twice
-    counted  whether it counts toward bits per weight (embeddings and head do not)
+    Args:
+        name: the matrix's name in the model.
+        weights: how many weights it has (m · n).
+        options: what it may become, at least one, no spec twice.
+        counted: whether it counts toward bits per weight (embeddings and head do not).
+
+    Raises:
+        AllocationError: for a value that cannot be used.
     """
 
     name: str
@@ -90,7 +105,11 @@ class Row:
             raise AllocationError(f"row {self.name} offers {twice} twice; pass each spec once")
 
     def option(self, spec: str) -> Option:
-        """The option with this spec; AllocationError where the row does not offer it."""
+        """The option with this spec.
+
+        Raises:
+            AllocationError: where the row does not offer it.
+        """
         for option in self.options:
             if option.spec == spec:
                 return option
@@ -103,7 +122,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Tie:
-    """Rows that must agree: on the backbone (rank and factors stay free) or, with ``on="spec"``, on the whole spec."""
+    """Rows that must agree.
+
+    Args:
+        rows: their names.
+        on: "backbone" (rank and factors stay free) or "spec".
+
+    Raises:
+        AllocationError: for another `on`.
+    """
 
     rows: tuple[str, ...]
     on: str = "backbone"
@@ -122,8 +149,12 @@ class Tie:
 class ModelFacts:
     """What a byte or device budget must know of the model beyond the table's rows.
 
-    fixed_bytes                  tensors that are in no row (norms, biases), as stored
-    layers, kv_heads, head_dim   for the key-value cache: 2 · layers · kv_heads · head_dim numbers a token
+    Args:
+        fixed_bytes: of the tensors that are in no row (norms, biases), as stored.
+        layers, kv_heads, head_dim: for the key-value cache: 2 · layers · kv_heads · head_dim numbers a token.
+
+    Raises:
+        AllocationError: for a value that is no whole number of 0 or more.
     """
 
     fixed_bytes: int = 0

@@ -10,7 +10,13 @@ from allocators.table import OptionTable
 
 @dataclass(frozen=True)
 class Dropped:
-    """An option that was pruned, and the option that is as good in bytes and in damage (None: no tied row offers its backbone)."""
+    """An option that was pruned.
+
+    Args:
+        row: the matrix's name.
+        spec: of the option.
+        by: spec of the option that is as good in bytes and in damage; None where a tied row lacks the backbone.
+    """
 
     row: str
     spec: str
@@ -19,13 +25,18 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Pruned:
-    """What ``prune`` returns: the smaller table, and everything that was left out."""
+    """What `prune` returns.
+
+    Args:
+        table: the smaller table.
+        dropped: every option that was left out.
+    """
 
     table: OptionTable
     dropped: tuple[Dropped, ...]
 
 
-def undominated(options: tuple[Option, ...], tie: Tie | None = None) -> tuple[list[int], list[tuple[int, int]]]:
+def _split_dominated(options: tuple[Option, ...], tie: Tie | None = None) -> tuple[list[int], list[tuple[int, int]]]:
     """Indices of the options that no other one (of the same tie key) matches in bytes and damage; and (dropped, by) pairs."""
     order = sorted(range(len(options)), key=lambda j: (options[j].bytes, options[j].damage, options[j].rank, options[j].spec))
     best: dict[str | None, int] = {}
@@ -49,13 +60,17 @@ def prune(table: OptionTable) -> Pruned:
     backbone some tied row lacks is dropped outright. Take baselines from the table before pruning: what is pruned in one row
     may have been the uniform spec of all of them.
 
-    table  the table; unchanged
-    source Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2.1
+    Args:
+        table: matrices × options; it is not changed.
 
-    >>> from allocators.options import Row
-    >>> row = Row("q", 64, (Option("int-2", 16, 3.0), Option("nf-2", 16, 2.0), Option("int-4", 32, 1.0)))
-    >>> prune(OptionTable((row,))).dropped
-    (Dropped(row='q', spec='int-2', by='nf-2'),)
+    Source:
+        Kellerer, Pferschy and Pisinger, Knapsack Problems (2004), section 11.2.1
+
+    Example:
+        >>> from allocators.options import Row
+        >>> row = Row("q", 64, (Option("int-2", 16, 3.0), Option("nf-2", 16, 2.0), Option("int-4", 32, 1.0)))
+        >>> prune(OptionTable((row,))).dropped
+        (Dropped(row='q', spec='int-2', by='nf-2'),)
     """
     rows, dropped = list(table.rows), []
     for numbers, tie in table.blocks():
@@ -63,7 +78,7 @@ def prune(table: OptionTable) -> Pruned:
         for i in numbers:
             row = rows[i]
             within = tuple(o for o in row.options if tie is None or shared is None or tie.key(o) in shared)
-            kept, pairs = undominated(within, tie)
+            kept, pairs = _split_dominated(within, tie)
             gone = [Dropped(row.name, o.spec, None) for o in row.options if o not in within]
             gone += [Dropped(row.name, within[j].spec, within[k].spec) for j, k in pairs]
             if gone:

@@ -24,21 +24,27 @@ class OptionTable:
 
         minimise Σ damage(i, x_i)   subject to   Σ bytes(i, x_i) ≤ limit   and the ties
 
-    rows   one Row a matrix, names distinct
-    ties   disjoint groups of rows that must agree
-    model  facts for byte and device budgets
-    notes  anything JSON can hold about where the table comes from; carried along, never read
+    Locks are tables with fewer options: `lock`, `at_least` and `restrict` return a new table.
 
-    Locks are tables with fewer options: ``lock``, ``at_least`` and ``restrict`` return a new table.
+    Args:
+        rows: one Row a matrix, names distinct.
+        ties: disjoint groups of rows that must agree.
+        model: facts for byte and device budgets.
+        notes: anything JSON can hold about where the table comes from; carried along, never read.
 
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),
-    ...                      Row("k", 64, (Option("int-2", 16, 2.0), Option("int-4", 32, 0.5)))))
-    >>> table.least_bytes, table.most_bytes, table.uniform_specs()
-    (32, 64, ('int-2', 'int-4'))
-    >>> table.lock("q", "int-4").least_bytes
-    48
-    >>> OptionTable.from_json(table.to_json()) == table
-    True
+    Raises:
+        AllocationError: for no rows, a name twice, or a tie that does not fit the rows.
+        Infeasible: where tied rows offer nothing in common.
+
+    Example:
+        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0))),
+        ...                      Row("k", 64, (Option("int-2", 16, 2.0), Option("int-4", 32, 0.5)))))
+        >>> table.least_bytes, table.most_bytes, table.uniform_specs()
+        (32, 64, ('int-2', 'int-4'))
+        >>> table.lock("q", "int-4").least_bytes
+        48
+        >>> OptionTable.from_json(table.to_json()) == table
+        True
     """
 
     rows: tuple[Row, ...]
@@ -137,11 +143,19 @@ class OptionTable:
         return replace(self, rows=rows, ties=tuple(tie for tie in ties if len(tie.rows) > 1)) if rows else None
 
     def restrict(self, keep: Callable[[Row, Option], bool], why: str = "the restriction") -> OptionTable:
-        """Only the options that ``keep(row, option)`` accepts; AllocationError where a row or a tie is left with none.
+        """Only the options that are wanted.
 
-        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 32, 1.0))),))
-        >>> [option.spec for option in table.restrict(lambda row, option: option.rank == 0)["q"].options]
-        ['int-2']
+        Args:
+            keep: whether a row keeps an option.
+            why: what does this, for the error.
+
+        Raises:
+            Infeasible: where a row or a tie is left with none.
+
+        Example:
+            >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0), Option("int-2+r4@bf16", 32, 1.0))),))
+            >>> [option.spec for option in table.restrict(lambda row, option: option.rank == 0)["q"].options]
+            ['int-2']
         """
         rows = []
         for row in self.rows:
@@ -158,14 +172,22 @@ class OptionTable:
         return found
 
     def lock(self, pattern: str, spec: str) -> OptionTable:
-        """Every row whose name matches the pattern (``*`` is any text) keeps this spec."""
+        """Every row whose name matches the pattern (`*` is any text) keeps this spec.
+
+        Raises:
+            AllocationError: where no row matches, or one does not offer the spec.
+        """
         names = self._matching(pattern)
         for name in names:
             self[name].option(spec)
         return self.restrict(lambda row, option: row.name not in names or option.spec == spec, f"the lock {pattern}={spec}")
 
     def at_least(self, pattern: str, bits: float) -> OptionTable:
-        """Every row whose name matches the pattern stores at least so many bits per weight."""
+        """Every row whose name matches the pattern stores at least so many bits per weight.
+
+        Raises:
+            AllocationError: where no row matches, or one has no option as large.
+        """
         names = self._matching(pattern)
         if not (bits > 0 and math.isfinite(bits)):
             raise AllocationError(f"at_least {pattern}: bits is {bits!r}; pass a positive number of bits per weight")
@@ -173,12 +195,20 @@ class OptionTable:
         return self.restrict(lambda row, o: row.name not in names or row.bits(o) >= floor, f"at least {bits:g} bits for {pattern}")
 
     def tie(self, *patterns: str, on: str = "backbone") -> OptionTable:
-        """Tie the rows that match the patterns with the same text in place of ``*``.
+        """Tie the rows that match the patterns with the same text in place of `*`.
 
-        >>> row = lambda name: Row(name, 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0)))
-        >>> table = OptionTable(tuple(row(f"{layer}.{kind}") for layer in range(2) for kind in "qko"))
-        >>> [tie.rows for tie in table.tie("*.q", "*.k").ties]
-        [('0.q', '0.k'), ('1.q', '1.k')]
+        Args:
+            patterns: names with `*` for any text.
+            on: "backbone" or "spec".
+
+        Raises:
+            AllocationError: where a pattern matches no row, or nothing is tied.
+
+        Example:
+            >>> row = lambda name: Row(name, 64, (Option("int-2", 16, 3.0), Option("int-4", 32, 1.0)))
+            >>> table = OptionTable(tuple(row(f"{layer}.{kind}") for layer in range(2) for kind in "qko"))
+            >>> [tie.rows for tie in table.tie("*.q", "*.k").ties]
+            [('0.q', '0.k'), ('1.q', '1.k')]
         """
         groups: dict[tuple[str, ...], list[str]] = {}
         for pattern in patterns:
@@ -197,7 +227,7 @@ class OptionTable:
     # ---- to and from text
 
     def to_json(self) -> str:
-        """The table as text, with a format version; an option is a list in the order of ``columns``."""
+        """The table as text, with a format version; an option is a list in the order of `columns`."""
         rows = [
             dict(
                 name=row.name,
@@ -213,7 +243,11 @@ class OptionTable:
 
     @classmethod
     def from_json(cls, source: str | bytes | Mapping[str, Any]) -> OptionTable:
-        """The table that ``to_json`` wrote, from its text or the parsed object; AllocationError where it is anything else."""
+        """The table that `to_json` wrote, from its text or the parsed object.
+
+        Raises:
+            AllocationError: where it is anything else, or of another version.
+        """
         try:
             data = source if isinstance(source, Mapping) else json.loads(source)
         except ValueError as error:

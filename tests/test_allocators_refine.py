@@ -22,7 +22,7 @@ from allocators import (
     refine,
     uniform,
 )
-from allocators.refinement.regression import learned
+from allocators.refinement.regression import damage_factors
 
 
 def make_table(seed: int, layers: int = 4) -> OptionTable:
@@ -236,11 +236,11 @@ def test_given_allocations_are_checked():
 
 
 @pytest.mark.parametrize("groups", [[], [[0, 1, 2, 3]]])
-def test_learned_factors_explain_the_losses(groups):
+def test_fitted_factors_explain_the_losses(groups):
     draw = np.random.default_rng(0)
     damage, truth = draw.lognormal(0, 0.5, (20, 8)), np.array([1.4] * 4 + [0.9, 1.0, 0.8, 1.1])
-    found = learned(damage, damage @ truth, groups)
+    found = damage_factors(damage, damage @ truth, groups)
     assert np.abs(found - truth).max() < 0.02
-    few = learned(damage[:3], damage[:3] @ truth, [[0, 1, 2, 3]])
+    few = damage_factors(damage[:3], damage[:3] @ truth, [[0, 1, 2, 3]])
     assert np.abs(few - truth).mean() < np.abs(1 - truth).mean()
-    assert learned(damage[:1], damage[:1].sum(axis=1), groups) == pytest.approx(1.0)
+    assert damage_factors(damage[:1], damage[:1].sum(axis=1), groups) == pytest.approx(1.0)

@@ -1,1 +1,1 @@
-"""Better an allocation by measuring others near it."""
+"""Refining an allocation by measuring others near it: trials, the moves they make, and what their losses say of the predictions."""

@@ -13,11 +13,13 @@ MOST = 800  # moves that are paired with each other
 
 @dataclass(frozen=True)
 class Moves:
-    """Changes of single blocks from one allocation, of which the ties hold still.
+    """Changes of single blocks from one allocation; each leaves the ties intact.
 
-    block    which block each of them changes
-    size     change of bytes
-    options  option numbers of the block's rows after each, by block; ``number`` counts the moves within a block
+    Args:
+        block: which block each of them changes, (moves,).
+        number: its number within the block, (moves,).
+        size: change of bytes, (moves,).
+        options: by block, option numbers of its rows after each of its moves.
     """
 
     block: np.ndarray
@@ -26,7 +28,13 @@ class Moves:
     options: list[np.ndarray]
 
     def apply(self, blocks: Blocks, picks: np.ndarray, *moves: int) -> np.ndarray:
-        """The allocation (option number by row) after some moves of different blocks."""
+        """The allocation after some moves of different blocks.
+
+        Args:
+            blocks: the table that the moves are of.
+            picks: option number by row, before, (rows,).
+            moves: numbers of the moves.
+        """
         picks = picks.copy()
         for move in moves:
             k = int(self.block[move])
@@ -62,8 +70,10 @@ def moves(blocks: Blocks, picks: np.ndarray) -> Moves:
 def promising(size: np.ndarray, change: np.ndarray, most: int = MOST) -> np.ndarray:
     """Indices of the moves worth pairing: those that lose least damage per byte freed, and those that save most per byte spent.
 
-    size    change of bytes of each move
-    change  change of damage of each move
+    Args:
+        size: change of bytes of each move, (moves,).
+        change: change of damage of each move, (moves,).
+        most: how many to return, half of either kind at most.
     """
     rate = np.where(size == 0, np.where(change < 0, -np.inf, np.inf), change / np.maximum(np.abs(size), 1))
     order = np.argsort(rate, kind="stable")

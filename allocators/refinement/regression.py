@@ -1,4 +1,4 @@
-"""What measured losses tell about the predicted damages: a factor a row, by Bayesian regression."""
+"""How far measured losses depart from predicted damages: a factor a row, by Bayesian linear regression."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 SCALE = 1.0  # prior variance of the factor that all rows share
-SPREADS = (0.01, 0.04, 0.16)  # prior variances of a group's factor to choose from; a row's own is half of it
+VARIANCES = (0.01, 0.04, 0.16)  # prior variances of a group's factor to choose from; a row's own is half of it
 MISFITS = (1e-3, 3e-3, 1e-2)  # relative errors of the model to choose from
 RANGE = (0.1, 10.0)  # factors are kept within
 
 
-def learned(damage: np.ndarray, loss: np.ndarray, groups: Collection[Sequence[int]]) -> np.ndarray:
-    """The factor by which each row's damage differs from its prediction, as far as measured losses tell.
+def damage_factors(damage: np.ndarray, loss: np.ndarray, groups: Collection[Sequence[int]]) -> np.ndarray:
+    """The factor by which each row's damage differs from its prediction, estimated from measured losses.
 
         loss_k ≈ Σ_i θ_i d_i(x_k),   θ_i = 1 + u + Σ_(groups g of i) u_g + u_i,   all u independent and normal
 
-    The posterior mean of θ, for the spread of the u and the misfit under which the losses are likeliest. One allocation tells the
+    The posterior mean of θ, for the prior variance of the u and the misfit of largest evidence. One allocation determines the
     common factor, the next ones how the groups differ; rows in no group differ alone.
 
-    damage  predicted damage of row i in the measured allocation k, (allocations, rows)
-    loss    measured loss of each
-    groups  sets of row numbers that are likely to err alike
-    source  Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), chapters 2 and 5
+    Args:
+        damage: predicted damage of row i in the measured allocation k, (allocations, rows).
+        loss: measured loss of each, (allocations,).
+        groups: sets of row numbers that are likely to err alike.
 
-    >>> damage = np.array([[1.0, 1.0], [2.0, 0.5], [0.5, 2.0]])
-    >>> learned(damage, damage @ [1.0, 1.5], []).round(1).tolist()
-    [1.0, 1.5]
+    Returns:
+        θ, (rows,), kept within RANGE.
+
+    Source:
+        Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), chapters 2 and 5
+
+    Example:
+        >>> damage = np.array([[1.0, 1.0], [2.0, 0.5], [0.5, 2.0]])
+        >>> damage_factors(damage, damage @ [1.0, 1.5], []).round(1).tolist()
+        [1.0, 1.5]
     """
     rows = damage.shape[1]
     alike = np.zeros((rows, rows))
@@ -35,8 +42,8 @@ def learned(damage: np.ndarray, loss: np.ndarray, groups: Collection[Sequence[in
         alike[np.ix_(list(group), list(group))] += 1.0
     alike += 0.5 * np.eye(rows)
     surprise, best, theta = loss - damage.sum(axis=1), -np.inf, np.ones(rows)
-    for spread in SPREADS:
-        prior = damage @ (SCALE + spread * alike)
+    for variance in VARIANCES:
+        prior = damage @ (SCALE + variance * alike)
         for misfit in MISFITS:
             spans = prior @ damage.T + np.diag((misfit * loss) ** 2 + np.finfo(float).tiny)
             weight = np.linalg.lstsq(spans, surprise, rcond=None)[0]

@@ -1,4 +1,4 @@
-"""Improving an allocation by measuring: the true loss is asked about changes that the predicted damages think harmless."""
+"""Refining an allocation by trials: others near it are built and measured, in the order that predicted damages suggest."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from allocators.exact.hull import Blocks
 from allocators.exact.knapsack import CELLS, solve_blocks
 from allocators.options import few
 from allocators.refinement.moves import moves, promising
-from allocators.refinement.regression import learned
+from allocators.refinement.regression import damage_factors
 from allocators.table import OptionTable
 
-STEP, LEAST = 1.5, 1.1  # factor of the first tilts, and of the last: the logarithm is halved from round to round
-GROWTH = 1.5  # of a tilt's logarithm after success
+STEP, LEAST = 1.5, 1.1  # factor of the first rescalings, and of the last: the logarithm is halved from round to round
+GROWTH = 1.5  # of a factor's logarithm after success
 
 Measure = Callable[[Mapping[str, str]], float]
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One measured allocation: what was proposed, the loss measured, and whether it became the best."""
+    """One measured allocation.
+
+    Args:
+        proposal: what was changed, in words.
+        measured: its loss.
+        accepted: whether it became the best.
+    """
 
     proposal: str
     measured: float
@@ -35,14 +41,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class Refined:
-    """The best allocation that was measured, and how it was found.
+    """The best allocation that was measured, and how it was reached.
 
-    allocation  the one of least measured loss
-    measured    its loss
-    start       measured loss of the allocation that was refined
-    candidates  measured loss of the further allocations, by method
-    history     every measurement in order, start and candidates first
-    seconds     time taken
+    Args:
+        allocation: the one of least measured loss.
+        measured: its loss.
+        start: measured loss of the allocation that was refined.
+        candidates: measured loss of the further allocations, by method.
+        history: every measurement in order, start and candidates first.
+        seconds: time taken.
     """
 
     allocation: Allocation
@@ -78,6 +85,7 @@ class Refined:
         return f"Measuring lowered the loss by {self.gained:.2%}: {self.accepted} of {self.tried} trials were kept."
 
 
+# Longer than 60 lines for its documentation.
 def refine(
     table: OptionTable,
     start: Allocation,
@@ -97,43 +105,49 @@ def refine(
 
     Start and candidates are measured first, so that the result is never worse than any of them. Then two kinds of trial:
 
-    1. tilts: the exact allocation again, with the predicted damages scaled by factors, which moves bytes between rows in many
+    1. rescaling: the exact allocation again, with the predicted damages scaled by factors, which moves bytes between rows in many
        small steps that each cost least. The factors are those that all measurements so far, good or bad, make likeliest
-       (``learned``); where they lead to nothing new, one group (later one row) is scaled up or down on top of them, by steps that
-       grow while they help and shrink from round to round.
+       (`damage_factors`); where they lead to nothing new, one group (later one row) is scaled up or down on top of them, by steps
+       that grow while they help and shrink from round to round.
     2. swaps: one row takes more bytes and another fewer (or one alone), in order of least predicted loss.
 
     An allocation that was measured before is not measured again, and one is kept only where the measured loss falls.
 
-    table        matrices × options; its damages are the prediction
-    start        the allocation to improve, usually the exact one
-    limit        bytes that all rows may take together
-    measure      specs by row -> loss; the same specs give the same loss. One that is no finite number is never accepted
-    groups       sets of rows whose damage is likely to err alike (layers, kinds), by name or without
-    evaluations  calls of ``measure`` at most, start and candidates among them
-    seconds      time at most for the trials: none begins that would end later, if it takes as long as the mean of those before.
-                 Start and candidates are always measured
-    candidates   further allocations within the limit (uniform, rank0)
-    on_measured  told of every measurement: proposal, loss, whether it is the best so far
-    clock        seconds since some time
-    raises       AllocationError where an allocation does not fit the table, ties or limit, a group names no row, evaluations do not
-                 suffice for start and candidates, or the start's loss is no finite number
-    source       Hooke and Jeeves, Journal of the ACM 8 (1961), for the pattern of steps; ``learned`` for what directs them
+    Args:
+        table: matrices × options; its damages are the prediction.
+        start: the allocation to improve, usually the exact one.
+        limit: bytes that all rows may take together.
+        measure: specs by row -> loss; the same specs give the same loss. One that is no finite number is never accepted.
+        groups: sets of rows whose damage is likely to err alike (layers, kinds), by name or without.
+        evaluations: calls of `measure` at most, start and candidates among them.
+        seconds: time at most for the trials: none begins that would end later, if it takes as long as the mean of those before.
+            Start and candidates are always measured.
+        candidates: further allocations within the limit (uniform, rank0).
+        on_measured: called after every measurement with proposal, loss, and whether it is the best so far.
+        clock: seconds since some time.
 
-    >>> from allocators import Option, Row, allocate
-    >>> options = (Option("int-2", 16, 4.0), Option("int-3", 24, 2.0), Option("int-4", 32, 1.0))
-    >>> table = OptionTable(tuple(Row(name, 64, options) for name in "qkv"))
-    >>> def loss(specs):  # v matters three times as much as predicted
-    ...     return sum((3 if name == "v" else 1) * table[name].option(spec).damage for name, spec in specs.items())
-    >>> found = refine(table, allocate(table, 72), 72, loss)
-    >>> found.start, found.measured, found.allocation.specs["v"], found.explain
-    (10.0, 9.0, 'int-4', 'Measuring lowered the loss by 10.00%: 1 of 11 trials were kept.')
+    Raises:
+        AllocationError: where an allocation does not fit the table, ties or limit, a group names no row, evaluations do not
+            suffice for start and candidates, or the start's loss is no finite number.
+
+    Source:
+        Hooke and Jeeves, Journal of the ACM 8 (1961), for the pattern of steps; `damage_factors` for what directs them
+
+    Example:
+        >>> from allocators import Option, Row, allocate
+        >>> options = (Option("int-2", 16, 4.0), Option("int-3", 24, 2.0), Option("int-4", 32, 1.0))
+        >>> table = OptionTable(tuple(Row(name, 64, options) for name in "qkv"))
+        >>> def loss(specs):  # v matters three times as much as predicted
+        ...     return sum((3 if name == "v" else 1) * table[name].option(spec).damage for name, spec in specs.items())
+        >>> found = refine(table, allocate(table, 72), 72, loss)
+        >>> found.start, found.measured, found.allocation.specs["v"], found.explain
+        (10.0, 9.0, 'int-4', 'Measuring lowered the loss by 10.00%: 1 of 11 trials were kept.')
     """
-    search = _Search(table, check_limit(table, limit), measure, evaluations, seconds, on_measured, clock)
-    search.begin(start, candidates)
-    search.tilts(_named(table, groups))
-    search.swaps()
-    return search.result()
+    trials = _Trials(table, check_limit(table, limit), measure, evaluations, seconds, on_measured, clock)
+    trials.begin(start, candidates)
+    trials.rescale(_named(table, groups))
+    trials.swap()
+    return trials.result()
 
 
 def _named(table: OptionTable, groups: Mapping[str, Collection[str]] | Sequence[Collection[str]]) -> dict[str, list[int]]:
@@ -147,8 +161,8 @@ def _named(table: OptionTable, groups: Mapping[str, Collection[str]] | Sequence[
     return found
 
 
-class _Search:
-    """The state of one refinement: what was measured, the best of it, and how the damages are tilted by now."""
+class _Trials:
+    """The state of one refinement: what was measured, the best of it, and the factors of the damages by now."""
 
     def __init__(
         self,
@@ -169,7 +183,7 @@ class _Search:
         self.given, self.count, self.first = np.zeros(0, np.int64), 0, 0
         self.took: list[float] = []
         self.blocks = Blocks(table)
-        self.tilt = np.ones(len(table.rows))
+        self.factors = np.ones(len(table.rows))
         self.best, self.loss = np.zeros(0, np.int64), math.inf
         self.known: dict[tuple[int, ...], float] = {}
         self.history: list[Trial] = []
@@ -233,19 +247,19 @@ class _Search:
         self._measured(proposal, picks)
         return self.history[-1].accepted
 
-    # ---- tilts
+    # ---- rescaling
 
-    def tilts(self, groups: Mapping[str, list[int]]) -> None:
-        """Follow what the measurements tell; where that brings nothing new, tilt a group or a row, from which they tell more."""
+    def rescale(self, groups: Mapping[str, list[int]]) -> None:
+        """Refit the factors to the measurements; where that brings nothing new, rescale a group or a row and measure that."""
         rows = {row.name: [i] for i, row in enumerate(self.table.rows) if len(row.options) > 1}
         step = STEP
-        self._follow(groups)
+        self._refit(groups)
         while step > LEAST:
             for level in (groups, rows):
                 order = sorted(level, key=lambda name: -self._share(level[name]))
                 for sign in (1, -1):
                     for name in order:
-                        self._push(name, level[name], step**sign, groups)
+                        self._scale(name, level[name], step**sign, groups)
                         if not self.room:
                             return
             step **= 0.5
@@ -253,41 +267,41 @@ class _Search:
     def _share(self, rows: Sequence[int]) -> float:
         return sum(float(self.blocks.damage[i][self.best[i]]) for i in rows)
 
-    def _follow(self, groups: Mapping[str, list[int]]) -> None:
+    def _refit(self, groups: Mapping[str, list[int]]) -> None:
         """Measure the exact allocation of the damages as measured so far, as long as that helps."""
         while self.room:
             of = [key for key, value in self.known.items() if math.isfinite(value)]
             damage = np.array([[d[k] for d, k in zip(self.blocks.damage, key, strict=True)] for key in of])
-            self.tilt = learned(damage, np.array([self.known[key] for key in of]), list(groups.values()))
-            if not self._tilted("as measured so far", self.tilt):
+            self.factors = damage_factors(damage, np.array([self.known[key] for key in of]), list(groups.values()))
+            if not self._rescaled("as measured so far", self.factors):
                 break
 
-    def _push(self, name: str, rows: list[int], factor: float, groups: Mapping[str, list[int]]) -> None:
-        """Tilt some rows against what is known so far, and follow what that tells; further while it helps."""
+    def _scale(self, name: str, rows: list[int], factor: float, groups: Mapping[str, list[int]]) -> None:
+        """Scale some rows on top of the factors so far, and refit to what that measured; further while it helps."""
         while self.room:
-            tilt = self.tilt.copy()
-            tilt[rows] *= factor
-            helped = self._tilted(f"{name} × {factor:.3g}", tilt)
+            factors = self.factors.copy()
+            factors[rows] *= factor
+            helped = self._rescaled(f"{name} × {factor:.3g}", factors)
             if helped is not None:
-                self._follow(groups)
+                self._refit(groups)
             if not helped:
                 break
             factor **= GROWTH
 
-    def _tilted(self, proposal: str, tilt: np.ndarray) -> bool | None:
+    def _rescaled(self, proposal: str, factors: np.ndarray) -> bool | None:
         """Measure the exact allocation of the damages times these factors."""
-        damage = [d * t for d, t in zip(self.blocks.damage, tilt, strict=True)]
+        damage = [d * f for d, f in zip(self.blocks.damage, factors, strict=True)]
         return self._try(proposal, solve_blocks(self.blocks.with_damage(damage), self.limit, cells=CELLS[:1]).picks)
 
     # ---- swaps
 
-    def swaps(self) -> None:
+    def swap(self) -> None:
         """Changes of one row or two, in order of least predicted loss, starting over from each that helps."""
         while self.room and any(self._try(proposal, picks) for proposal, picks in self._exchanges() if self.room):
             pass
 
     def _exchanges(self) -> Iterator[tuple[str, np.ndarray]]:
-        damage = [d * t for d, t in zip(self.blocks.damage, self.tilt, strict=True)]
+        damage = [d * f for d, f in zip(self.blocks.damage, self.factors, strict=True)]
         best, found = self.best, moves(self.blocks, self.best)
         left = self.limit - sum(int(size[k]) for size, k in zip(self.blocks.size, best, strict=True))
         change = np.concatenate(
