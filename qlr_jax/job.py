@@ -9,25 +9,14 @@ from typing import Any
 import allocators
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.pipelines import stages
 from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.pipelines.inspect import inspect
 from qlr_jax.pipelines.measure import sensitivity
 from qlr_jax.pipelines.run import Outcome, Run
 from qlr_jax.pipelines.source import open_source
-from qlr_jax.pipelines.stages import (
-    allocate,
-    calibrate,
-    evaluate_held_out,
-    evaluate_on_calibration,
-    measure,
-    refine,
-    save,
-    select,
-    solve,
-    solve_in_sequence,
-)
 from qlr_jax.pipelines.texts import Files, Texts
-from qlr_jax.progress import Progress, silent
+from qlr_jax.progress import Progress
 from qlr_jax.run.facts import job_facts
 from qlr_jax.run.processes import Cluster
 from qlr_jax.run.session import Session
@@ -77,14 +66,14 @@ def compress(
             finished is not done again, and the result is that of a job that nothing interrupted.
         cluster: what `run.processes.join` returned, where several processes work on this job; each calls this with the same
             arguments, process 0 returns the report and the others how many matrices they solved.
-        progress, command: where to tell how far the job is, and what was typed, for the report.
+        progress, command: where to say how far the job is, and what was typed, for the report.
 
     Raises:
         QLRError, allocators.AllocationError: one sentence on what cannot be used; nothing is written then.
     """
-    texts, chosen = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget)
-    session = Session(Path(out).expanduser(), cluster, progress or silent())
-    return _job(model, session, chosen, texts, command, table, constraints or Constraints(), resume)
+    texts, asked = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget)
+    session = Session(out, command, resume, cluster, progress)
+    return _job(model, asked, texts, session, table, constraints or Constraints())
 
 
 def demo(
@@ -97,21 +86,18 @@ def demo(
     command: str = "qlr demo",
 ) -> JobResult:
     """`compress` on the bundled model, calibrated and evaluated on the standard library's text of this machine."""
-    session = Session(Path(out).expanduser(), None, progress or silent())
-    chosen = Recipe.of(recipe or DEMO, budget)
-    return _job(BUNDLED, session, chosen, Texts.standard_library(), command, None, Constraints(), resume)
+    session = Session(out, command, resume, progress=progress)
+    return _job(BUNDLED, Recipe.of(recipe or DEMO, budget), Texts.standard_library(), session, None, Constraints())
 
 
 @one_blas_thread()
 def _job(
     model: str | Path,
-    session: Session,
     recipe: Recipe,
     texts: Texts,
-    command: str,
+    session: Session,
     table: allocators.OptionTable | None,
     constraints: Constraints,
-    resume: bool,
 ) -> JobResult:
     one_loop_at_a_time()
     budget = allocators.Budget.parse(recipe.budget)
@@ -125,43 +111,42 @@ def _job(
         facts = job_facts(source.folder, recipe, texts.calibration, texts.held_out, table, constraints)
         if session.assists:
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
-        known = {"model": source.name, "command": command, "budget": recipe.budget, "target": recipe.target}
-        session.begin(facts, resume, known)
+        session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target})
 
         with session.stage("calibrate"):
-            statistics, reference = calibrate(source, texts.calibration, session.progress, session.spill)
+            statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)
             session.publish(statistics)
         run = Run(source, statistics, reference, session.progress, session.solver, session.note)
 
         with session.stage("measure"):
-            found = Sensitivity(session.table(lambda: measure(run).table) if table is None else table)
+            found = Sensitivity(session.table(lambda: stages.measure(run).table) if table is None else table)
 
         with session.stage("allocate"):
             problem = budget.on(constraints.on(found.table))
-            plans = allocate(run, problem)
+            plans = stages.allocate(run, problem)
 
         with session.stage("solve"):
-            candidates = solve(run, plans)
+            candidates = stages.solve(run, plans)
 
-        with session.stage("judge"):  # as reports call this stage
-            candidates = evaluate_on_calibration(run, candidates)
+        with session.stage("judge"):  # as report.json calls it
+            candidates = stages.evaluate_on_calibration(run, candidates)
 
         refined = None
-        if recipe.refine and not problem.keeps_original:
+        if recipe.refines and not problem.keeps_original:
             with session.stage("refine"):
-                candidates, refined = refine(run, problem, candidates)
-        delivered = select(run, candidates)
+                candidates, refined = stages.refine(run, problem, candidates)
+        delivered = stages.select(run, candidates)
 
         if recipe.sequential and not problem.keeps_original:
             with session.stage("solve in sequence"):
-                candidates[delivered] = solve_in_sequence(run, candidates[delivered], texts.calibration)
+                candidates[delivered] = stages.solve_in_sequence(run, candidates[delivered], texts.calibration)
 
         if texts.held_out:
             with session.stage("evaluate"):
-                candidates = evaluate_held_out(run, candidates, texts.held_out)
+                candidates = stages.evaluate_held_out(run, candidates, texts.held_out)
 
         outcome = Outcome(problem, found, candidates, delivered, refined)
-        report = save(run, session.out, outcome, texts, session.clock, command)
+        report = stages.save(run, session.out, outcome, texts, session.clock, session.command)
     return JobResult(session.out, report)
 
 

@@ -15,7 +15,7 @@ from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
 from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB
-from qlr_jax.progress import Progress, logged
+from qlr_jax.progress import Progress, logged, silent
 from qlr_jax.run.journal import Clock, Journal
 from qlr_jax.run.processes import Cluster, WorkerGroup
 from qlr_jax.run.workspace import Key, Workspace
@@ -27,7 +27,9 @@ class Session:
 
     Attributes:
         out: the folder that the job writes.
-        progress: where it tells how far it is; once begun, into the log as well.
+        command: what was typed, for the report.
+        resume: whether to go on with a job that was interrupted.
+        progress: where it says how far it is; once begun, into the log as well.
         clock: seconds of every stage.
         assists: whether this process only solves for process 0.
 
@@ -35,12 +37,20 @@ class Session:
         QLRError: `out` holds something other than a job under way.
     """
 
-    def __init__(self, out: Path, cluster: Cluster | None, progress: Progress):
-        refuse_occupied(out, keep=(JOB,))
-        self.out, self.progress, self.clock = out, progress, Clock()
-        self._workers = WorkerGroup(cluster or Cluster(), out / JOB)
+    def __init__(
+        self,
+        out: str | Path,
+        command: str,
+        resume: bool = False,
+        cluster: Cluster | None = None,
+        progress: Progress | None = None,
+    ):
+        self.out, self.command, self.resume = Path(out).expanduser(), command, resume
+        refuse_occupied(self.out, keep=(JOB,))
+        self.progress, self.clock = progress or silent(), Clock()
+        self._workers = WorkerGroup(cluster or Cluster(), self.out / JOB)
         self.assists = self._workers.cluster.process > 0
-        self._space = Workspace(out / JOB, {})
+        self._space = Workspace(self.out / JOB, {})
         self._journal = Journal(self.clock, self._space.write_report, {})
 
     def __enter__(self) -> Session:
@@ -62,17 +72,17 @@ class Session:
                 with self.progress.stage(title):
                     yield
 
-    def begin(self, facts: Mapping[str, Any], resume: bool, known: Mapping[str, Any]) -> None:
+    def begin(self, facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         """Open the job's folder: what is kept there of an earlier run is not done again.
 
         Args:
             facts: what the job is of; a job that was begun with others is refused.
             known: for job/report.json.
         """
-        self._space = Workspace.open(self.out, facts, resume)
-        if resume and not self._space.begun:
+        self._space = Workspace.open(self.out, facts, self.resume)
+        if self.resume and not self._space.begun:
             self.progress.say(f"{self.out} holds no job to go on with; it begins now")
-        self._journal = Journal(self.clock, self._space.write_report, known)
+        self._journal = Journal(self.clock, self._space.write_report, {"command": self.command, **known})
         self.progress = logged(self.progress, self._space.log)
 
     def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
