@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qlr_jax import calibration as calibrating
+from qlr_jax import calibration
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import PRESETS, SolverConfig
@@ -58,8 +58,8 @@ SETTINGS: dict[str, dict] = {
 def load(sequences: int) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Weights and Hessians of the bundled model's linear layers; layers that share an input share the array."""
     model, tokenizer = load_model(BUNDLED), load_tokenizer(BUNDLED)
-    tokens = calibrating.calibration_tokens(calibrating.standard_library("calibration"), tokenizer, sequences, 256)
-    found = {name: checked_hessian(h, len(h)) for name, h in calibrating.hessians(model, tokens).items()}
+    tokens = calibration.calibration_tokens(calibration.standard_library("calibration"), tokenizer, sequences, 256)
+    found = {name: checked_hessian(h, len(h)) for name, h in calibration.hessians(model, tokens).items()}
     weights = {name: np.asarray(linear.weight.get_value(), np.float32) for name, linear in model.linears().items()}
     return weights, {name: found[input_of(name)] for name in weights}
 

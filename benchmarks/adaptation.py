@@ -142,10 +142,10 @@ def run(name: str, row: Row, work: Path, args: argparse.Namespace) -> dict[str, 
     """Adapt once, save, read back, measure."""
     original, model, progress = load_model(BUNDLED), load(work / row.budget), plain(every=60)
     count = min(args.sequences, args.steps * args.batch)
-    rows = calibration.thinned(sequences(row.text, "training", args.window), count * args.window)
+    rows = calibration.subsample(sequences(row.text, "training", args.window), count * args.window)
     training, stopping = np.delete(rows, np.s_[::20], axis=0), rows[::20][: 48 * WINDOW // args.window]
     known = {
-        text: evaluation.reference(original, calibration.thinned(sequences(text, "heldout"), args.tokens))
+        text: evaluation.reference(original, calibration.subsample(sequences(text, "heldout"), args.tokens))
         for text in dict.fromkeys((row.text, *(("library",) if row.text == "packages" else ())))
     }
     looks = {"evaluate_every": max(25, args.steps // 15), "patience": 15}  # the best is kept, and a plateau ends nothing

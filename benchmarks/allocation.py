@@ -49,7 +49,7 @@ def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None,
     table = measure(job).table
     measured = time.perf_counter() - start - calibrated
     windows = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
-    held_out = evaluation.reference(source.model, calibration.thinned(windows, tokens))
+    held_out = evaluation.reference(source.model, calibration.subsample(windows, tokens))
     records = []
     for budget in budgets:
         start = time.perf_counter()

@@ -58,7 +58,7 @@ def main() -> None:
     source = open_source("bundled", recipe)
     statistics, sample = calibrate(source, calibration.standard_library("calibration"), progress)
     text = evaluation.windows(calibration.standard_library("heldout"), source.tokenizer, 256)
-    held_out = evaluation.reference(source.model, calibration.thinned(text, args.tokens))
+    held_out = evaluation.reference(source.model, calibration.subsample(text, args.tokens))
 
     names, config = list(source.weights), source.settings.solver
     problems = {(name, spec): statistics.problem(name, spec) for spec in grid() for name in names}

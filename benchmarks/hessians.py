@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from qlr_jax import calibration as calibrating
+from qlr_jax import calibration
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
@@ -50,11 +50,11 @@ def half(weights: Arrays) -> Arrays:
 
 WEIGHTINGS = {
     "plain": lambda s: None,
-    "loss": calibrating.token_weights,
-    "loss-by-matrix": lambda s: calibrating.token_weights(s, by_matrix=True),
-    "loss clip99": lambda s: calibrating.token_weights({n: np.minimum(v, np.quantile(v, 0.99)) for n, v in s.items()}),
-    "loss root": lambda s: calibrating.token_weights({n: np.sqrt(v) for n, v in s.items()}),
-    "loss half": lambda s: half(calibrating.token_weights(s)),
+    "loss": calibration.token_weights,
+    "loss-by-matrix": lambda s: calibration.token_weights(s, by_matrix=True),
+    "loss clip99": lambda s: calibration.token_weights({n: np.minimum(v, np.quantile(v, 0.99)) for n, v in s.items()}),
+    "loss root": lambda s: calibration.token_weights({n: np.sqrt(v) for n, v in s.items()}),
+    "loss half": lambda s: half(calibration.token_weights(s)),
 }
 
 
@@ -80,21 +80,21 @@ def main() -> None:
 
     model, tokenizer = load_model(BUNDLED), load_tokenizer(BUNDLED)
     matrices = {name: checked_weight(linear.weight.get_value()) for name, linear in model.linears().items()}
-    tokens = calibrating.calibration_tokens(calibrating.standard_library("calibration"), tokenizer, arguments.sequences, LENGTH)
-    held_out = windows(calibrating.standard_library("heldout"), tokenizer, LENGTH)
+    tokens = calibration.calibration_tokens(calibration.standard_library("calibration"), tokenizer, arguments.sequences, LENGTH)
+    held_out = windows(calibration.standard_library("heldout"), tokenizer, LENGTH)
     texts = {
-        "held_out": reference(model, calibrating.thinned(held_out, arguments.tokens)),
-        "calibration": reference(model, calibrating.thinned(tokens, 4096)),
+        "held_out": reference(model, calibration.subsample(held_out, arguments.tokens)),
+        "calibration": reference(model, calibration.subsample(tokens, 4096)),
     }
 
     start = time.perf_counter()
-    squares = calibrating.squared_gradients(model, tokens)
+    squares = calibration.squared_gradients(model, tokens)
     backward = time.perf_counter() - start
     hessians, effective = {}, {}
     for name in chosen:
         start = time.perf_counter()
         weights = WEIGHTINGS[name](squares)
-        found = {key: checked_hessian(h, len(h)) for key, h in calibrating.hessians(model, tokens, weights=weights).items()}
+        found = {key: checked_hessian(h, len(h)) for key, h in calibration.hessians(model, tokens, weights=weights).items()}
         hessians[name] = {n: found[n] if n in (weights or {}) else found[input_of(n)] for n in matrices}
         effective[name] = effective_share(weights)
         print(f"{name}: Hessians in {time.perf_counter() - start:.1f} s", file=sys.stderr)

@@ -219,7 +219,7 @@ def test_a_sequence_that_is_not_finite_is_in_no_hessian_from_there_on(model, man
     w = np.random.default_rng(5).exponential(size=many.shape).astype(np.float32)
     found, without = hessians(broken, many, batch=batch, weights=w), hessians(broken, many[LEFT], batch=batch, weights=w[LEFT])
     assert found.left_out == {2: f"the activations that enter model.layers.{where}"} and not without.left_out
-    assert found.told().startswith("1 of 128 sequences is left out") and without.told() == ""
+    assert found.summary().startswith("1 of 128 sequences is left out") and without.summary() == ""
     for name, h in found.items():
         if place == "embedding" or ".1." in name:
             assert_is(h, without[name])

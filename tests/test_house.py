@@ -47,7 +47,6 @@ LONG_FUNCTIONS = {
     "compress",
     "export_compressed_tensors",
     "fit_factors",
-    "hessians",
     "ldlq_rows",
     "measure",
     "output_hessians",

@@ -15,7 +15,7 @@ import qlr_jax as qlr
 from qlr_jax import job
 from qlr_jax.calibration import backward as backward_room
 from qlr_jax.calibration import hessians, output_hessians, read_hessians, squared_gradients, standard_library
-from qlr_jax.calibration.compensated import aimed, moments
+from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
@@ -233,7 +233,7 @@ def test_the_aim_is_the_least_squares_answer():
     x = draw.standard_normal((200, 12))
     y, w = x + 0.3 * draw.standard_normal(x.shape), draw.standard_normal((5, 12)).astype(np.float32)
     want = np.linalg.lstsq(y, x @ w.T, rcond=None)[0].T
-    got = aimed(w, (y.T @ y / 200).astype(np.float32), (x.T @ y / 200).astype(np.float32), 1e-9)
+    got = compensated_target(w, (y.T @ y / 200).astype(np.float32), (x.T @ y / 200).astype(np.float32), 1e-9)
     np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4)
 
 

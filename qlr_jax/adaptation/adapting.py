@@ -263,7 +263,7 @@ def _metrics(
     if not (factors or bodies or last):
         return {}, {}, []
     dense, inputs, outputs = model.densified(), {}, {}
-    rows = calibration.thinned(tokens, METRIC_TOKENS)
+    rows = calibration.subsample(tokens, METRIC_TOKENS)
     if factors or bodies:
         with progress.stage("metrics: inputs"):
             inputs = calibration.hessians(dense, rows)

@@ -15,7 +15,7 @@ import optax
 from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.losses import TeacherLogits, kl_loss, states_loss, text_loss, top_kl_loss
 from qlr_jax.adaptation.student import PRODUCTS, Student, Values, forward, teaching
-from qlr_jax.calibration import evenly
+from qlr_jax.calibration import evenly_spaced
 from qlr_jax.core.sharding import batch_placement
 from qlr_jax.core.typing import Array, Bool, Float
 from qlr_jax.models.llama import Llama
@@ -49,7 +49,7 @@ class Text:
 
     def part(self, count: int) -> Text:
         """`count` sequences, at least one, in equal distances."""
-        index = evenly(len(self.tokens), count)
+        index = evenly_spaced(len(self.tokens), count)
         kept = self.teacher
         if isinstance(kept, TeacherLogits):
             kept = TeacherLogits(kept.tokens[index], kept.ids[index], kept.logp[index])

@@ -1,27 +1,33 @@
 """Text -> tokens -> Hessians of inputs, plain or weighted by the end loss, and of outputs."""
 
-from qlr_jax.calibration.finite import Found
+from qlr_jax.calibration.compensated import compensated_target, moments
+from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.imported import read_hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
-from qlr_jax.calibration.tokens import calibration_tokens, encode, evenly, thinned
+from qlr_jax.calibration.tokens import calibration_tokens, encode, evenly_spaced, subsample
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
 __all__ = [
     "WEIGHTINGS",
-    "Found",
+    "CalibrationResult",
     "calibration_tokens",
+    "compensated_target",
     "encode",
-    "evenly",
+    "evenly_spaced",
     "hessians",
     "matrix_hessians",
+    "moments",
     "output_hessians",
     "read_hessians",
     "read_text",
     "split_of",
     "squared_gradients",
     "standard_library",
-    "thinned",
+    "subsample",
     "token_weights",
 ]
+
+# Other names of the same, for callers outside of this library.
+Found, evenly, thinned = CalibrationResult, evenly_spaced, subsample

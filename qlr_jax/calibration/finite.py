@@ -1,4 +1,4 @@
-"""Sequences with an activation or a gradient that is not finite: left out and told, and too many of them an end of the job."""
+"""Sequences with an activation or a gradient that is not finite: they are left out and reported; too many of them are an error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlr_jax.errors import QLRError
 SHARE = 0.01  # of the sequences may be left out; where there are more, the model is wrong and not the text
 
 
-class Found(dict[str, np.ndarray]):
+class CalibrationResult(dict[str, np.ndarray]):
     """Name -> array, and which sequences are left out.
 
     A sequence is in all arrays up to the block where it stops being finite (counted in the direction of the pass), and in none
@@ -25,8 +25,8 @@ class Found(dict[str, np.ndarray]):
         left_out: row -> where it was first not finite, e.g. "the activations that enter model.layers.3.mlp.down_proj".
 
     Example:
-        >>> found = Found({"a": np.eye(2)}, 200, {17: "the activations that enter model.layers.3.mlp.down_proj"})
-        >>> list(found), found.told()
+        >>> result = CalibrationResult({"a": np.eye(2)}, 200, {17: "the activations that enter model.layers.3.mlp.down_proj"})
+        >>> list(result), result.summary()
         (['a'], '1 of 200 sequences is left out: the activations that enter model.layers.3.mlp.down_proj are not finite there')
     """
 
@@ -34,7 +34,7 @@ class Found(dict[str, np.ndarray]):
         super().__init__(arrays)
         self.sequences, self.left_out = sequences, dict(sorted(left_out.items()))
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """One line on what is left out and why; empty where nothing is."""
         if not self.left_out:
             return ""
@@ -45,23 +45,40 @@ class Found(dict[str, np.ndarray]):
 
 
 class Tally:
-    """What is left out of one pass so far.
+    """Which sequences are left out of one pass so far.
 
     Attributes:
-        left_out: as of `Found`.
+        sequences: how many there are.
+        left_out: as of `CalibrationResult`.
+
+    Example:
+        >>> tally = Tally(200)
+        >>> tally.add(np.array([False, True]), 16, "the hidden states that leave block model.layers.3")
+        >>> tally.left_out
+        {17: 'the hidden states that leave block model.layers.3'}
     """
 
     def __init__(self, sequences: int):
         self.sequences, self.left_out = sequences, dict[int, str]()
 
     def add(self, rows: Bool[np.ndarray, "batch"], start: int, place: str) -> None:
-        """Of the sequences from `start` on, those that are True in `rows` are not finite at `place`; repeats do not count."""
+        """Note sequences that are not finite; those that fill up the last batch do not count.
+
+        Args:
+            rows: True where the sequence is not finite.
+            start: the number of the first.
+            place: where that was seen, as `CalibrationResult.left_out` has it.
+        """
         for row in (start + np.flatnonzero(rows)).tolist():
             if row < self.sequences:
                 self.left_out.setdefault(row, place)
 
     def check(self) -> None:
-        """Raises QLRError where more than `SHARE` of the sequences are left out."""
+        """Refuse a pass that too little is left of.
+
+        Raises:
+            QLRError: where more than `SHARE` of the sequences are left out.
+        """
         count = len(self.left_out)
         if count <= SHARE * self.sequences:
             return
@@ -84,10 +101,10 @@ def finite_on_host(x: np.ndarray) -> Bool[np.ndarray, "batch"]:
         return np.isfinite(np.sum(x, axis=tuple(range(1, x.ndim)), dtype=np.float32))
 
 
-def without(rows: Bool[np.ndarray, "batch"], x: np.ndarray) -> np.ndarray:
+def zeroed(rows: Bool[np.ndarray, "batch"], x: np.ndarray) -> np.ndarray:
     """A copy of x (batch, ...) that is zero where `rows` is True; x itself where it nowhere is."""
     if not rows.any():
         return x
-    kept = np.array(x)
-    kept[rows] = 0
-    return kept
+    out = np.array(x)
+    out[rows] = 0
+    return out

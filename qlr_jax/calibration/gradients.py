@@ -1,4 +1,4 @@
-"""How much the end loss feels an error in each linear layer's output: squared gradients by token, and G = E[g gᵀ] by output."""
+"""How sensitive the end loss is to each linear layer's output: squared gradients by token, and G = E[g gᵀ] by output."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qlr_jax.calibration.backward import backward
-from qlr_jax.calibration.finite import Found, Tally, finite_on_host, finite_rows, without
+from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_on_host, finite_rows, zeroed
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.forward import through
@@ -60,19 +60,20 @@ def squared_gradients(
     batch: int = 4,
     progress: Callable[[int], None] | None = None,
     devices: int | None = None,
-) -> Found:
+) -> CalibrationResult:
     """For every linear layer y = W x the squared gradient of the next-token loss at y, (sequences, time), token by token.
 
         s(layer)[q, t] = Σ_i ( ∂ nll_q / ∂ y[q, t, i] )²      nll_q summed over the tokens of sequence q
 
-    A token is felt through all predictions after it; the last of a sequence predicts nothing and has s = 0. One backward pass,
+    A token counts through all predictions after it; the last of a sequence predicts nothing and has s = 0. One backward pass,
     block by block: a block's forward pass is computed again where it is pulled back, so that memory is the hidden states at all
     block boundaries and what one block and the head keep for `batch` sequences, and one compiled function serves all blocks.
 
     A sequence in which a hidden state or a gradient is not finite has s = 0 everywhere, and is named in what is returned
-    (`Found.left_out`).
+    (`CalibrationResult.left_out`).
 
     Args:
+        model: the original.
         tokens: token ids; at least one sequence of two.
         batch: sequences at a time, filled up to a multiple of the devices, which they are shared out over.
         progress: called with the number of blocks that are newly done.
@@ -86,28 +87,28 @@ def squared_gradients(
     Example:
         >>> from qlr_jax.models import LlamaConfig
         >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-        >>> found = squared_gradients(Llama(config, jax.random.key(0)), np.array([[1, 5, 3]]))
-        >>> found["model.layers.0.mlp.down_proj"].shape, found["model.layers.0.mlp.down_proj"][0, -1].item()
+        >>> squares = squared_gradients(Llama(config, jax.random.key(0)), np.array([[1, 5, 3]]))
+        >>> squares["model.layers.0.mlp.down_proj"].shape, squares["model.layers.0.mlp.down_proj"][0, -1].item()
         ((1, 3), 0.0)
     """
     tokens = _checked(tokens)
     out = {name: np.empty(tokens.shape, np.float32) for name in linear_names(model.config)}
 
-    def following(j: int, top: Top, x: Array) -> np.ndarray:
+    def next_tokens(j: int, top: Top, x: Array) -> np.ndarray:
         rows = run.batches[j]
-        return np.concatenate([rows[:, 1:], np.full((len(rows), 1), NOTHING, np.int32)], axis=1)
+        return np.concatenate([rows[:, 1:], np.full((len(rows), 1), UNCOUNTED, np.int32)], axis=1)
 
-    run = _Pass(model, tokens, batch, devices, following)
-    probes = dict.fromkeys(BY_PATH, run.placed.shard(jnp.zeros((run.batch, tokens.shape[1]))))
-    for i, j, found in run.watched(dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
+    run = _BackwardPass(model, tokens, batch, devices, next_tokens)
+    probes = dict.fromkeys(BY_PATH, run.placement.shard(jnp.zeros((run.batch, tokens.shape[1]))))
+    for i, j, received in run.watched(dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
         start, live = run.starts[j], run.live[j]
-        for name, value in found.items():
+        for name, value in received.items():
             out[f"model.layers.{i}.{name}"][start : start + live] = np.asarray(value)[:live]
         if progress is not None and run.is_last(j):
             progress(1)
     for value in _finite(out).values():
         value[list(run.tally.left_out)] = 0
-    return Found(out, len(tokens), run.tally.left_out)
+    return CalibrationResult(out, len(tokens), run.tally.left_out)
 
 
 def output_hessians(
@@ -120,7 +121,7 @@ def output_hessians(
     progress: Callable[[int], None] | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
-) -> Found:
+) -> CalibrationResult:
     """For every linear layer y = W x what an error in y does to the model's output distribution, (m, m), on the mean over tokens.
 
         G(layer) = mean_{q,t} g gᵀ      g = ∂ Σ_t' log p(z_t') / ∂ y[q, t],  labels z_t' drawn from the model's own p
@@ -132,9 +133,13 @@ def output_hessians(
     in which sums are taken, by less than 2e-6 √(G_ii G_jj) for some thousand tokens (measured).
 
     A sequence in which a hidden state or a gradient is not finite is left out of the G of that block and of those that come after
-    it in the backward pass (of all, where it happens in the forward pass), and is named in what is returned (`Found.left_out`).
+    it in the backward pass (of all, where it happens in the forward pass), and is named in what is returned
+    (`CalibrationResult.left_out`).
 
     Args:
+        model: the original.
+        tokens: token ids; at least one sequence of two.
+        names: linear layers; None: all.
         seed: of the labels.
         batch: sequences at a time, filled up to a multiple of the devices, which they are shared out over.
         progress: called with the number of blocks that are newly done.
@@ -155,31 +160,25 @@ def output_hessians(
     tokens, wanted = _checked(tokens), list(names if names is not None else linear_names(model.config))
     key = jax.random.key(seed)
 
-    def drawn(j: int, top: Top, x: Array) -> np.ndarray:
-        return np.array(_drawn(top, x, key, run.placed.shard(run.starts[j] + np.arange(run.batch))))
+    def sampled(j: int, top: Top, x: Array) -> np.ndarray:
+        return np.array(_sampled(top, x, key, run.placement.shard(run.starts[j] + np.arange(run.batch))))
 
-    run = _Pass(model, tokens, batch, devices, drawn)
-    sizes = {shape_of(model.config, name)[0] for name in wanted}
-    each = run.placed.shard(jnp.zeros(run.batch))
-    zeros = {m: (run.placed.replicate(jnp.zeros((m, m))), each) for m in sizes}  # one of each size serves all blocks
-    layers: dict[int, dict[str, Any]] = {}
-    for name in wanted:
-        i = layer_of(name)
-        layers.setdefault(i, {})[name.removeprefix(f"model.layers.{i}.")] = zeros[shape_of(model.config, name)[0]]
+    run = _BackwardPass(model, tokens, batch, devices, sampled)
+    layers = _product_probes(run, wanted)
     out: dict[str, np.ndarray] = {}
     sums: dict[str, Array] = {}
-    for i, j, found in run.watched(layers, "products"):
-        sums = {name: sums[name] + value if j else value for name, value in found.items()}
+    for i, j, received in run.watched(layers, "products"):
+        sums = {name: sums[name] + value if j else value for name, value in received.items()}
         if run.is_last(j):  # the block is done
             count = np.float32(run.sequences_left * tokens.shape[1])
             mean = {f"model.layers.{i}.{name}": np.asarray(total, np.float32) / count for name, total in sums.items()}
             out |= {name: keep(name, value) for name, value in _finite(mean).items()}
             if progress is not None:
                 progress(1)
-    return Found({name: out[name] for name in wanted}, len(tokens), run.tally.left_out)
+    return CalibrationResult({name: out[name] for name in wanted}, len(tokens), run.tally.left_out)
 
 
-NOTHING = -1  # the label of a position whose prediction does not count
+UNCOUNTED = -1  # the label of a position whose prediction does not count
 
 
 def _checked(tokens: np.ndarray) -> np.ndarray:
@@ -189,19 +188,20 @@ def _checked(tokens: np.ndarray) -> np.ndarray:
     return tokens
 
 
-def _finite(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    for name, value in found.items():
+def _finite(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    for name, value in sums.items():
         if not np.isfinite(value).all():
             raise QLRError(
                 f"the sum over gradients at the output of {name} is not finite; load the model in float32 and check its weights"
             )
-    return found
+    return sums
 
 
-class _Pass:
+class _BackwardPass:
     """One backward pass of −Σ log p(labels), batch by batch; what is not finite on the way is left out.
 
     Attributes:
+        model: whose blocks are gone through.
         batches: tokens (batch, time); the last is filled up with repeats.
         starts, live: by batch, the first sequence, and how many are not repeats.
         lost: by batch, which rows are left out from here on.
@@ -216,9 +216,9 @@ class _Pass:
         devices: int | None,
         labels: Callable[[int, Top, Array], np.ndarray],
     ):
-        self._model, self._labels = model, labels
-        self.tally, self.placed = Tally(len(tokens)), sequence_placement(len(tokens), devices)
-        self.batch = -(-min(batch, len(tokens)) // self.placed.count) * self.placed.count
+        self.model, self._labels = model, labels
+        self.tally, self.placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
+        self.batch = -(-min(batch, len(tokens)) // self.placement.count) * self.placement.count
         self.starts = range(0, len(tokens), self.batch)
         self.batches = [
             np.pad(tokens[s : s + self.batch], ((0, max(0, s + self.batch - len(tokens))), (0, 0)), "edge") for s in self.starts
@@ -228,68 +228,81 @@ class _Pass:
 
     @property
     def sequences_left(self) -> int:
+        """How many are not left out."""
         return sum(int((~lost[:live]).sum()) for lost, live in zip(self.lost, self.live, strict=True))
 
     def is_last(self, j: int) -> bool:
+        """Whether batch j is the last of a block."""
         return j == len(self.batches) - 1
 
     def watched(self, probes: dict[int, dict[str, Any]], watch: str) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """From the last block to the first of those in `probes`: (layer, batch, what its probes received)."""
-        top = self.placed.replicate(self._model.top())
+        top = self.placement.replicate(self.model.top())
 
         def head_gradient(j: int, x: Array) -> np.ndarray:
             labels = np.array(self._labels(j, top, x))
-            labels[self.live[j] :], labels[self.lost[j]] = NOTHING, NOTHING
-            gradient, finite = _head_gradient(top, x, self.placed.shard(labels))
-            self._lose(j, ~np.asarray(finite), "the gradients that the head hands down")
+            labels[self.live[j] :], labels[self.lost[j]] = UNCOUNTED, UNCOUNTED
+            gradient, finite = _head_gradient(top, x, self.placement.shard(labels))
+            self._leave_out(j, ~np.asarray(finite), "the gradients that the head hands down")
             if self.is_last(j):
                 self.tally.check()
-            return without(self.lost[j], np.asarray(gradient))
+            return zeroed(self.lost[j], np.asarray(gradient))
 
-        def mended(i: int, j: int, x: np.ndarray) -> np.ndarray:
-            self._lose(j, ~finite_on_host(x), f"the hidden states that leave block model.layers.{i}")
+        def repair(i: int, j: int, x: np.ndarray) -> np.ndarray:
+            self._leave_out(j, ~finite_on_host(x), f"the hidden states that leave block model.layers.{i}")
             if self.is_last(j):
                 self.tally.check()
-            return without(self.lost[j], x)
+            return zeroed(self.lost[j], x)
 
         def pull_back(i: int, j: int, block: Block, x: Array, rope: Any, g: Array) -> tuple[Array, dict[str, Array]]:
-            def of(x: Array, g: Array) -> tuple[Array, dict[str, Array], dict[str, Array]]:
-                return _pull_back(block, self._kept(j, x), rope, probes.get(i, {}), self._kept(j, g), watch=watch)
+            def pull() -> tuple[Array, dict[str, Array], dict[str, Array]]:
+                return _pull_back(block, self._finite_part(j, x), rope, probes.get(i, {}), self._finite_part(j, g), watch=watch)
 
-            pulled, found, finite = of(x, g)
+            pulled, received, finite = pull()
             bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
             if any(rows.any() for rows in bad.values()):
                 for name in reversed(BY_PATH):  # in the order in which the backward pass meets them
                     if name in bad:
-                        self._lose(j, bad[name], f"the gradients at the output of model.layers.{i}.{name}")
-                pulled, found, _ = of(x, g)
+                        self._leave_out(j, bad[name], f"the gradients at the output of model.layers.{i}.{name}")
+                pulled, received, _ = pull()
             if self.is_last(j):
                 self.tally.check()
-            return pulled, found
+            return pulled, received
 
         return backward(
-            self._model,
+            self.model,
             self.batches,
             lambda i, block, x, rope: through(block, x, rope),
             head_gradient,
             pull_back,
             first=min(probes),
-            mended=mended,
-            placed=self.placed,
+            repair=repair,
+            placement=self.placement,
         )
 
-    def _lose(self, j: int, rows: Bool[np.ndarray, "batch"], place: str) -> None:
+    def _leave_out(self, j: int, rows: Bool[np.ndarray, "batch"], place: str) -> None:
         new = rows & ~self.lost[j]
         self.tally.add(new, self.starts[j], place)
         self.lost[j] |= new
 
-    def _kept(self, j: int, x: Array) -> Array:
+    def _finite_part(self, j: int, x: Array) -> Array:
         """x (batch, ...) with zeros in the place of what is left out, so that nothing comes of it."""
-        return self.placed.shard(without(self.lost[j], np.asarray(x))) if self.lost[j].any() else x
+        return self.placement.shard(zeroed(self.lost[j], np.asarray(x))) if self.lost[j].any() else x
+
+
+def _product_probes(run: _BackwardPass, names: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """Layer -> local name -> zeros of G (m, m) and of ‖g‖² by sequence; one of each size serves all blocks."""
+    sizes, each = {name: shape_of(run.model.config, name)[0] for name in names}, run.placement.shard(jnp.zeros(run.batch))
+    zeros = {m: (run.placement.replicate(jnp.zeros((m, m))), each) for m in sorted(set(sizes.values()))}
+    layers: dict[int, dict[str, Any]] = {}
+    for name in names:
+        i = layer_of(name)
+        layers.setdefault(i, {})[name.removeprefix(f"model.layers.{i}.")] = zeros[sizes[name]]
+    return layers
 
 
 @jax.jit
-def _drawn(top: Top, x: Float[Array, "batch time n"], key: Array, rows: Int[Array, "batch"]) -> Int[Array, "batch time"]:
+def _sampled(top: Top, x: Float[Array, "batch time n"], key: Array, rows: Int[Array, "batch"]) -> Int[Array, "batch time"]:
     """A label for every position, from the model's own distribution; each sequence has a key of its own."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     return jax.vmap(jax.random.categorical)(keys, top(x)).astype(jnp.int32)
@@ -318,8 +331,8 @@ def _pull_back(
     def watched(x: Array, probes: dict[str, Any]) -> Array:
         return block(x, rope, adjust=lambda name, y: see(y, probes[name]) if name in probes else y)
 
-    pulled, found = jax.vjp(watched, x, probes)[1](g)
-    sums = {name: value[1] if watch == "products" else jnp.sum(value, axis=-1) for name, value in found.items()}
+    pulled, received = jax.vjp(watched, x, probes)[1](g)
+    sums = {name: value[1] if watch == "products" else jnp.sum(value, axis=-1) for name, value in received.items()}
     if watch == "products":
-        found = {name: value[0] for name, value in found.items()}
-    return pulled, found, {name: jnp.isfinite(value) for name, value in sums.items()}
+        received = {name: value[0] for name, value in received.items()}
+    return pulled, received, {name: jnp.isfinite(value) for name, value in sums.items()}

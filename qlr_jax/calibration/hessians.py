@@ -1,6 +1,6 @@
 """H = E[x xᵀ] of the inputs of linear layers, tokens weighted or all alike, one block of the model in memory at a time."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qlr_jax.calibration.finite import Found, Tally, finite_rows, without
-from qlr_jax.core.sharding import Placement, sequence_placement
+from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_rows, zeroed
+from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import HIGHEST, Block, Llama
 from qlr_jax.models.names import input_names, input_of, linear_names
@@ -31,13 +31,13 @@ def hessians(
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
-) -> Found:
+) -> CalibrationResult:
     """Second moments (n, n) of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
         H = Σ_t w_t x_t x_tᵀ / Σ_t w_t      over all tokens t, w = 1 unless `weights` are given
 
     A sequence in which an activation is not finite has weight zero from that block on, and is named in what is returned
-    (`Found.left_out`); where it is more than a hundredth of the sequences, nothing is returned.
+    (`CalibrationResult.left_out`); where it is more than a hundredth of the sequences, nothing is returned.
 
     The hidden states of all sequences are kept on the host at one block boundary; one compiled function serves all blocks.
     Accumulation is in float32. The sequences of a batch are shared out over the devices of this process, each of which holds the
@@ -45,9 +45,12 @@ def hessians(
     for some thousand tokens (measured).
 
     Args:
+        model: the original.
+        tokens: token ids.
         batch: sequences at a time, filled up to a multiple of the devices.
         weights: w of all inputs, (sequences, time); or a mapping from names of inputs or linear layers to the w of each: then
             one H is returned for every key, that of a linear layer over its own input.
+        progress: called with (blocks done, blocks in all).
         keep: (key, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
         devices: how many of this process's devices to use at most; None: all.
 
@@ -68,67 +71,86 @@ def hessians(
     _check_tokens(model, tokens)
     if not isinstance(weights, Mapping):
         weights = dict.fromkeys(input_names(model.config), np.ones(tokens.shape, np.float32) if weights is None else weights)
-    inputs = _inputs(model, weights)
-    alike: dict[int, np.ndarray] = {}  # one array serves all inputs that were given the same
-    w = {
-        name: _once(alike, given, lambda a, n=name: _shares(n, np.asarray(a, np.float32), tokens.shape))
-        for name, given in weights.items()
-    }
-    # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-    tally, placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
-    batch = -(-min(batch, len(tokens)) // placement.count) * placement.count
-    fill = -len(tokens) % batch
-    tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
-    alike = {}
-    w = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in w.items()}
-    rope, starts = model.rope(tokens.shape[1]), range(0, len(tokens), batch)
-    embedding, rope = placement.replicate(model.model.embed_tokens), placement.replicate(rope)
-    states = [np.asarray(_embed(embedding, placement.shard(tokens[s : s + batch]))) for s in starts]
-    out: dict[str, np.ndarray] = {}
+    run, out = _ForwardPass(model, tokens, weights, batch, devices), dict[str, np.ndarray]()
     for i in range(model.config.num_hidden_layers):
-        block = placement.replicate(model.block(i))
-        prefix = f"model.layers.{i}."
+        for name, h in run.through_block(i):
+            out[name] = keep(name, h)
+        if progress is not None:
+            progress(i + 1, model.config.num_hidden_layers)
+    # jit hands dictionaries back sorted by key
+    return CalibrationResult({name: out[name] for name in weights}, run.tally.sequences, run.tally.left_out)
+
+
+class _ForwardPass:
+    """The hidden states of all sequences at one block boundary, and how much every token still counts.
+
+    Attributes:
+        tally: of what is left out.
+    """
+
+    def __init__(self, model: Llama, tokens: np.ndarray, weights: Mapping[str, TokenWeights], batch: int, devices: int | None):
+        self._model, self._inputs = model, _inputs(model, weights)
+        alike: dict[int, np.ndarray] = {}  # one array serves all inputs that were given the same
+        shares = {
+            name: _once(alike, given, lambda a, n=name: _shares(n, np.asarray(a, np.float32), tokens.shape))
+            for name, given in weights.items()
+        }
+        # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
+        self.tally, self._placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
+        self._batch = -(-min(batch, len(tokens)) // self._placement.count) * self._placement.count
+        fill = -len(tokens) % self._batch
+        tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
+        alike = {}
+        self._shares = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in shares.items()}
+        self._starts = range(0, len(tokens), self._batch)
+        embedding = self._placement.replicate(model.model.embed_tokens)
+        self._rope = self._placement.replicate(model.rope(tokens.shape[1]))
+        rows = (self._placement.shard(tokens[s : s + self._batch]) for s in self._starts)
+        self._states = [np.asarray(_embed(embedding, part)) for part in rows]
+
+    def through_block(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
+        """Put all sequences through block i: its H one by one, by name."""
+        block, prefix = self._placement.replicate(self._model.block(i)), f"model.layers.{i}."
         # Names are local to the block from here on, so that every block has one structure.
-        here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in inputs.items() if name.startswith(prefix)}
+        here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in self._inputs.items() if name.startswith(prefix)}
         sums: dict[str, Array] = {}
-        for j, s in enumerate(starts):
-            y, found, finite = _advance(block, placement.shard(states[j]), rope, _of_block(here, w, prefix, s, batch, placement))
-            bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
-            if any(rows.any() for rows in bad.values()):
-                for name in INPUTS:  # in the order in which the forward pass meets them
-                    tally.add(bad[name], s, f"the activations that enter {prefix}{name}")
-                lost = np.logical_or.reduce(list(bad.values()))
-                states[j] = without(lost, states[j])
-                for share in w.values():
-                    share[s : s + batch][lost] = 0
-                y, found, _ = _advance(block, placement.shard(states[j]), rope, _of_block(here, w, prefix, s, batch, placement))
-            states[j] = np.asarray(y)
-            sums = {name: sums[name] + h if sums else h for name, h in found.items()}
-        tally.check()
+        for j in range(len(self._states)):
+            moments = self._through_batch(j, block, prefix, here)
+            sums = {name: sums[name] + h if sums else h for name, h in moments.items()}
+        self.tally.check()
         for name, h in sums.items():
             summed = np.asarray(h, np.float32)
-            if tally.left_out:
-                summed = summed / _left(prefix + name, w[prefix + name])
+            if self.tally.left_out:
+                summed = summed / _left(prefix + name, self._shares[prefix + name])
             if not np.isfinite(summed).all():
                 raise QLRError(
                     f"the sum over activations that enter {prefix}{here[name]} is not finite; "
                     "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
                 )
-            out[prefix + name] = keep(prefix + name, summed)
-        if progress is not None:
-            progress(i + 1, model.config.num_hidden_layers)
-    # jit hands dictionaries back sorted by key
-    return Found({name: out[name] for name in weights}, tally.sequences, tally.left_out)
+            yield prefix + name, summed
 
+    def _through_batch(self, j: int, block: Block, prefix: str, here: Mapping[str, str]) -> dict[str, Array]:
+        """Advance the states of batch j, and what its tokens add to every H; sequences that are not finite are taken out first."""
+        start = self._starts[j]
 
-def _of_block(
-    here: Mapping[str, str], w: Mapping[str, np.ndarray], prefix: str, start: int, batch: int, placement: Placement
-) -> dict[str, dict[str, Array]]:
-    """What `_advance` takes as shares, of one batch in one block."""
-    found: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
-    for name, x in here.items():
-        found[x][name] = placement.shard(w[prefix + name][start : start + batch])
-    return found
+        def advance() -> tuple[Array, dict[str, Array], dict[str, Array]]:
+            shares: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
+            for name, x in here.items():
+                shares[x][name] = self._placement.shard(self._shares[prefix + name][start : start + self._batch])
+            return _advance(block, self._placement.shard(self._states[j]), self._rope, shares)
+
+        leaving, moments, finite = advance()
+        bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
+        if any(rows.any() for rows in bad.values()):
+            for name in INPUTS:  # in the order in which the forward pass meets them
+                self.tally.add(bad[name], start, f"the activations that enter {prefix}{name}")
+            lost = np.logical_or.reduce(list(bad.values()))
+            self._states[j] = zeroed(lost, self._states[j])
+            for share in self._shares.values():
+                share[start : start + self._batch][lost] = 0
+            leaving, moments, _ = advance()
+        self._states[j] = np.asarray(leaving)
+        return moments
 
 
 def _left(name: str, w: np.ndarray) -> np.float32:
@@ -186,7 +208,7 @@ def _advance(
 ) -> tuple[Array, dict[str, Array], dict[str, Bool[Array, "batch"]]]:
     """The block's output, Σ w x xᵀ for every w in shares[input], by its key, and which rows of every input are finite; names are
     local."""
-    found: dict[str, Array] = {}
+    moments: dict[str, Array] = {}
     finite: dict[str, Array] = {}
 
     def tap(name: str, value: Array) -> None:
@@ -195,6 +217,6 @@ def _advance(
         for key, w in shares.get(name, {}).items():
             # √w on both sides keeps the sum exactly symmetric and positive semidefinite.
             scaled = rows * jnp.sqrt(w).reshape(-1, 1)
-            found[key] = jnp.einsum("ti,tj->ij", scaled, scaled, precision=HIGHEST, preferred_element_type=jnp.float32)
+            moments[key] = jnp.einsum("ti,tj->ij", scaled, scaled, precision=HIGHEST, preferred_element_type=jnp.float32)
 
-    return block(x, rope, tap=tap), found, finite
+    return block(x, rope, tap=tap), moments, finite

@@ -56,9 +56,9 @@ def read_hessians(
         keys = _keys(file)
         for key in keys:
             name = key.removesuffix(".weight")
-            alone = len(keys) == 1 and not name.startswith("model.")
-            where[file.name.removesuffix(file.suffix).removesuffix(".weight") if alone else name] = (file, key)
-    found: dict[str, np.ndarray] = {}
+            by_file = len(keys) == 1 and not name.startswith("model.")
+            where[file.name.removesuffix(file.suffix).removesuffix(".weight") if by_file else name] = (file, key)
+    hessians: dict[str, np.ndarray] = {}
     read: dict[str, np.ndarray] = {}
     for name, size in sizes.items():
         given = next((n for n in _names(name) if n in where), None)
@@ -75,8 +75,8 @@ def read_hessians(
                     read[given] = keep(given, checked)
             except QLRError as error:
                 raise QLRError(f"{where[given][0]}: {given}: {error}") from None
-        found[name] = read[given]
-    return found
+        hessians[name] = read[given]
+    return hessians
 
 
 def _names(linear: str) -> list[str]:
@@ -112,10 +112,10 @@ def _mapped(file: Path, key: str) -> np.ndarray | None:
         if file.suffix == ".safetensors":
             with file.open("rb") as opened:
                 length = int.from_bytes(opened.read(8), "little")
-                told = json.loads(opened.read(length))[key]
-            if told["dtype"] == "F32":
-                offset = 8 + length + told["data_offsets"][0]
-                return np.memmap(file, np.float32, "r", offset, tuple(told["shape"])).view(np.ndarray)
+                entry = json.loads(opened.read(length))[key]
+            if entry["dtype"] == "F32":
+                offset = 8 + length + entry["data_offsets"][0]
+                return np.memmap(file, np.float32, "r", offset, tuple(entry["shape"])).view(np.ndarray)
     except Exception:  # `_read` says what is wrong
         return None
     return None

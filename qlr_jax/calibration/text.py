@@ -16,29 +16,36 @@ LEFT_OUT = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_t
 def split_of(relative: str) -> str:
     """The split of a module, by the first four bytes of sha256 of its path below the library: 10 % held out, 5 % calibration.
 
-    >>> split_of("json/decoder.py") in SPLITS
-    True
+    Example:
+        >>> split_of("json/decoder.py") in SPLITS
+        True
     """
     share = int.from_bytes(hashlib.sha256(relative.encode()).digest()[:4], "big") / 2**32
     return "heldout" if share < 0.10 else "calibration" if share < 0.15 else "train"
 
 
 def standard_library(split: str, root: str | Path | None = None) -> str:
-    """The text of the standard library's modules in `split` ("train", "calibration" or "heldout"), in order of their paths.
+    """The text of the standard library's modules of one split, in order of their paths.
 
-    `root` is where the library lies (default: that of the running interpreter). Test packages, site-packages and files that
-    are not UTF-8 are left out. Raises QLRError for an unknown split and where no module is found.
+    Test packages, site-packages and files that are not UTF-8 are left out.
+
+    Args:
+        split: "train", "calibration" or "heldout".
+        root: where the library lies; None: that of the running interpreter.
+
+    Raises:
+        QLRError: an unknown split, or no module found.
     """
     if split not in SPLITS:
         raise QLRError(f"split {split!r} is unknown; give one of {', '.join(SPLITS)}")
     folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
-    found = []
+    modules = []
     for path in folder.rglob("*.py"):
         relative = path.relative_to(folder)
         if LEFT_OUT.isdisjoint(relative.parts[:-1]) and split_of(relative.as_posix()) == split:
-            found.append((relative.as_posix(), path))
+            modules.append((relative.as_posix(), path))
     texts = []
-    for _, path in sorted(found):
+    for _, path in sorted(modules):
         try:
             texts.append(path.read_text(encoding="utf-8"))
         except (UnicodeDecodeError, OSError):
@@ -49,7 +56,11 @@ def standard_library(split: str, root: str | Path | None = None) -> str:
 
 
 def read_text(paths: Sequence[str | Path] | str | Path) -> str:
-    """The text of one or several UTF-8 files, joined by a newline. Raises QLRError for a missing, unreadable or empty file."""
+    """The text of one or several UTF-8 files, joined by a newline.
+
+    Raises:
+        QLRError: a file that is missing, empty or not UTF-8, or none given.
+    """
     texts = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
         file = Path(path)

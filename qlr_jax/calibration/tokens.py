@@ -15,28 +15,37 @@ def encode(text: str, tokenizer: Any) -> Int[np.ndarray, "tokens"]:
     return np.asarray(ids, np.int32)
 
 
-def evenly(rows: int, count: int) -> Int[np.ndarray, "some"]:
-    """Which `count` of `rows`, at least one and at most all, are taken, in equal distances.
+def evenly_spaced(rows: int, count: int) -> Int[np.ndarray, "some"]:
+    """Indices of `count` of `rows`, at least one and at most all, in equal distances.
 
-    >>> evenly(10, 4).tolist(), evenly(3, 5).tolist()
-    ([0, 3, 6, 9], [0, 1, 2])
+    Example:
+        >>> evenly_spaced(10, 4).tolist(), evenly_spaced(3, 5).tolist()
+        ([0, 3, 6, 9], [0, 1, 2])
     """
     return np.linspace(0, rows - 1, min(rows, max(1, count))).round().astype(int)
 
 
-def thinned(rows: Int[np.ndarray, "rows length"], tokens: int) -> Int[np.ndarray, "some length"]:
+def subsample(rows: Int[np.ndarray, "rows length"], tokens: int) -> Int[np.ndarray, "some length"]:
     """Rows in equal distances, at most `tokens` tokens of them but at least one row: a text's beginning need not be like the rest.
 
-    >>> thinned(np.arange(20).reshape(10, 2), 8)[:, 0].tolist()
-    [0, 6, 12, 18]
+    Example:
+        >>> subsample(np.arange(20).reshape(10, 2), 8)[:, 0].tolist()
+        [0, 6, 12, 18]
     """
-    return rows[evenly(len(rows), tokens // rows.shape[1])]
+    return rows[evenly_spaced(len(rows), tokens // rows.shape[1])]
 
 
 def calibration_tokens(text: str, tokenizer: Any, sequences: int, length: int) -> Int[np.ndarray, "sequences length"]:
-    """`sequences` windows of `length` tokens, spread evenly over the text; each starts with BOS if the tokenizer has one.
+    """Windows of one length, evenly spaced over the text, that never overlap; each starts with BOS if the tokenizer has one.
 
-    Windows never overlap. Raises QLRError if the text has too few tokens, naming how many there are and are needed.
+    Args:
+        text: of calibration.
+        tokenizer: of the model.
+        sequences: how many windows.
+        length: tokens of each, BOS included.
+
+    Raises:
+        QLRError: fewer than one sequence of two tokens; a text with too few tokens, naming how many there are and are needed.
     """
     if sequences < 1 or length < 2:
         raise QLRError(f"{sequences} sequences of {length} tokens are asked for; give at least 1 sequence of 2 tokens")

@@ -1,11 +1,11 @@
-"""How much each token counts in a matrix's Hessian: all alike, or by what the end loss feels of an error there."""
+"""How much each token counts in a matrix's Hessian: all alike, or by how sensitive the end loss is to an error there."""
 
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int
 
-from qlr_jax.calibration.finite import Found
+from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import squared_gradients
 from qlr_jax.calibration.hessians import TokenWeights, hessians
 from qlr_jax.core.objective import checked_hessian
@@ -24,17 +24,19 @@ def matrix_hessians(
     weighting: str = "plain",
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
-) -> Found:
+) -> CalibrationResult:
     """The Hessian (n, n) in which each linear layer of `names` is compressed, checked; layers that share one share the array.
 
-    Sequences in which an activation or a gradient is not finite are left out, told as progress, and named in what is returned.
+    Sequences in which an activation or a gradient is not finite are left out, reported as progress, and named in what is returned.
 
     Args:
-        tokens: of calibration text.
+        model: the original.
+        tokens: of calibration text, (sequences, time).
+        names: of the linear layers to compress.
         weighting: "plain": all tokens alike; "loss": tokens weighted by the end loss's squared gradients, the matrices of one
             input together; "loss-by-matrix": the same, each matrix for itself. Both take one backward pass first; whether they
             pay on a model is for its KL to say (`benchmarks/hessians.py` compares the three).
-
+        progress: where stages and messages go.
         keep: (name, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
 
     Raises:
@@ -51,31 +53,38 @@ def matrix_hessians(
             squares = squared_gradients(model, tokens, progress=stage.advance)
         left_out |= squares.left_out
         rows = np.delete(rows, list(left_out))
-        felt = {name: squares[name][rows] if left_out else squares[name] for name in names}
-        weights = token_weights(felt, by_matrix=weighting == "loss-by-matrix")
+        used = {name: squares[name][rows] if left_out else squares[name] for name in names}
+        weights = token_weights(used, by_matrix=weighting == "loss-by-matrix")
     with progress.stage("calibrating", total=model.config.num_hidden_layers) as stage:
-        found = hessians(
+        moments = hessians(
             model,
             tokens[rows],
             weights=weights,
             progress=lambda done, _: stage.advance(note=f"layer {done - 1}"),
             keep=lambda name, h: keep(name, checked_hessian(h, len(h))),
         )
-    left_out |= {int(rows[row]): place for row, place in found.left_out.items()}
-    by_name = {name: found[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
-    out = Found(by_name, count, left_out)
+    left_out |= {int(rows[row]): place for row, place in moments.left_out.items()}
+    by_name = {name: moments[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
+    out = CalibrationResult(by_name, count, left_out)
     if out.left_out:
-        progress.say(f"calibrating: {out.told()}")
+        progress.say(f"calibrating: {out.summary()}")
     return out
 
 
 def token_weights(squares: Mapping[str, TokenWeights], *, by_matrix: bool = False) -> dict[str, TokenWeights]:
-    """Weights of tokens from the squared gradients s of linear layers; keyed by input, or by layer where `by_matrix`.
+    """Weights of tokens from the squared gradients of linear layers.
 
         w_t(layer) = s_t / mean_t s      w_t(input) = Σ w_t(layer) over the layers of that input
 
-    A layer whose s is zero throughout is not felt by the loss: all its tokens weigh alike. Normalised, because the scales of q, k
-    and v differ, and the largest would speak for all.
+    Where s is zero throughout, all tokens of the layer weigh alike. Normalised, because the scales of q, k and v differ, and the
+    largest would speak for all.
+
+    Args:
+        squares: linear layer -> s, (sequences, time).
+        by_matrix: keep each layer's weights apart.
+
+    Returns:
+        w, (sequences, time), by layer where `by_matrix`, by input otherwise.
 
     Example:
         >>> q, k = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"

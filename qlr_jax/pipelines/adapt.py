@@ -82,7 +82,7 @@ def adapt(
         other = calibration.read_text(held_out) if held_out else calibration.standard_library("heldout")
         windows = evaluation.windows(other, tokenizer, rows.shape[1])
         measured_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
-    windows = calibration.thinned(windows, evaluation_tokens)
+    windows = calibration.subsample(windows, evaluation_tokens)
 
     with progress.stage("measuring before"):
         known = reference(teacher or model.densified(), windows, max_bytes=REFERENCE_BYTES)
@@ -128,7 +128,7 @@ def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndar
         raise QLRError(
             f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"
         )
-    return calibration.thinned(evaluation.windows(content, tokenizer, length), sequences * length)
+    return calibration.subsample(evaluation.windows(content, tokenizer, length), sequences * length)
 
 
 def _figures(found: Comparison, against_original: bool) -> dict[str, float]:

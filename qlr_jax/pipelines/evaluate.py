@@ -73,7 +73,7 @@ def evaluate(
         if window is not None and window > most:
             raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
         whole = evaluation.cut(content, tokenizer, sequence_length(compressed.config, window))
-        rows = whole.rows if windows is None else calibration.thinned(whole.rows, windows * whole.rows.shape[1])
+        rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
         result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress)
         result |= _protocol(out, tokenizer, whole, rows)
     if tasks:
@@ -92,7 +92,7 @@ def _on_text(
     result = dataclasses.asdict(figures) | {"perplexity_ratio": figures.perplexity_ratio}
     result |= {"intervals": evaluation.intervals(found), "worst": evaluation.worst_token(found, tokenizer)}
     if drift:
-        some = calibration.thinned(rows, DRIFT_TOKENS)
+        some = calibration.subsample(rows, DRIFT_TOKENS)
         with progress.stage("comparing hidden states", total=original.config.num_hidden_layers) as stage:
             drifted = evaluation.drift(original, compressed, some, size, stage)
         result["drift"] = dataclasses.asdict(drifted) | {"worst_layer": drifted.worst, "worst": drifted.layers[drifted.worst]}

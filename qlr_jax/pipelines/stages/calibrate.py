@@ -52,7 +52,7 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
                 f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
                 "machine's memory): all outputs count alike"
             )
-    sample = reference(model, calibration.thinned(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
+    sample = reference(model, calibration.subsample(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
     if np.isnan(sample.perplexity):
         raise QLRError(
             "the original's logits on the calibration text are not finite, so that nothing can be compared with it; load it in "
@@ -66,14 +66,14 @@ def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, kee
     with progress.stage("calibrating: outputs", total=source.model.config.num_hidden_layers) as stage:
         outputs = calibration.output_hessians(
             source.model,
-            calibration.thinned(tokens, recipe.output_tokens),
+            calibration.subsample(tokens, recipe.output_tokens),
             list(source.weights),
             seed=recipe.seed,
             progress=stage.advance,
             keep=lambda name, g: keep(name, checked_hessian(g, len(g), "outputs")),
         )
     if outputs.left_out:
-        progress.say(f"calibrating: outputs: {outputs.told()}")
+        progress.say(f"calibrating: outputs: {outputs.summary()}")
     return outputs
 
 

@@ -22,7 +22,7 @@ def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str) 
     if not text:
         return dict(candidates)
     rows = evaluation.windows(text, run.source.tokenizer, run.settings.sequence_length)
-    rows = calibration.thinned(rows, run.recipe.evaluation_tokens)
+    rows = calibration.subsample(rows, run.recipe.evaluation_tokens)
     compare = lambda model: evaluation.compare(run.original, model, rows)  # noqa: E731
     return _evaluated(run, candidates, "evaluating on held-out text", "held_out", "kl", compare)
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.calibration.compensated import aimed, moments
+from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.core.solution import Solution
@@ -72,7 +72,7 @@ def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver
         problems, metrics = {}, {name: checked_hessian(own, len(own)) for name, (own, _) in known.items()}
         for name in (n for n in specs if layer_of(n) == i):
             local = input_of(name).removeprefix(prefix)
-            weight = aimed(np.asarray(statistics.weights[name]), *known[local], run.recipe.damping)
+            weight = compensated_target(np.asarray(statistics.weights[name]), *known[local], run.recipe.damping)
             problems[name, specs[name]] = (weight, metrics[local], specs[name], statistics.outputs.get(name), None)
         solved = solver(problems)
         found.update(solved)
