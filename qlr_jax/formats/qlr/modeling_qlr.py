@@ -44,22 +44,27 @@ import transformers
 from safetensors import safe_open
 from torch import nn
 from transformers import LlamaForCausalLM
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers import auto as known_methods
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
 RUNTIME_VERSION = 5  # of this file: where several are imported, the newest serves all
 
-TILE_WEIGHTS = 2**18  # so that a tile's steps pass through a processor's second cache
-TILE_BYTES = 20 * TILE_WEIGHTS  # peak of a tile while it is decoded, its values and those of the tile before included
+TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
+TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
 
 # A folder records the codes that it was made with, and others are refused.
-# The trellis: weights a walk, rows it may cover in Q and (at most) in a factor, constants of its hash.
+# The trellis: weights a sequence, rows that a sequence may cover in Q and (at most) in a factor, constants of its hash.
 TRELLIS = {"length": 256, "rows": [64, 32, 16], "factor_rows": 4, "multiplier": 2847382671, "addend": 1201005453}
 LENGTH = TRELLIS["length"]
-# The lattice: by bits, the scale of its first stage, and of the second within it; checksums of its tables (in quarters, int8).
+# The lattice: by bits, the scale of its first stage, and of the second relative to it; checksums of its tables (in quarters, int8).
 LATTICE = {
     "scales": {"2": [0.96484375, 0.0], "3": [1.015625, 0.484375], "4": [1.125, 0.2578125]},
     "magnitudes": 2189498670,
@@ -72,29 +77,30 @@ SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"
 
 
 def constant(make):
-    """Keep what `make` returns for its (hashable) arguments."""
-    kept = lru_cache(maxsize=None)(make)
+    """Call `make` once for each combination of its (hashable) arguments, and return the same result afterwards."""
+    cached = lru_cache(maxsize=None)(make)
 
     @wraps(make)
     def get(*arguments):
         if torch.compiler.is_compiling():
             return make(*arguments)
-        with torch.inference_mode(False):  # what is kept may serve a backward pass later
-            return kept(*arguments)
+        with torch.inference_mode(False):  # the result may serve a backward pass later
+            return cached(*arguments)
 
     return get
 
 
 def opaque(decode):
-    """Let torch.compile take `decode(codes, numbers, dtype)` as one operator: traced, its tables would be made at every call.
+    """Let torch.compile take `decode` as one operator: traced, its tables would be made at every call.
 
-    It returns (its first number, its second number) of `dtype`.
+    Args:
+        decode: function of (codes, numbers, dtype) that returns an array (numbers[0], numbers[1]) of `dtype`.
     """
     name = f"qlr::{decode.__name__}_v{RUNTIME_VERSION}"  # another version of this file may be in the same process
 
     @torch.library.custom_op(name, mutates_args=())
     def operator(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return decode(codes, numbers, dtype).contiguous()  # as compiled code is told below
+        return decode(codes, numbers, dtype).contiguous()  # as `register_fake` promises
 
     operator.register_fake(lambda codes, numbers, dtype: codes.new_empty((numbers[0], numbers[1]), dtype=dtype))
 
@@ -112,7 +118,17 @@ INPUT, OUTPUT = 0, 1
 
 @constant
 def signs(seed: int, salt: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """±1 (size,) in int8: the top bit of an integer hash of (seed, salt, index), so that no signs are stored."""
+    """±1 from the top bit of an integer hash of (seed, salt, index), so that no signs are stored.
+
+    Args:
+        seed: of the matrix.
+        salt: INPUT for those of V, OUTPUT for those of U.
+        size: how many.
+        device: of the result.
+
+    Returns:
+        int8 (size,).
+    """
     mask = 0xFFFFFFFF
     word = (seed * 2 + salt) & mask
     offset = (word * 0x85EBCA6B + 0x27D4EB2F) & mask
@@ -136,7 +152,7 @@ def block_size(size: int, block: int) -> int:
 
 
 def transform(x: torch.Tensor, block: int) -> torch.Tensor:
-    """Multiply the last axis by K = I ⊗ (H ⊗ O): Walsh-Hadamard H over 2^k, Hartley O over the odd rest of `block`.
+    """Multiply the last axis by K = I ⊗ (H ⊗ O): Walsh-Hadamard H of size 2^k, Hartley O of the odd rest of `block`.
 
     K is symmetric and orthogonal, so it is its own inverse. H is split, H_a ⊗ (H_b ⊗ (H_c ⊗ O)), so that two or three small
     matrix products do all of it.
@@ -201,11 +217,12 @@ class Stored(nn.Module):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = self._buffers[name]
-            if old is not None and new.dtype != old.dtype:
+            if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         return self
 
     def store(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        """Register a buffer of zeros."""
         self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
 
@@ -213,15 +230,15 @@ class Part(Stored):
     """Q (out, in), Lᵀ (rank, out) or R (rank, in) as it is stored; `decode` gives any of its rows."""
 
     codes: torch.Tensor
-    height = 1  # rows that are stored together: tiles start at a multiple of it
-    unit = False  # of unit variance, its scale kept elsewhere
+    height = 1  # rows of a tile as it is stored: decoding starts at a multiple of it
+    unit = False  # of unit variance: the layer has its scale
 
     def __init__(self, rows: int, cols: int):
         super().__init__()
         self.rows, self.cols = rows, cols
 
     def decode(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows start … stop − 1 as float32, or rounded from it: (stop − start, cols)."""
+        """Rows start … stop − 1, decoded in float32 and rounded to `dtype`: (stop − start, cols)."""
         raise NotImplementedError
 
     def tiles(self, dtype: torch.dtype = torch.float32):
@@ -231,7 +248,7 @@ class Part(Stored):
             stop = min(start + step, self.rows)
             with torch.no_grad():
                 rows = self.decode(start, stop, dtype)
-            yield start, stop, rows  # outside, because no_grad would hold for the caller too
+            yield start, stop, rows  # outside, because no_grad would apply to the caller too
 
     def whole(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """All of it: (rows, cols)."""
@@ -266,7 +283,16 @@ class GroupedPart(Part):
         return unpack(self.codes[start:stop], self.bits)[:, : self.cols]
 
     def scaled(self, values: torch.Tensor, start: int, stop: int, zeros: torch.Tensor | float | None = None) -> torch.Tensor:
-        """(values − zeros) · scales in float32, one zero and one scale a group; `values` is overwritten."""
+        """(values − zeros) · scales.
+
+        Args:
+            values: float32 (stop − start, cols); overwritten.
+            start, stop: rows that they are.
+            zeros: zero point of every group (stop − start, groups, 1), one for all, or None for 0.
+
+        Returns:
+            float32 (stop − start, cols).
+        """
         missing = self.groups * self.group - self.cols if self.group else 0
         grouped = nn.functional.pad(values, (0, missing)) if missing else values
         grouped = grouped.reshape(stop - start, self.groups, -1)
@@ -276,7 +302,19 @@ class GroupedPart(Part):
 
 
 def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 (rows, bytes) of little-endian `bits`-bit codes -> a code a byte, uint8 (rows, at least as many as there are)."""
+    """Codes from a little-endian bit stream a row.
+
+    Args:
+        codes: uint8 (rows, bytes).
+        bits: of a code, 1 to 8.
+
+    Returns:
+        uint8 (rows, at least as many as there are codes): one code a byte.
+
+    Example:
+        >>> unpack(torch.tensor([[33, 3]], dtype=torch.uint8), 4)[:, :3].tolist()
+        [[1, 2, 3]]
+    """
     if bits == 8:
         return codes
     # eight codes are `bits` bytes of one int64, and three halvings send each to a byte of its own
@@ -335,7 +373,12 @@ class NormalFloatPart(GroupedPart):
 
 @lru_cache
 def normal_levels(bits: int) -> list[float]:
-    """2^bits levels in [−1, 1], float32: 2^(b−1) + 1 quantiles from ½ to p and 2^(b−1) from ½ to 1 − p, over the largest."""
+    """2^bits levels in [−1, 1], float32: 2^(b−1) + 1 quantiles from ½ to p and 2^(b−1) from ½ to 1 − p, over the largest.
+
+    Example:
+        >>> [round(level, 3) for level in normal_levels(2)]
+        [-1.0, 0.0, 0.436, 1.0]
+    """
     half, full = 2 ** (bits - 1), 2**bits
     top = 1.0 - (1 / (2 * full) + 1 / (2 * (full - 1))) / 2
 
@@ -348,7 +391,7 @@ def normal_levels(bits: int) -> list[float]:
 
 
 class LatticePart(Part):
-    """`e8-b`: 8 weights of a row are a point of E8 + ¼ in two bytes; from 3 bits on a smaller point is added, in one byte or two.
+    """`e8-b`: 8 weights of a row are a point of E8 + ¼ in two bytes; from 3 bits on a second stage adds a smaller point.
 
     All values are short binary fractions, so float32 holds them exactly.
     """
@@ -366,7 +409,16 @@ class LatticePart(Part):
 
 @opaque
 def decode_lattice(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """codes uint8 (rows, points, bits), numbers [rows, cols] -> (rows, cols)."""
+    """Weights from points of the lattice.
+
+    Args:
+        codes: uint8 (rows, points, bits): the bytes of every point.
+        numbers: [rows, cols].
+        dtype: of the result.
+
+    Returns:
+        (rows, cols).
+    """
     rows, cols = numbers
     bits = codes.shape[2]
     gain, inner = LATTICE["scales"][str(bits)]
@@ -392,7 +444,16 @@ def lattice_words(roots: bool, device: torch.device) -> torch.Tensor:
 
 
 def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torch.Tensor:
-    """scale · (σ ∘ a ± ¼), float32 (n, 8): `name` of a, and in `rest` seven signs and the shift; the last sign follows."""
+    """Points scale · (σ ∘ a ± ¼) of the first stage.
+
+    Args:
+        name: uint8 (n,), number of the vector of magnitudes a.
+        rest: uint8 (n,), seven signs and, in the top bit, the shift; the eighth sign follows from the parity.
+        scale: of the points.
+
+    Returns:
+        float32 (n, 8).
+    """
     magnitudes, odd, signs, _ = lattice_tables(name.device)
     name = name.int()
     pattern = ((rest & 127) << 1) | odd.index_select(0, name)
@@ -404,7 +465,12 @@ def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torc
 
 @constant
 def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the E8 code: 256 vectors a; 1 where a adds up to an odd number; signs, by pattern and that; the second stage at 3 bits."""
+    """Tables of the E8 code.
+
+    Returns:
+        magnitudes (256, 8); 1 where their sum is odd, (256,); signs by pattern and that parity, (256, 8); and the 256 roots that
+        are the second stage at 3 bits, (256, 8).
+    """
     inner = [v for v in itertools.product((1, 3, 5), repeat=8) if sum(x * x for x in v) <= 40]
     inner.sort(key=lambda v: (sum(x * x for x in v), v))
     outer = [v for v in itertools.product((1, 3), repeat=8) if sum(v) == 18]
@@ -422,9 +488,9 @@ def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 class TrellisPart(Part):
-    """`trellis-b`: 256 weights are a closed walk of 256 · b bits; a weight's value is a hash of the state it is in.
+    """`trellis-b`: 256 weights are a tail-biting sequence of 256 · b bits; a weight's value is a hash of the state it is in.
 
-    The state of weight t is the `state_bits` bits that end at bit ⌊(t + 1) b⌋ of the circular stream; a walk covers
+    The state of weight t is the `state_bits` bits that end at bit ⌊(t + 1) b⌋ of the circular stream; a sequence covers
     `height` rows and 256 / `height` columns, row by row.
     """
 
@@ -443,11 +509,20 @@ class TrellisPart(Part):
 
 @opaque
 def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """codes uint8 (bands, across, bytes of a walk), numbers [rows, cols, height of a walk, state bits] -> (rows, cols)."""
+    """Weights from tail-biting trellis sequences.
+
+    Args:
+        codes: uint8 (bands of tile rows, sequences of a band, bytes of a sequence).
+        numbers: [rows, cols, rows of a tile, state bits].
+        dtype: of the result.
+
+    Returns:
+        (rows, cols).
+    """
     rows, cols, height, state_bits = numbers
     bands, across, count = codes.shape
     table, first, shift, mask, base = trellis_windows(count, state_bits, dtype, codes.device)
-    # bytes by their place in the walk, so that what is done at a place is done for all walks in a row
+    # bytes by their place in the sequence, so that what is done at a place is done for all sequences in a row
     codes = codes.reshape(-1, count).T.contiguous()
     codes = torch.cat((codes, codes[:2])).int()
     codes = (codes[:-2] << 16).bitwise_or_(codes[1:-1] << 8).bitwise_or_(codes[2:])
@@ -456,12 +531,12 @@ def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) 
         index += base
     del codes
     values = table.index_select(0, index.view(-1)).view(height, -1, bands, across).permute(2, 0, 3, 1)
-    values = values.reshape(bands * height, -1).contiguous()  # one walk of one row beside none needs no copy to be reshaped
+    values = values.reshape(bands * height, -1).contiguous()  # a single sequence of a single row is reshaped without a copy
     return values.view(dtype)[:rows, :cols]
 
 
 def state_values(count: int, state_bits: int) -> torch.Tensor:
-    """float32 (2^state_bits,): the value of every state, near Gaussian of unit variance, where a walk has `count` bytes."""
+    """float32 (2^state_bits,): the value of every state, near Gaussian of unit variance, where a sequence has `count` bytes."""
     word = _times(torch.arange(2**state_bits, dtype=torch.int64, device="cpu"), TRELLIS["multiplier"])
     word = (word + TRELLIS["addend"]) & 0xFFFFFFFF
     total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
@@ -469,20 +544,26 @@ def state_values(count: int, state_bits: int) -> torch.Tensor:
 
 
 def state_gain(count: int) -> float:
-    """What a state's hash is multiplied by, in float32 as the code is defined."""
+    """What a state's hash is multiplied by where a sequence has `count` bytes, in float32 as the code is defined."""
     gain = 1.0 + 0.1 * min(max(8 * count / LENGTH - 2.0, 0.0), 1.0)
     return (torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")).item()
 
 
-WINDOW_BITS = 16  # with it a window lies in three bytes, and a table has at most 512 KB a pattern of shifts
+WINDOW_BITS = 16  # so a window lies in three bytes, and a table has at most 512 KB a pattern of shifts
 
 
 @constant
 def trellis_windows(count: int, state_bits: int, dtype: torch.dtype, device: torch.device) -> tuple:
-    """How to decode a walk of `count` bytes, several neighbouring weights at a time.
+    """How to decode a sequence, several neighbouring weights at a time.
 
-    One, two or four weights that follow each other depend on one window of bits: all of the first's state, and the bits that
-    each further one shifts in. A table has the values of all together, in one integer of their size.
+    One, two or four consecutive weights depend on one window of bits: the state of the first, and the bits that each further one
+    shifts in. A table has the values of all of them, in one integer of their size.
+
+    Args:
+        count: bytes of a sequence.
+        state_bits: of the trellis.
+        dtype: of the values.
+        device: of the tables.
 
     Returns:
         table: int16, int32 or int64, the values of every window; first, shift, mask, base: int (groups, 1), the byte at which
@@ -515,10 +596,15 @@ def trellis_windows(count: int, state_bits: int, dtype: torch.dtype, device: tor
     return table.to(device), first.view(-1), shift, mask, start if len(tables) > 1 else None
 
 
-def walk_height(rows: int, cols: int) -> int:
-    """Rows that a walk of a backbone covers: the tallest that pads at most a thirty-second more than the best."""
-    walks = {height: -(-rows // height) * -(-cols * height // LENGTH) for height in TRELLIS["rows"]}
-    return next(height for height in TRELLIS["rows"] if 32 * walks[height] <= 33 * min(walks.values()))
+def tile_rows(rows: int, cols: int) -> int:
+    """Rows that a trellis sequence of a backbone covers: the most that pad at most a thirty-second more than the best.
+
+    Example:
+        >>> tile_rows(64, 64), tile_rows(48, 64)
+        (64, 16)
+    """
+    sequences = {height: -(-rows // height) * -(-cols * height // LENGTH) for height in TRELLIS["rows"]}
+    return next(height for height in TRELLIS["rows"] if 32 * sequences[height] <= 33 * min(sequences.values()))
 
 
 _QUANTIZER = re.compile(r"(?P<kind>int|nf|e8|trellis)-(?P<bits>[0-9.]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
@@ -558,6 +644,7 @@ class QLRLinear(Stored):
 
     scale: torch.Tensor
     component_scale: torch.Tensor
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -577,7 +664,7 @@ class QLRLinear(Stored):
         self.register_parameter("bias", None)  # `replace_linears` keeps the one that was there
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
-        self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, walk_height(rows, cols), state_bits)
+        self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, tile_rows(rows, cols), state_bits)
         self.rotated = bool(match["rot"]) or (self.backbone is not None and self.backbone.unit)
         if backbone != "bf16" or self.rank:
             self.store("scale", (1,), torch.float32)
@@ -599,8 +686,8 @@ class QLRLinear(Stored):
         """x (…, in) -> (…, out), in x's type."""
         kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         if self.rotated:
-            enter, block = self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block)
-            v = in_pieces(lambda x: transform(x.float() * enter, block).to(kind), x)
+            input_signs, block = self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block)
+            v = in_pieces(lambda x: transform(x.float() * input_signs, block).to(kind), x)
         else:
             v = x.to(kind)
         y = v.new_zeros(*v.shape[:-1], self.out_features) if self.backbone is None else multiply(v, self.backbone)
@@ -610,16 +697,16 @@ class QLRLinear(Stored):
             if "component_scale" in self._buffers:
                 z = (z * self.component_scale.float()).to(kind)
             products, left = [y, z], self.left.whole(kind)
-        leave = self._signs(OUTPUT, x.device) if self.rotated else None
+        output_signs = self._signs(OUTPUT, x.device) if self.rotated else None
 
         def finish(y: torch.Tensor, *z: torch.Tensor) -> torch.Tensor:
             y = y.float()
-            if self.rank:
+            if left is not None:
                 y = y + z[0] @ left
             if "scale" in self._buffers:
                 y = y * self.scale
-            if self.rotated:
-                y = transform(y, block_size(self.out_features, self.rotation_block)) * leave
+            if output_signs is not None:
+                y = transform(y, block_size(self.out_features, self.rotation_block)) * output_signs
             if self.bias is not None:
                 y = y + self.bias.float()
             return y.to(x.dtype)
@@ -628,7 +715,7 @@ class QLRLinear(Stored):
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """W (out, in), decoded. Beside it and the factors no more than one float32 copy of it is held."""
+        """W (out, in), decoded. Beside it and the factors, at most one float32 copy of it is in memory."""
         device = next(self.buffers()).device
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32 if self.rotated else dtype, device=device)
         for start, stop, rows in self._unrotated_rows():
@@ -644,13 +731,12 @@ class QLRLinear(Stored):
 
     def _unrotated_rows(self):
         """(start, stop, rows start … stop − 1 of g (Q + L diag(s) R)) in float32."""
-        if self.rank:
-            left, right = self.left.whole(), self.right.whole()
-            if "component_scale" in self._buffers:
-                right = right * self.component_scale.float()[:, None]
-        tiles = [(0, self.out_features, 0.0)] if self.backbone is None else self.backbone.tiles()
+        left, right = (self.left.whole(), self.right.whole()) if self.rank else (None, None)
+        if right is not None and "component_scale" in self._buffers:
+            right = right * self.component_scale.float()[:, None]
+        tiles = [(0, self.out_features, torch.zeros(()))] if self.backbone is None else self.backbone.tiles()
         for start, stop, rows in tiles:
-            if self.rank:
+            if left is not None and right is not None:
                 rows = rows + left[:, start:stop].T @ right
             yield start, stop, rows * self.scale if "scale" in self._buffers else rows
 
@@ -658,14 +744,21 @@ class QLRLinear(Stored):
         stored = self._buffers.get("output_signs" if salt == OUTPUT else "input_signs")
         if stored is not None:
             return stored.float()
-        # kept in int8, but multiplying two types takes a processor several times as long
+        # cached in int8, but multiplying two types takes a processor several times as long
         return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device).float()
 
 
 def in_pieces(work, *inputs: torch.Tensor) -> torch.Tensor:
-    """`work` of arrays (tokens …, features): on a processor for a few tokens at a time, so that its steps pass through the cache.
+    """Apply `work`, on a processor to a few tokens at a time, so that intermediate results stay in its cache.
 
-    What it makes on the way would cost more in fresh memory than in arithmetic. Compiled, or on a GPU, it gets all at once.
+    Fresh memory for them would cost more than the arithmetic. Compiled, or on a GPU, `work` gets all tokens at once.
+
+    Args:
+        work: function of arrays (tokens, features) that returns one.
+        inputs: arrays (…, features) of the same leading axes.
+
+    Returns:
+        (…, features of the result).
     """
     first = inputs[0]
     step = max(TILE_WEIGHTS // first.shape[-1], 1)
@@ -716,23 +809,23 @@ class QLRConfig(QuantizationConfigMixin):
             if found != code:
                 raise ValueError(f"this folder uses the {name} code {found}, but this runtime decodes {code}; get a matching one")
             setattr(self, name, dict(code))
-        self.quant_method = "qlr"
+        self.quant_method = "qlr"  # pyright: ignore[reportAttributeAccessIssue]  transformers' type lists its own methods only
         self.dequantize = bool(dequantize)
         self.format_version, self.runtime_version = format_version, runtime_version
         self.matrices = matrices or {}
-        for name, value in others.items():  # kept as they are, so that saving loses nothing
+        for name, value in others.items():  # as they are, so that saving loses nothing
             if name != "quant_method":
                 setattr(self, name, value)
 
     def get_loading_attributes(self) -> dict:
-        """What counts of a config that is given to `from_pretrained`."""
+        """Which settings of a config that a user passes to `from_pretrained` override the folder's."""
         return {"dequantize": self.dequantize}
 
 
 class QLRQuantizer(HfQuantizer):
     """Puts `QLRLinear` where config.json says so, before weights are loaded, and checks that every tensor is there."""
 
-    requires_calibration = True  # in transformers' words: it loads folders, it does not make them
+    requires_calibration = True  # in transformers' words: it loads folders and does not write new ones
     runtime_version = RUNTIME_VERSION
     quantization_config: QLRConfig
 
@@ -749,8 +842,8 @@ class QLRQuantizer(HfQuantizer):
         if type(model).__name__ in (plain.__name__, PACKED[plain].__name__):
             model.__class__ = PACKED[plain]  # same model, and save_pretrained then takes this file along
         replace_linears(model, self.quantization_config.matrices)
-        check_tensors(model, checkpoint_files)
-        check_sums(checkpoint_files)
+        check_tensors(model, checkpoint_files or [])
+        check_sums(checkpoint_files or [])
         return model
 
     def _process_model_after_weight_loading(self, model, **kwargs):
@@ -789,11 +882,12 @@ class Packed:
     _auto_class = "AutoModelForCausalLM"
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
-        """As any model's, and checksums.json is written anew: an earlier save's would refuse the new weights."""
+        """As any model's, and checksums.json is rewritten: with an earlier save's the new weights would be refused."""
         if is_main_process:
             for name in (CHECKSUMS, INDEX):
                 Path(save_directory, name).unlink(missing_ok=True)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        save = super().save_pretrained  # pyright: ignore[reportAttributeAccessIssue]  of the class after this one
+        save(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process:
             write_sums(Path(save_directory))
 
@@ -844,10 +938,10 @@ def replace_linears(model: nn.Module, matrices: dict) -> None:
 _TYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def check_tensors(model: nn.Module, files: list[str] | None) -> None:
+def check_tensors(model: nn.Module, files: list[str]) -> None:
     """Raise ValueError unless the files hold exactly the model's tensors: what is missing would load as random weights."""
     if not files:
-        raise ValueError("a qlr model is loaded from its folder; no safetensors files were found or given")
+        raise ValueError("a qlr model is loaded from its folder, and no safetensors files were found; pass the folder's path")
     found = {}
     for file in files:
         try:
