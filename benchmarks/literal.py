@@ -230,7 +230,7 @@ def literal(
         raise ValueError(f"a matrix of shape {weight.shape} does not divide into vectors of 8; pass multiples of 8")
     if search not in SEARCHES:
         raise ValueError(f"search={search!r} is not known; pass one of {', '.join(SEARCHES)}")
-    (u, u_block), (v, v_block) = hadamard.sides(weight.shape, seed, 0)
+    (u, u_block), (v, v_block) = hadamard.rotations(weight.shape, seed, 0)
     blocks = (u_block, v_block)
     w, judge = rotated(jnp.asarray(weight, jnp.float32), jnp.asarray(hessian, jnp.float32), u, v, blocks)
     h = damped(judge)

@@ -270,7 +270,7 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
     assert first.stats["bytes"] - first.stats["bytes_before"] == sum(extra.values())
     for matrix in matrices.values():  # diag(a) Kᵀ (Q + L diag(s) R) K diag(b), by its own formula
         if matrix.layout.signs:
-            (u, _), (v, _) = hadamard.sides(matrix.shape, matrix.layout.seed, matrix.layout.rotation_block)
+            (u, _), (v, _) = hadamard.rotations(matrix.shape, matrix.layout.seed, matrix.layout.rotation_block)
             seeded = QLRMatrix(matrix.arrays, dataclasses.replace(matrix.layout, signs=False)).dense()
             a, b = (np.asarray(matrix.arrays[f"{side}_signs"], np.float64) for side in ("output", "input"))
             np.testing.assert_allclose(matrix.dense(), (a * u)[:, None] * np.asarray(seeded) * (b * v), atol=1e-5)
@@ -281,7 +281,7 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
     got, want = logits(student, frame, values, jnp.asarray(tokens), exact_product), first.value(jnp.asarray(tokens))
     assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
     for name, right in fresh.items():
-        turned = hadamard.unrotate(right, *matrices[name].sides[1]) if matrices[name].spec.rotated else right
+        turned = hadamard.unrotate(right, *matrices[name].rotations[1]) if matrices[name].spec.rotated else right
         basis = np.linalg.svd(np.asarray(matrices[name].dense(), np.float64))[2][: len(right)]
         assert np.linalg.norm(np.asarray(turned) @ basis.T) == pytest.approx(np.linalg.norm(turned), rel=1e-2)
     second = adapt(first.value, tokens, settings(train=("factors", "scales"), steps=5, batch=12), teacher=original)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlr_jax.core.ldlq import echo, feedback, inflation, ldlq, pad_metric, pad_to_tiles
+from qlr_jax.core.ldlq import feedback, ldlq, noise_gain, pad_metric, pad_to_tiles, variance_gain
 from qlr_jax.core.objective import damped, quadratic, relative_error
 from qlr_jax.core.quantizers import parse_quantizer
 
@@ -149,10 +149,10 @@ def test_echo_is_the_noise_that_feedback_adds(hessian, activations):
         return np.square(np.eye(len(f)) - np.linalg.inv(np.eye(len(f)) + f)).sum() / len(f)
 
     f = np.asarray(feedback(f32(hessian), 16)[0], np.float64)
-    assert float(echo(f32(f))) == pytest.approx(exact(f), rel=1e-4)
+    assert float(noise_gain(f32(f))) == pytest.approx(exact(f), rel=1e-4)
     large = 288  # beyond the width to which every unit vector is a probe
     wide = np.tril(np.random.default_rng(0).standard_normal((large, large)), -1) / large**0.5
-    assert float(echo(f32(wide))) == pytest.approx(exact(wide), rel=0.2)
+    assert float(noise_gain(f32(wide))) == pytest.approx(exact(wide), rel=0.2)
     # noise of variance D on targets whose variance it raises itself
     phi = exact(f)
-    assert inflation(0.1, phi) == pytest.approx(1 + 0.1 * phi * inflation(0.1, phi))
+    assert variance_gain(0.1, phi) == pytest.approx(1 + 0.1 * phi * variance_gain(0.1, phi))

@@ -7,7 +7,7 @@ from jax import export
 
 from qlr_jax.core import backbone, low_rank, metric, objective, problem
 from qlr_jax.core.factors import fit_factors
-from qlr_jax.core.ldlq import column_block, echo
+from qlr_jax.core.ldlq import column_block, noise_gain
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.spec import Spec
@@ -63,10 +63,10 @@ def test_factors_lower(names):
 
 @pytest.mark.parametrize("function, arguments, static", [
     (metric.ldl, (HESSIAN, 0.01), {"width": 16}),
-    (metric._turn, (HESSIAN, array(N)), {"block": N}),
+    (metric._rotate, (HESSIAN, array(N)), {"block": N}),
     (problem._rotated, (WEIGHT, array(M), array(N)), {"blocks": (M, N)}),
     (backbone.downdated, (HESSIAN, array(B, K, N), 0.9), {}),
-    (echo, (HESSIAN,), {}),
+    (noise_gain, (HESSIAN,), {}),
     (low_rank.top_subspace, (WEIGHT, HESSIAN, BASIS, 3), {}),
     (objective.relative_error, (WEIGHT, WEIGHT, HESSIAN), {}),
 ])  # fmt: skip

@@ -153,7 +153,7 @@ def test_predictions_come_near_what_a_solve_reaches(activations, spec):
     for output in (None, g):
         found = profile(weight.astype(np.float32), h, 32, output=output)
         solved = solve(weight, h, spec, output_hessian=output, state_bits=6).stats
-        reached = solved["relative_error"] if output is None else solved["felt_error"]
+        reached = solved["relative_error"] if output is None else solved["weighted_error"]
         assert predict(found, spec, 6) == pytest.approx(reached, rel=0.35)
 
 

@@ -82,5 +82,5 @@ def _rotated(right: Array, matrix: QLRMatrix) -> Array:
     right = right * right.shape[1] ** 0.5
     if not matrix.spec.rotated:
         return right
-    _, (v, block) = matrix.sides
+    _, (v, block) = matrix.rotations
     return jax.jit(hadamard.rotate, static_argnames="block")(right, 1 / v, block=block)

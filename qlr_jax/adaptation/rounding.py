@@ -18,7 +18,7 @@ from qlr_jax.core.factors import round_right as right_on_grid
 from qlr_jax.core.ldlq import column_block
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.metric import ldl, turned
+from qlr_jax.core.metric import ldl, rotated_hessian
 from qlr_jax.core.requantize import Regrid
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
@@ -92,7 +92,7 @@ def behind(hessian: np.ndarray, relaxed: Array | None) -> np.ndarray:
 
 def _metric(site: Site, values: Mapping[str, Array], hessian: np.ndarray) -> Array:
     """H of what R is multiplied with, in the basis in which it is stored."""
-    return turned(behind(hessian, values.get("columns")), site.sides[1] if site.rotated else None)
+    return rotated_hessian(behind(hessian, values.get("columns")), site.sides[1] if site.rotated else None)
 
 
 def _padded(site: Site) -> int:

@@ -66,7 +66,7 @@ class Site:
     @property
     def sides(self) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
         """Those of the seed; what stored signs are times them is `rows` and `columns` among the values."""
-        return hadamard.sides(self.layout.shape, self.layout.seed, self.layout.rotation_block)
+        return hadamard.rotations(self.layout.shape, self.layout.seed, self.layout.rotation_block)
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,10 @@ def _part(
     values: dict[str, Array] = {"gain": jnp.ones(())}
     if spec.rotated and ("signs" in train or layout.signs):
         layout = replace(layout, signs=True)
-        of_seed = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
-        values |= {name: jnp.asarray(now * was) for name, (now, _), (was, _) in zip(RELAXED, matrix.sides, of_seed, strict=True)}
+        of_seed = hadamard.rotations(layout.shape, layout.seed, layout.rotation_block)
+        values |= {
+            name: jnp.asarray(now * was) for name, (now, _), (was, _) in zip(RELAXED, matrix.rotations, of_seed, strict=True)
+        }
     left, right = (f.astype(jnp.float32) for f in matrix.factors()) if spec.rank else (None, None)
     on_grid = (False, False)
     if held:

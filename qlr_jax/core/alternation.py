@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, stretch
+from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, scale_correction
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
-from qlr_jax.core.ldlq import column_block, echo, row_group
+from qlr_jax.core.ldlq import column_block, noise_gain, row_group
 from qlr_jax.core.low_rank import start_basis
-from qlr_jax.core.metric import ldl, outlier_channels, turned
+from qlr_jax.core.metric import ldl, outlier_channels, rotated_hessian
 from qlr_jax.core.objective import normalised, quadratic_by_rows
 from qlr_jax.core.problem import MatrixProblem
 from qlr_jax.core.quantizers import Nothing
@@ -88,7 +88,7 @@ def init(problem: MatrixProblem, start: str) -> State:
     basis, steps, config = _start(problem), problem.config.subspace_steps, problem.config
     if isinstance(problem.backbone, Nothing):  # the factors alone: a candidate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
-        return _judge(replace(state, basis=basis), replace(now, factors=factors), error)
+        return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
         factors, _, _ = _fit(problem, problem.weight, basis, 1)
         return replace(state, now=replace(now, factors=factors), basis=basis)
@@ -96,13 +96,15 @@ def init(problem: MatrixProblem, start: str) -> State:
     if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
         metric, plain = jnp.eye(n)[None], True
     elif start == "outliers":
-        metric = problem.placement.place(turned(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.sides))
+        metric = problem.placement.place(
+            rotated_hessian(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.rotation)
+        )
     factors, basis, _ = _fit(problem, now.q, basis, steps, metric, plain)
     return replace(state, now=replace(now, factors=factors), basis=basis)
 
 
 def step(problem: MatrixProblem, state: State) -> State:
-    """One alternation: Q on what the factors leave, then the factors on what Q leaves; each result judged."""
+    """One alternation: Q on what the factors leave, then the factors on what Q leaves; each result evaluated."""
     trail: tuple[np.ndarray, ...] = ()
     if not isinstance(problem.backbone, Nothing):
         state = improve_backbone(problem, state)
@@ -110,7 +112,7 @@ def step(problem: MatrixProblem, state: State) -> State:
     warm = problem.config.warm_start
     basis = state.basis if warm else _start(problem)
     factors, basis, error = _fit(problem, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
-    state = _judge(replace(state, basis=basis), replace(state.now, factors=factors), error)
+    state = _evaluated(replace(state, basis=basis), replace(state.now, factors=factors), error)
     return replace(state, trail=(*trail, state.error))
 
 
@@ -129,29 +131,29 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
     if tau:
         reduced = downdated(metric.hessian, factors.right, tau)
         factor = ldl(reduced, metric.damping, width=width)
-        echoed = np.asarray(echo(factor))
+        gain = np.asarray(noise_gain(factor))
     else:
-        factor, echoed = metric.factor(width), metric.echo(width)
+        factor, gain = metric.factor(width), metric.noise_gain(width)
     rows, output = None, problem.output
     if output is not None:
         group = row_group(-(-problem.layout.shape[0] // quantizer.tile[0]) * quantizer.tile[0], quantizer.tile[0])
-        rows, echoed = output.factor(group), (1 + echoed) * (1 + output.echo(group)) - 1
+        rows, gain = output.factor(group), (1 + gain) * (1 + output.noise_gain(group)) - 1
     fitted = problem.config.backbone_scale == "fitted"
-    reach = stretch(quantizer, echoed) if fitted and quantizer.unit_scale else np.ones(len(echoed), np.float32)
+    correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(
         problem.weight,
         known,
         metric.hessian,
         problem.energy,
         factor,
-        problem.placement.place(reach),
+        problem.placement.place(correction),
         quantizer.traced(),
         problem.output_metric,
         rows,
         static=quantizer.static(),
         refit=fitted,
     )
-    return _judge(state, Candidate(q, codes, scale, scales, factors), error)
+    return _evaluated(state, Candidate(q, codes, scale, scales, factors), error)
 
 
 def _fit(
@@ -175,8 +177,8 @@ def _fit(
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
-    judged = (problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
-    return factors, basis, _error(*judged)
+    evaluated = (problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
+    return factors, basis, _error(*evaluated)
 
 
 _product = sharded(Factors.product)
@@ -188,7 +190,7 @@ def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Ar
     return normalised(quadratic_by_rows(weight - q - factors.product(), hessian, output), energy)
 
 
-def _judge(state: State, candidate: Candidate, error: Array) -> State:
+def _evaluated(state: State, candidate: Candidate, error: Array) -> State:
     found = np.asarray(error)
     if state.best is None:
         return replace(state, now=candidate, error=found, best=candidate, best_error=found)
@@ -197,7 +199,7 @@ def _judge(state: State, candidate: Candidate, error: Array) -> State:
     return replace(state, now=candidate, error=found, best=best, best_error=np.minimum(found, state.best_error))
 
 
-def only(running: np.ndarray, new: State, old: State) -> State:
+def keep_stopped(running: np.ndarray, new: State, old: State) -> State:
     """The new state, with what the old one had best for the matrices that have stopped."""
     if running.all():
         return new
@@ -216,4 +218,4 @@ def _choose(better: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-__all__ = ["Candidate", "State", "first_step", "improve_backbone", "init", "only", "step"]
+__all__ = ["Candidate", "State", "first_step", "improve_backbone", "init", "keep_stopped", "step"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.ldlq import inflation, ldlq, ldlq_rows, pad_to_tiles
+from qlr_jax.core.ldlq import ldlq, ldlq_rows, pad_to_tiles, variance_gain
 from qlr_jax.core.objective import normalised, quadratic_by_rows
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import QParams, Traced
@@ -17,13 +17,13 @@ from qlr_jax.core.sharding import by_rows, product_by_rows, sharded
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
-STRETCH = 0.75  # power of the inflation; ½ matches the variance, ¾ measured mostly better (by up to 4 %) at 1 to 2 bits
+SCALE_POWER = 0.75  # power of the variance_gain; ½ matches the variance, ¾ measured mostly better (by up to 4 %) at 1 to 2 bits
 
 
-def stretch(backbone: Quantizer, echoed: np.ndarray) -> np.ndarray:
+def scale_correction(backbone: Quantizer, gain: np.ndarray) -> np.ndarray:
     """Feedback makes what is rounded larger than W: a unit grid must reach further, by up to a fifth at one bit."""
     # 1.15 times the rate-distortion limit is what a trellis reaches, near enough for a scale
-    return (inflation(1.15 * 4.0**-backbone.bits, echoed) ** STRETCH).astype(np.float32)
+    return (variance_gain(1.15 * 4.0**-backbone.bits, gain) ** SCALE_POWER).astype(np.float32)
 
 
 def downdate_strength(spec: Spec, config: SolverConfig) -> float:
@@ -61,7 +61,7 @@ def round_backbone(
     hessian: Array,
     energy: Array,
     factor: Array,
-    stretch: Array,
+    scale_correction: Array,
     traced: Traced,
     output: Array | None = None,
     rows: Array | None = None,
@@ -83,7 +83,7 @@ def round_backbone(
         else by_rows(lambda w: static.fit_qparams(w, per_row=False), (left_over,))
     )
     if static.unit_scale:
-        scales = (scales[0] * stretch[:, None, None],)
+        scales = (scales[0] * scale_correction[:, None, None],)
     padded, qparams = pad_to_tiles(left_over, *static.tile), static.broadcast_qparams(scales, n)
     if rows is None:
         q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, traced, static), (padded, *qparams), static.tile[0])
@@ -101,4 +101,4 @@ def round_backbone(
     return q, codes, scale, scales, normalised(quadratic_by_rows(left_over - q, hessian, output), energy)
 
 
-__all__ = ["downdate_strength", "downdated", "round_backbone", "stretch"]
+__all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction"]

@@ -11,7 +11,7 @@ import numpy as np
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
-from qlr_jax.core.reconstruction import alone, joined
+from qlr_jax.core.reconstruction import factors_only, with_backbone
 from qlr_jax.core.sharding import available
 from qlr_jax.core.solution import Solution
 from qlr_jax.core.solver import solve_batch
@@ -70,7 +70,7 @@ def solve_many(
     def finish(key: Key, solution: Solution | None) -> None:
         weight, hessian, _, output, backbone = (*whole[key], None, None)[:5]
         if backbone is not None:
-            solution = joined(backbone, solution, weight, hessian, output)
+            solution = with_backbone(backbone, solution, weight, hessian, output)
         assert solution is not None
         done.add(key)
         if key not in solved:  # of an earlier run: the same
@@ -154,7 +154,7 @@ def _residuals(problems: Problems[Key]) -> Problems[Key]:
     for key, problem in problems.items():
         if len(problem) < 5 or problem[4] is None:
             found[key] = problem
-        elif spec := alone(problem[2]):
+        elif spec := factors_only(problem[2]):
             weight, hessian, _, output, backbone = problem
             found[key] = (weight - backbone, hessian, spec, output)
     return found

@@ -88,8 +88,8 @@ def fit_factors(
     target, k = weight - backbone, mask.shape[0]
     left_static, right_static = statics
     metric, root = output or (None, None)
-    felt = target if root is None else jnp.matmul(jnp.swapaxes(root, -1, -2), target, precision="highest")
-    basis, _ = top_subspace(felt, hessian, basis, steps)
+    output_weighted = target if root is None else jnp.matmul(jnp.swapaxes(root, -1, -2), target, precision="highest")
+    basis, _ = top_subspace(output_weighted, hessian, basis, steps)
     leading = basis if root is None else solve_triangular(jnp.swapaxes(root, -1, -2), basis, lower=False)
     start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
     own_scales = not (left_static.unit_scale or right_static.unit_scale)
@@ -191,8 +191,8 @@ def round_left(
     )
     padded = pad_to_tiles(scaled, static.tile[1], 1)
     # F is for L itself: for components in units of their size it turns into diag(size) F diag(size)⁻¹
-    turned = factor * jnp.swapaxes(size, -1, -2) / size
-    values, codes = ldlq(padded, turned, qparams, traced, static, transposed=True)
+    scaled_feedback = factor * jnp.swapaxes(size, -1, -2) / size
+    values, codes = ldlq(padded, scaled_feedback, qparams, traced, static, transposed=True)
     return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales
 
 

@@ -87,7 +87,7 @@ def rotate_hessian(hessian: Array, sign: Array | np.ndarray, block: int) -> Arra
     return (rotated + jnp.swapaxes(rotated, -1, -2)) / 2
 
 
-def sides(shape: tuple[int, int], seed: int, block: int) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
+def rotations(shape: tuple[int, int], seed: int, block: int) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
     """(signs, block) of U (outputs) and of V (inputs) for a matrix (out, in)."""
     m, n = shape
     return (signs(seed, OUTPUT, m), block_size(m, block)), (signs(seed, INPUT, n), block_size(n, block))

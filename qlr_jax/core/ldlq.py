@@ -14,7 +14,7 @@ from qlr_jax.core.sharding import by_rows, sharded
 from qlr_jax.core.typing import Array, Float
 
 EXACT = 256
-ROW_GROUPS = 16  # groups of rows, at most, that feel each other's errors; within a group rows are rounded side by side
+ROW_GROUPS = 16  # groups of rows, at most, that feed back each other's errors; within a group rows are rounded side by side
 GROUP = 64  # columns that are rounded, at most, between two products with all of the error so far
 
 
@@ -54,14 +54,14 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
 
 @partial(sharded, factors=True)
 @jax.jit
-def echo(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
+def noise_gain(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
     """φ = ‖I − (I + F)⁻¹‖² / n: how much of the rounding noise the feedback adds to what is rounded.
 
     The targets are W + E F = W + η − E with E = η (I + F)⁻¹, so noise of variance D v on targets of variance v gives
     v = var(W) + φ D v, hence v = var(W) / (1 − φ D).
 
     Example:
-        >>> float(echo(jnp.zeros((4, 4))))
+        >>> float(noise_gain(jnp.zeros((4, 4))))
         0.0
     """
     n = factor.shape[-1]
@@ -72,9 +72,9 @@ def echo(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
     return jnp.sum(jnp.square(probes - solved), axis=(-2, -1)) / (n * probe.shape[1])
 
 
-def inflation(error: float, echoed: np.ndarray) -> np.ndarray:
+def variance_gain(error: float, gain: np.ndarray) -> np.ndarray:
     """1 / (1 − φ D): variance of what is rounded over that of W, for a grid of mean squared error D on a unit Gaussian."""
-    return 1.0 / (1.0 - np.minimum(error * np.asarray(echoed, np.float64), 0.7))
+    return 1.0 / (1.0 - np.minimum(error * np.asarray(gain, np.float64), 0.7))
 
 
 def _columns(array: Array, start: Array | int, width: int) -> Array:
@@ -203,12 +203,12 @@ def ldlq_rows(
         return cut(array[:, 0] if shared else array, start)
 
     def round_columns(
-        original: Array, felt: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
+        original: Array, fed_back: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
     ) -> tuple[Array, Array, Array]:
         """Of some groups of rows one group of columns each, all (b, groups, ...): what was missed, values, codes."""
         groups = original.shape[1]
         aims = original + jnp.einsum("birg,birw->bigw", into, after, precision="highest")
-        target = aims + jnp.einsum("bign,binw->bigw", felt, columns, precision="highest")
+        target = aims + jnp.einsum("bign,binw->bigw", fed_back, columns, precision="highest")
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             here = block * width
@@ -226,11 +226,11 @@ def ldlq_rows(
             return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
 
         missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(wide // width - 1, -1, -1))
-        codes = codes[::-1].reshape(len(codes), b, groups, *codes.shape[2:])  # blocks, b, groups, rows or walks, ...
+        codes = codes[::-1].reshape(len(codes), b, groups, *codes.shape[2:])  # blocks, b, groups, rows or tile rows, ...
         return missed, jnp.moveaxis(values[::-1], 0, -2).reshape(target.shape), jnp.moveaxis(codes, 0, 3)
 
     def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        error, felt_error = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
+        error, feed = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
         at = step - jnp.arange(count)
         live = ((at >= 0) & (at < ahead))[:, None, None]
         start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
@@ -240,7 +240,7 @@ def ldlq_rows(
         within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
         local = tuple(window(g, start) for g in scales)
 
-        everything = (original, felt_error, into, after, columns, within, *local)
+        everything = (original, feed, into, after, columns, within, *local)
         missed, values, codes = by_rows(round_columns, everything)
 
         def written(array: Array, part: Array) -> Array:
@@ -248,7 +248,7 @@ def ldlq_rows(
             put = jax.vmap(lambda a, p, s: lax.dynamic_update_slice_in_dim(a, p, s, axis=-1), in_axes=(1, 1, 0), out_axes=1)
             return put(array, kept, start)
 
-        return (written(error, original - values), written(felt_error, missed)), (values, codes)
+        return (written(error, original - values), written(feed, missed)), (values, codes)
 
     nothing = jnp.zeros_like(own)
     _, (values, codes) = lax.scan(advance, (nothing, nothing), jnp.arange(ahead + count - 1))
@@ -256,7 +256,7 @@ def ldlq_rows(
     group, column = jnp.arange(count)[::-1, None], jnp.arange(ahead)[None, ::-1]
     values = values[group + column, :, group]  # (count, ahead, b, high, wide)
     values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)
-    codes = codes[group + column, :, group]  # (count, ahead, b, rows or walks, blocks, ...)
+    codes = codes[group + column, :, group]  # (count, ahead, b, rows or tile rows, blocks, ...)
     codes = jnp.transpose(codes, (2, 0, 3, 1, 4, *range(5, codes.ndim)))
     if static.tile == (1, 1):
         return values, codes.reshape(weight.shape)

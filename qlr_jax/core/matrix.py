@@ -77,9 +77,9 @@ class QLRMatrix:
         return {key.split(".", 1)[1]: value for key, value in self.arrays.items() if key.startswith(name + ".")}
 
     @property
-    def sides(self) -> tuple[tuple[Array | np.ndarray, int], tuple[Array | np.ndarray, int]]:
+    def rotations(self) -> tuple[tuple[Array | np.ndarray, int], tuple[Array | np.ndarray, int]]:
         """(signs, block) of U and of V: `hadamard.unrotate` with them leads back to the basis of W, real numbers among them too."""
-        (u, u_block), (v, v_block) = hadamard.sides(self.shape, self.layout.seed, self.layout.rotation_block)
+        (u, u_block), (v, v_block) = hadamard.rotations(self.shape, self.layout.seed, self.layout.rotation_block)
         if self.layout.signs:
             u, v = (self.arrays[name].astype(jnp.float32) for name in ("output_signs", "input_signs"))
         return (u, u_block), (v, v_block)
@@ -105,7 +105,7 @@ class QLRMatrix:
         left, right = self.factors()
         if not self.spec.rotated:
             return left, right
-        (u, ub), (v, vb) = self.sides
+        (u, ub), (v, vb) = self.rotations
         return hadamard.unrotate(left.T, u, ub).T, hadamard.unrotate(right, v, vb)
 
     def dense(self) -> Array:
@@ -116,7 +116,7 @@ class QLRMatrix:
             total = total + jnp.matmul(left, right, precision="highest")
         if not self.spec.rotated:
             return total
-        (u, ub), (v, vb) = self.sides
+        (u, ub), (v, vb) = self.rotations
         return hadamard.unrotate(hadamard.unrotate(total, v, vb).T, u, ub).T
 
     def without_factors(self) -> QLRMatrix:

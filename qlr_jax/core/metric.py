@@ -11,7 +11,7 @@ import numpy as np
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.ldlq import echo, feedback, pad_metric
+from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric
 from qlr_jax.core.objective import damped
 from qlr_jax.core.sharding import HERE, Placement, sharded
 from qlr_jax.core.typing import Array
@@ -25,7 +25,7 @@ class Metric:
         original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
         hessian: the same in the rotated basis: what results are judged in.
         regular: the same, damped: what factors are fitted in.
-        sides: signs and block of the rotation of this side; None where there is none.
+        rotation: signs and block of the rotation of this side; None where there is none.
         damping: fraction of the mean diagonal that is added before H is factored.
         placement: where `hessian` and `regular` lie.
         source: the metric on one device, where one H serves all on several.
@@ -34,7 +34,7 @@ class Metric:
     original: np.ndarray
     hessian: Array
     regular: Array
-    sides: tuple[np.ndarray, int] | None
+    rotation: tuple[np.ndarray, int] | None
     damping: float
     placement: Placement = HERE
     source: Metric | None = field(default=None, repr=False)
@@ -45,9 +45,9 @@ class Metric:
         n = hessians.shape[-1]
         peak = np.abs(hessians).max(axis=(1, 2))
         original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
-        sides = (hadamard.signs(seed, side, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
-        hessian = turned(original, sides)
-        return cls(original, hessian, damped(hessian, config.damping), sides, config.damping)
+        rotation = (hadamard.signs(seed, side, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
+        hessian = rotated_hessian(original, rotation)
+        return cls(original, hessian, damped(hessian, config.damping), rotation, config.damping)
 
     def of(self, i: int) -> np.ndarray:
         """H of one matrix of the batch, as given."""
@@ -57,7 +57,7 @@ class Metric:
         """F of LDLQ at `width` columns a block."""
         return self._made(width)[0]
 
-    def echo(self, width: int) -> np.ndarray:
+    def noise_gain(self, width: int) -> np.ndarray:
         """φ: what feedback with that factor adds to what is rounded."""
         return self._made(width)[1]
 
@@ -79,20 +79,20 @@ class Metric:
     def _made(self, width: int) -> tuple[Array, np.ndarray]:
         if width not in self._factors:
             if self.source:
-                self._factors[width] = self.placement.place(self.source.factor(width)), self.source.echo(width)
+                self._factors[width] = self.placement.place(self.source.factor(width)), self.source.noise_gain(width)
             else:
                 factor = ldl(self.hessian, self.damping, width=width)
-                self._factors[width] = factor, np.asarray(echo(factor))
+                self._factors[width] = factor, np.asarray(noise_gain(factor))
         return self._factors[width]
 
 
-def turned(hessian: np.ndarray, sides: tuple[np.ndarray, int] | None) -> Array:
+def rotated_hessian(hessian: np.ndarray, rotation: tuple[np.ndarray, int] | None) -> Array:
     """V H Vᵀ."""
-    return _turn(jnp.asarray(hessian), *sides) if sides else jnp.asarray(hessian)
+    return _rotate(jnp.asarray(hessian), *rotation) if rotation else jnp.asarray(hessian)
 
 
 @partial(jax.jit, static_argnames=("block",))
-def _turn(hessian: Array, sign: Array, block: int) -> Array:
+def _rotate(hessian: Array, sign: Array, block: int) -> Array:
     return hadamard.rotate_hessian(hessian, sign, block)
 
 

@@ -87,8 +87,8 @@ class MatrixProblem:
             size = power if spec.has_scale else np.ones_like(size)
         metric, output = metric.placed(placement), output and output.placed(placement)
         weight = placement.place(jnp.asarray(weights / size.astype(np.float32)[:, None, None]))
-        if metric.sides is not None:
-            (u, u_block), (v, v_block) = hadamard.sides((m, n), seed, config.rotation_block)
+        if metric.rotation is not None:
+            (u, u_block), (v, v_block) = hadamard.rotations((m, n), seed, config.rotation_block)
             weight = _rotated(weight, u, v, blocks=(u_block, v_block))
         mask = None
         if spec.rank:

@@ -1,4 +1,4 @@
-"""Factors for a backbone that somebody else has made: W ≈ Q + L R with Q given, whatever method it comes from.
+"""Low-rank error reconstruction: factors for a backbone that somebody else has made, W ≈ Q + L R with Q given.
 
 E = W − Q is compressed as L R alone (a solve with backbone `none`), and Q is stored beside it in bf16:
 
@@ -25,10 +25,12 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 
 
-def correct(
+def reconstruct_error(
     backbone: Any, weight: Any, hessian: Any, spec: str | Spec, *, output_hessian: Any = None, seed: int = 0, **options: Any
 ) -> Solution:
-    """Fit L R to what a given backbone leaves of a matrix: minimise tr(G E H Eᵀ), E = W − Q − L R, Q as it is.
+    """Low-rank error reconstruction: fit L R to what a given backbone leaves of a matrix, Q as it is; `qlr.correct`.
+
+        minimise tr(G E H Eᵀ),  E = W − Q − L R
 
     Args:
         backbone: Q, (out, in), decoded; kept in bf16.
@@ -42,16 +44,16 @@ def correct(
 
     Example:
         >>> w = np.random.default_rng(0).standard_normal((32, 48), np.float32)
-        >>> found = correct(np.round(w), w, None, "bf16+r16@bf16")
+        >>> found = reconstruct_error(np.round(w), w, None, "bf16+r16@bf16")
         >>> bool(found.stats["relative_error"] < 0.21), str(found.value.spec)
         (True, 'bf16+r16@bf16')
     """
     weight = checked_weight(weight)
-    held, metric = checked_backbone(backbone, weight.shape), checked_hessian(hessian, weight.shape[1])
+    backbone, metric = checked_backbone(backbone, weight.shape), checked_hessian(hessian, weight.shape[1])
     output = None if output_hessian is None else checked_hessian(output_hessian, weight.shape[0], "outputs")
-    text = alone(spec)
-    factors = solve(weight - held, metric, text, output_hessian=output, seed=seed, **options) if text else None
-    return joined(held, factors, weight, metric, output)
+    text = factors_only(spec)
+    factors = solve(weight - backbone, metric, text, output_hessian=output, seed=seed, **options) if text else None
+    return with_backbone(backbone, factors, weight, metric, output)
 
 
 def checked_backbone(backbone: object, shape: tuple[int, int]) -> np.ndarray:
@@ -59,13 +61,13 @@ def checked_backbone(backbone: object, shape: tuple[int, int]) -> np.ndarray:
     array = np.asarray(backbone)
     if array.shape != shape:
         raise QLRError(f"the backbone has shape {array.shape}; the weight has {shape}, so pass that")
-    held = array.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
-    if not np.isfinite(held).all():
+    backbone = array.astype(np.float32).astype(ml_dtypes.bfloat16).astype(np.float32)
+    if not np.isfinite(backbone).all():
         raise QLRError("the backbone holds NaN or infinity; pass finite numbers")
-    return held
+    return backbone
 
 
-def alone(spec: Spec | str) -> str:
+def factors_only(spec: Spec | str) -> str:
     """The spec of the factors by themselves: `none+r16@int-8` for `bf16+r16@int-8`; "" where there is no rank."""
     spec = Spec.parse(spec)
     if spec.backbone != "bf16" or spec.rotated:
@@ -73,7 +75,7 @@ def alone(spec: Spec | str) -> str:
     return str(replace(spec, backbone="none")) if spec.rank else ""
 
 
-def joined(
+def with_backbone(
     backbone: np.ndarray,
     factors: Solution | None,
     weight: np.ndarray,
@@ -84,7 +86,7 @@ def joined(
 
     Args:
         backbone: of `checked_backbone`.
-        factors: of a solve of W − Q with `alone(spec)`; None for rank 0.
+        factors: of a solve of W − Q with `factors_only(spec)`; None for rank 0.
     """
     weight, backbone = np.asarray(weight), np.asarray(backbone)
     if factors is None:
@@ -101,5 +103,9 @@ def joined(
     stats = {"relative_error": float(relative_error(weight[None], found[None], hessian[None])[0]), "iterations": steps}
     stats |= {"history": [stats["relative_error"]], "bound": None}
     if output is not None:
-        stats["felt_error"] = float(relative_error(weight[None], found[None], hessian[None], output[None])[0])
+        stats["weighted_error"] = float(relative_error(weight[None], found[None], hessian[None], output[None])[0])
     return Solution(value, verdict, stats)
+
+
+correct = reconstruct_error
+"""The public name: `qlr.correct`."""

@@ -78,7 +78,7 @@ class Regrid:
             rows = self.output.factor(row_group(-(-layout.shape[0] // height) * height, height))
         sides, blocks = None, (0, 0)
         if Spec.parse(layout.spec).rotated:
-            (u, u_block), (v, v_block) = hadamard.sides(layout.shape, layout.seed, layout.rotation_block)
+            (u, u_block), (v, v_block) = hadamard.rotations(layout.shape, layout.seed, layout.rotation_block)
             sides, blocks = (u, v), (u_block, v_block)
         factor, static = self.metric.factor(column_block(self.quantizer)), self.quantizer.static()
         if isinstance(self.quantizer, Trellis):  # always an array, and the host's, so that one program does all

@@ -39,9 +39,9 @@ class Solution:
         value: the compressed matrix.
         verdict: how it ended.
         stats: `relative_error` √(tr(E H Eᵀ)/tr(W H Wᵀ)) of `value.dense()` with the H given, undamped; where G was given,
-            `felt_error`, the same in G as well, √(tr(G E H Eᵀ)/tr(G W H Wᵀ)); `history`, what was minimised after every half-step;
-            `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for integer backbones without
-            factors and without G, None elsewhere.
+            `weighted_error`, the same in G as well, √(tr(G E H Eᵀ)/tr(G W H Wᵀ)); `history`, what was minimised after every
+            half-step; `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for integer
+            backbones without factors and without G, None elsewhere.
     """
 
     value: QLRMatrix
@@ -54,7 +54,7 @@ class Solution:
         rows, cols = self.value.shape
         return 8 * self.value.nbytes / (rows * cols)
 
-    def told(self) -> str:
+    def summary(self) -> str:
         """Spec, bits and error in a few words."""
         return f"{self.value.spec}: {self.bits:.4g} bits, error {self.stats['relative_error']:.4f}"
 
@@ -81,7 +81,7 @@ def finish(
         judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
         stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged, "bound": _bound(problem, best, i)}
         if problem.output is not None:
-            stats["felt_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
+            stats["weighted_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
         solutions.append(Solution(value, _verdict(problem, i, trail, bool(converged[i])), stats))
     return solutions
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.alternation import first_step, improve_backbone, init, only, step
+from qlr_jax.core.alternation import first_step, improve_backbone, init, keep_stopped, step
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.metric import Metric
@@ -106,7 +106,7 @@ def solve_batch(
     running, converged = np.ones(len(members), bool), np.zeros(len(members), bool)
     for _ in range(config.iterations - 1):
         before = state
-        state = only(running, step(problem, before), before)
+        state = keep_stopped(running, step(problem, before), before)
         for i in np.flatnonzero(running):
             histories[i] += state.trail
         gained = 1.0 - state.best_error / np.maximum(before.best_error, 1e-30)

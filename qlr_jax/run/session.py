@@ -113,7 +113,7 @@ class Session:
             statistics = Statistics(weights, *self._workers.statistics(), backbones)
             space = Workspace.open(self.out, facts, resume=True)
         with self.progress.stage("solving for process 0") as stage:
-            done = lambda key, found: stage.advance(note=f"{key[0]} {found.told()}")  # noqa: E731
+            done = lambda key, found: stage.advance(note=f"{key[0]} {found.summary()}")  # noqa: E731
             solved = self._workers.serve(space, statistics.problem, done)
         cluster = self._workers.cluster
         return {"process": cluster.process, "processes": cluster.processes, "solved": solved}

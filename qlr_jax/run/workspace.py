@@ -212,7 +212,10 @@ def _load(path: Path) -> Solution:
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise QLRError(f"{path} cannot be read ({error}); remove it, and go on with --resume") from None
     layout = Layout(**{**recorded["layout"], "shape": tuple(recorded["layout"]["shape"])})
-    return Solution(QLRMatrix(arrays, layout), Verdict[recorded["verdict"]], recorded["stats"])
+    stats = recorded["stats"]
+    if "felt_error" in stats:  # the key in a job that version 0.1.0 began
+        stats["weighted_error"] = stats.pop("felt_error")
+    return Solution(QLRMatrix(arrays, layout), Verdict[recorded["verdict"]], stats)
 
 
 def _renamed(path: Path, write: Callable[[Path], Any]) -> None:

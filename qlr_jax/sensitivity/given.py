@@ -10,7 +10,7 @@ from allocators import Option, OptionTable
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import relative_error
-from qlr_jax.core.reconstruction import alone
+from qlr_jax.core.reconstruction import factors_only
 from qlr_jax.core.spec import Spec
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama
@@ -54,7 +54,7 @@ def measure_given(
     coefficient = {n: max(kl[n], 0.0) / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
 
     def filled(name: str, option: Option) -> Option:
-        text = alone(option.spec)
+        text = factors_only(option.spec)
         left = predict(profiles[name], Spec.parse(text), config.state_bits) if text else 1.0
         return replace(option, damage=coefficient[name] * (base[name] * left) ** 2, measured=not text)
 

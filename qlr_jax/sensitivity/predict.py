@@ -1,7 +1,7 @@
 """The relative error of every option of a matrix, predicted from its spectra and the rate curve of the grid.
 
 Rounding with feedback leaves tr(G E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n · tr(D_G) / m: D the grid's mean squared error on
-a unit Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.echo`), D_H and D_G the diagonals of the LDLᵀ
+a unit Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.noise_gain`), D_H and D_G the diagonals of the LDLᵀ
 factors of H and G (QuIP, arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly; G = I where there is none). Rank
 pays in one of two ways: with factors of W itself X = W − L̂ R̂ is smaller by the singular values of W, or with factors of what Q
 leaves the error is smaller by the eigenvalues of D_G. Coarse factors take a part of either back.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.ldlq import echo, feedback, inflation, pad_metric, row_group
+from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, row_group, variance_gain
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
 from qlr_jax.core.quantizers import Nothing, Quantizer, Trellis
@@ -39,7 +39,7 @@ class Profile:
         explained: the leading eigenvalues of Cᵀ W H Wᵀ C, G = C Cᵀ, (k,): what each component takes from `energy`.
         absorbed: the leading eigenvalues of D_G over its trace, (k,): what each component takes from Q's error.
         noise: tr(D_H) / n · tr(D_G) / m of the damped, rotated H and G.
-        echo: φ of their feedback.
+        noise_gain: φ of their feedback.
     """
 
     shape: tuple[int, int]
@@ -49,7 +49,7 @@ class Profile:
     explained: np.ndarray
     absorbed: np.ndarray
     noise: float
-    echo: float
+    noise_gain: float
 
 
 def profile(
@@ -104,7 +104,7 @@ def _side(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, dam
     factor, trace = feedback(pad_metric(regular, width), width)
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
     padding = (-n % width) * float(jnp.trace(regular[0])) / n
-    return max(float(trace[0]) - padding, 0.0) / n, float(echo(factor)[0])
+    return max(float(trace[0]) - padding, 0.0) / n, float(noise_gain(factor)[0])
 
 
 def _absorbed(metric: jnp.ndarray, group: int, seed: int, block: int, damping: float) -> np.ndarray:
@@ -133,7 +133,7 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
         of_error = profile.size * (1 - (1 - coarse) * float(profile.absorbed[: spec.rank].sum()))
         left_over = min(of_weight, of_error)
     error = grid_error(spec.quantizer(state_bits), state_bits)
-    return math.sqrt(error * float(inflation(error, profile.echo)) * left_over * profile.noise / profile.energy)
+    return math.sqrt(error * float(variance_gain(error, profile.noise_gain)) * left_over * profile.noise / profile.energy)
 
 
 def grid_error(quantizer: Quantizer, state_bits: int) -> float:

@@ -53,8 +53,8 @@ class Statistics:
 
 
 def final_error(solution: Solution) -> float:
-    """The relative error that a solve minimised: felt by the outputs' metric where it had one."""
-    return solution.stats.get("felt_error", solution.stats["relative_error"])
+    """The relative error that a solve minimised: weighted by the outputs' metric where it had one."""
+    return solution.stats.get("weighted_error", solution.stats["relative_error"])
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def measure(
     probes = {name: probe(listed) for name, listed in offered.items()}
     problems = {key: found.problem(*key) for key in _anchors(offered, probes)}
     with progress.stage("probing", total=len(problems)) as stage:
-        solved = solver(problems, seed=seed, config=search, on_done=lambda key, s: stage.advance(note=f"{key[0]} {s.told()}"))
+        solved = solver(problems, seed=seed, config=search, on_done=lambda key, s: stage.advance(note=f"{key[0]} {s.summary()}"))
     errors = {key: final_error(solution) for key, solution in solved.items()}
     ratios = {}
     for (name, spec), error in errors.items():

@@ -35,7 +35,7 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str) -> Candidate:
     with run.progress.stage("compressing in sequence", total=len(specs)) as stage:
 
         def on_done(key: Key, solution: Solution) -> None:
-            stage.advance(note=f"{key[0]} {solution.told()}")
+            stage.advance(note=f"{key[0]} {solution.summary()}")
 
         def solved(problems: Mapping[Key, Any]) -> Mapping[Key, Solution]:
             return solver(problems, on_done=on_done, **settings)

@@ -17,7 +17,7 @@ def solve(run: Run, plans: Mapping[str, allocators.Allocation]) -> dict[str, Can
     with run.progress.stage("compressing", total=len(problems)) as stage:
 
         def on_done(key: Key, solution: Solution) -> None:
-            stage.advance(note=f"{key[0]} {solution.told()}")
+            stage.advance(note=f"{key[0]} {solution.summary()}")
 
         solved = run.solver("final")(problems, seed=run.recipe.seed, config=run.settings.solver, on_done=on_done)
     return {name: Candidate(plan, solutions_of(plan.specs, solved)) for name, plan in plans.items()}
