@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import allocators
 import qlr_jax as qlr
 from allocators import AllocationError, OptionTable
 from qlr_jax import job
@@ -162,6 +163,21 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
     with pytest.raises(QLRError, match="notes say nothing"):
         job.compress(tiny, tmp_path / "no", "2.25bpw", text, LIGHT, table=dataclasses.replace(table, notes={}))
     assert not (tmp_path / "no").exists()
+
+
+def test_a_strategy_that_is_asked_for_is_delivered_as_it_is(measured, tiny, text, tmp_path):
+    recipe, table = LIGHT.updated(strategy="greedy"), measured[1]
+    done = job.compress(tiny, tmp_path / "out", "2.25bpw", text, recipe, table=table).report
+    wanted = allocators.greedy(table, allocators.Budget.parse("2.25bpw").on(table).limit)
+    assert {row["name"]: row["spec"] for row in done["matrices"]} == wanted.specs
+    assert done["delivered"] == "allocated" and done["refined"] is None and done["recipe"]["strategy"] == "greedy"
+    assert set(done["calibration_kl"]) == {"allocated", "uniform", "rank0"}
+    kept = json.loads((tmp_path / "out" / "allocation.json").read_text())["allocated"]
+    assert kept["method"] == "greedy" and "greedy" not in kept["baselines"] and "allocated" in kept["baselines"]
+    assert "strategy: greedy" in (tmp_path / "out" / "recipe.yaml").read_text()
+    for name in ("report.html", "report.md"):
+        page = (tmp_path / "out" / name).read_text()
+        assert "Delivered as asked for: greedy" in page and "greedy, as asked" in page
 
 
 def test_without_room_for_output_hessians_outputs_count_alike(tiny, text, monkeypatch):

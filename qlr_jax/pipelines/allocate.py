@@ -15,7 +15,6 @@ from allocators import AllocationError, Infeasible, OptionTable
 from allocators.strategies import CONTROL, DEFAULT, compared, solved_strategies
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import replace_text
-from qlr_jax.settings.constraints import Constraints as Constraints
 
 TABLE = "table.json"
 GAP, SECONDS, POINTS = 1e-4, 10.0, 200

@@ -68,7 +68,7 @@ class Recipe:
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
     strategy: str = _field(
-        "allocated",
+        DEFAULT,
         "of allocation, whose result is delivered: allocated (exact, refined by measuring) or, as it is, "
         + ", ".join(name for name in STRATEGIES if name != DEFAULT),
     )
