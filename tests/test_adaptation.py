@@ -12,14 +12,19 @@ import pytest
 
 import qlr_jax as qlr
 from qlr_jax import calibration
-from qlr_jax.adaptation import AdaptConfig, TeacherLogits, Verdict, adapt, adapting, teacher_logits
-from qlr_jax.adaptation import checkpoint as saving
-from qlr_jax.adaptation.config import TRAINABLE, fresh_bytes
-from qlr_jax.adaptation.fresh import fresh_factors
-from qlr_jax.adaptation.losses import kl_loss, states_loss, text_loss, top_kl_loss
-from qlr_jax.adaptation.rounding import round_left, round_right, shifts, stored
-from qlr_jax.adaptation.student import TABLES, _part, bf16_product, dense, forward, logits, packed_matrices, take_apart, teaching
-from qlr_jax.adaptation.train import Text, _trust, mean_loss, order, rates, trainer, weight_gradients
+from qlr_jax.adaptation import AdaptationVerdict, AdaptConfig, TeacherLogits, checkpoint, fine_tune, loop, teacher_logits
+from qlr_jax.adaptation.added_components import added_components
+from qlr_jax.adaptation.assembly import pack_matrix
+from qlr_jax.adaptation.config import TRAINABLE, added_bytes
+from qlr_jax.adaptation.losses import hidden_state_loss, kl_loss, text_loss, top_kl_loss
+from qlr_jax.adaptation.measure import mean_loss, weight_gradients
+from qlr_jax.adaptation.metrics import backbone_metric
+from qlr_jax.adaptation.products import bf16_product
+from qlr_jax.adaptation.rounding import factor_shifts, quantize_left, quantize_right
+from qlr_jax.adaptation.sequences import Sequences, epoch_order
+from qlr_jax.adaptation.student import EMBEDDINGS, dense, packed_matrices, split_matrix, take_apart
+from qlr_jax.adaptation.student_forward import student_forward, student_logits, teacher_forward
+from qlr_jax.adaptation.trainer import learning_rates, make_trainer, row_trust
 from qlr_jax.core import hadamard
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import QLRMatrix
@@ -101,7 +106,7 @@ def losses(adapted):
 
 @pytest.fixture(scope="module")
 def adapted(zoo, original, tokens):
-    return adapt(zoo, tokens, settings(steps=20, batch=12, evaluate_every=5), teacher=original, held_out=tokens)
+    return fine_tune(zoo, tokens, settings(steps=20, batch=12, evaluate_every=5), teacher=original, held_out=tokens)
 
 
 # --- the student -----------------------------------------------------------------------------------------------------------
@@ -111,19 +116,19 @@ def test_apart_and_together_is_the_same_model(zoo, packed, tokens):
     for model, rank in ((zoo, None), (packed, 4)):
         want = model(jnp.asarray(tokens))
         student, values, frame = take_apart(model, ("factors", "scales"), rank, {})
-        got = jax.jit(lambda v, s=student, f=frame: logits(s, f, v, jnp.asarray(tokens), exact_product))(values)
+        got = jax.jit(lambda v, s=student, f=frame: student_logits(s, f, v, jnp.asarray(tokens), exact_product))(values)
         assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
         for name, matrix in packed_matrices(model).items():
             base = frame.linears()[name].weight.get_value()
-            np.testing.assert_allclose(dense(student.sites[name], values[name], base), matrix.dense(), atol=1e-5)
+            np.testing.assert_allclose(dense(student.matrices[name], values[name], base), matrix.dense(), atol=1e-5)
 
 
 def test_factors_that_stay_are_multiplied_out_beside_a_trained_backbone(zoo, tokens):
     student, values, frame = take_apart(zoo, ("backbone", "scales"), None, {})
-    bodies = [name for name in student.sites if "body" in values[name]]
-    assert any(packed_matrices(zoo)[name].spec.rank for name in bodies) and not any(student.sites[name].rank for name in bodies)
+    bodies = [name for name in student.matrices if "body" in values[name]]
+    assert any(packed_matrices(zoo)[name].spec.rank for name in bodies) and not any(student.matrices[name].rank for name in bodies)
     want = zoo(jnp.asarray(tokens))
-    assert float(jnp.abs(logits(student, frame, values, jnp.asarray(tokens), exact_product) - want).max()) < 1e-4 * float(
+    assert float(jnp.abs(student_logits(student, frame, values, jnp.asarray(tokens), exact_product) - want).max()) < 1e-4 * float(
         jnp.abs(want).max()
     )
 
@@ -132,8 +137,8 @@ def test_hidden_states_are_those_that_leave_the_blocks(packed, original, tokens)
     batch = jnp.asarray(tokens)
     student, values, frame = take_apart(packed, ("factors",), None, {})
     for model, (states, scores) in (
-        (packed, forward(student, frame, values, batch, exact_product)),
-        (original, teaching(original, batch, exact_product)),
+        (packed, student_forward(student, frame, values, batch, exact_product)),
+        (original, teacher_forward(original, batch, exact_product)),
     ):
         want = through(model.block(0), model.embed(batch), model.rope(batch.shape[1]))
         assert len(states) == model.config.num_hidden_layers == 1
@@ -143,7 +148,7 @@ def test_hidden_states_are_those_that_leave_the_blocks(packed, original, tokens)
 
 def test_remat_and_the_fast_product_change_little(packed, tokens):
     student, values, frame = take_apart(packed, ("factors",), None, {})
-    run = lambda *how: logits(student, frame, values, jnp.asarray(tokens), *how)  # noqa: E731
+    run = lambda *how: student_logits(student, frame, values, jnp.asarray(tokens), *how)  # noqa: E731
     np.testing.assert_allclose(run(exact_product, True), run(exact_product), atol=1e-5)
     assert float(jnp.abs(run(bf16_product) - run(exact_product)).mean()) < 0.02 * float(jnp.abs(run(exact_product)).mean())
     x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 8), (5, 8)]))
@@ -152,8 +157,8 @@ def test_remat_and_the_fast_product_change_little(packed, tokens):
 
 
 def test_the_loss_falls_and_what_is_stored_is_judged(adapted, packed, original, tokens):
-    assert adapted.verdict is Verdict.IMPROVED and adapted.stats["after"] < adapted.stats["before"]
-    text = Text(tokens, original)
+    assert adapted.verdict is AdaptationVerdict.IMPROVED and adapted.stats["after"] < adapted.stats["before"]
+    text = Sequences(tokens, original)
     assert adapted.stats["after"] == pytest.approx(mean_loss(adapted.value, text, settings()), rel=1e-5)
     p, q = (jax.nn.log_softmax(m(jnp.asarray(tokens)), axis=-1) for m in (original, adapted.value))
     assert adapted.stats["after"] == pytest.approx(float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))), rel=1e-3)
@@ -186,8 +191,8 @@ MOVES = {
 def test_only_what_is_named_moves(packed, original, tokens, train):
     # every norm moves by more than half of what bf16 resolves at 1
     more = {"reround": 2, "backbone_rate": 0.02} if train == "backbone" else {}
-    found = adapt(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02, **more), teacher=original)
-    assert found.verdict is not Verdict.NOT_IMPROVED
+    found = fine_tune(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02, **more), teacher=original)
+    assert found.verdict is not AdaptationVerdict.NOT_IMPROVED
     moved = set()
     for name, matrix in packed_matrices(packed).items():
         for key, array in found.matrices[name].arrays.items():
@@ -216,7 +221,7 @@ def with_table(request):
     model = Llama(config, jax.random.key(1))
     for name, param in model.tensors().items():
         value = param.get_value() * (8 if param.get_value().ndim > 1 else 1)
-        param.set_value(value.astype(jnp.bfloat16).astype(jnp.float32) if name in TABLES else value)
+        param.set_value(value.astype(jnp.bfloat16).astype(jnp.float32) if name in EMBEDDINGS else value)
     return model, compressed(model, {f"{LAYER}mlp.gate_proj": "int-2g16", f"{LAYER}mlp.up_proj": "int-2g16"})
 
 
@@ -225,17 +230,17 @@ def test_embeddings_are_learned_and_those_of_unseen_tokens_stay(with_table):
     tokens = np.random.default_rng(2).integers(0, 40, (12, 10))
     config = settings(train=("embeddings",), top=4, steps=8, batch=12, embedding_rate=0.02)
     teacher = teacher_logits(model, tokens, 4)
-    found = adapt(packed, tokens, config, teacher=teacher)
-    assert found.verdict is Verdict.IMPROVED and found.stats["after"] < 0.95 * found.stats["before"]
+    found = fine_tune(packed, tokens, config, teacher=teacher)
+    assert found.verdict is AdaptationVerdict.IMPROVED and found.stats["after"] < 0.95 * found.stats["before"]
     assert found.stats["bytes"] == found.stats["bytes_before"]
-    assert set(found.embeddings) == set(TABLES if model.lm_head is not None else TABLES[:1])
+    assert set(found.embeddings) == set(EMBEDDINGS if model.lm_head is not None else EMBEDDINGS[:1])
     assert found.stats["trained"] == sum(a.size for a in found.embeddings.values())
     read, told = set(tokens.ravel()), set(teacher.ids.ravel().tolist())
     for name, array in found.embeddings.items():
         np.testing.assert_array_equal(array, array.astype(jnp.bfloat16).astype(array.dtype))
         moved = set(np.flatnonzero(np.any(array != packed.tensors()[name].get_value(), axis=1)).tolist())
         # an untied embedding has no gradient where a token is not read; the head has one wherever the teacher names it
-        assert moved and moved <= (read if name == TABLES[0] and model.lm_head is not None else read | told)
+        assert moved and moved <= (read if name == EMBEDDINGS[0] and model.lm_head is not None else read | told)
     assert len(read | told) < 64
 
 
@@ -245,10 +250,10 @@ def test_gradients_of_a_tied_embedding_are_those_of_both_uses(with_table):
     student, values, frame = take_apart(packed, ("embeddings",), None, {})
 
     def loss(values):
-        return jnp.mean(jnp.square(logits(student, frame, values, tokens, exact_product)))
+        return jnp.mean(jnp.square(student_logits(student, frame, values, tokens, exact_product)))
 
     gradient, step = jax.grad(loss)(values), 1e-3
-    for name in student.tables:
+    for name in student.embeddings:
         along = jax.random.normal(jax.random.key(4), values[name]["table"].shape)
         ends = [loss(values | {name: values[name] | {"table": values[name]["table"] + s * step * along}}) for s in (1, -1)]
         slope = float(ends[0] - ends[1]) / (2 * step)
@@ -257,12 +262,12 @@ def test_gradients_of_a_tied_embedding_are_those_of_both_uses(with_table):
 
 def test_a_rare_token_moves_less_than_a_common_one():
     second = jnp.asarray([[1.0, 1.0], [1e-4, 1e-4], [0.0, 0.0]])
-    trust = np.asarray(_trust(second))[:, 0]
+    trust = np.asarray(row_trust(second))[:, 0]
     assert trust[0] > 0.8 and trust[1] < 0.05 and trust[2] == 0
 
 
 def test_trained_signs_are_stored_counted_and_trained_again(packed, original, tokens):
-    first = adapt(packed, tokens, settings(train=("signs",), steps=5, batch=12), teacher=original)
+    first = fine_tune(packed, tokens, settings(train=("signs",), steps=5, batch=12), teacher=original)
     matrices = packed_matrices(first.value)
     extra = {n: 2 * sum(m.shape) if m.spec.rotated else 0 for n, m in matrices.items()}
     assert sum(m.layout.signs for m in matrices.values()) == 3 and all(m.layout.signs == m.spec.rotated for m in matrices.values())
@@ -276,15 +281,15 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
             np.testing.assert_allclose(matrix.dense(), (a * u)[:, None] * np.asarray(seeded) * (b * v), atol=1e-5)
             assert 0 < np.abs(a * u - 1).max() < 0.2
     # what stays as it is keeps its signs; fresh factors begin at no change in their basis too
-    student, values, frame = take_apart(first.value, ("factors",), None, fresh := fresh_factors(matrices, {
+    student, values, frame = take_apart(first.value, ("factors",), None, fresh := added_components(matrices, {
         n: np.asarray(m.dense()) for n, m in matrices.items()}, 400, None))  # fmt: skip
-    got, want = logits(student, frame, values, jnp.asarray(tokens), exact_product), first.value(jnp.asarray(tokens))
+    got, want = student_logits(student, frame, values, jnp.asarray(tokens), exact_product), first.value(jnp.asarray(tokens))
     assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
     for name, right in fresh.items():
         turned = hadamard.unrotate(right, *matrices[name].rotations[1]) if matrices[name].spec.rotated else right
         basis = np.linalg.svd(np.asarray(matrices[name].dense(), np.float64))[2][: len(right)]
         assert np.linalg.norm(np.asarray(turned) @ basis.T) == pytest.approx(np.linalg.norm(turned), rel=1e-2)
-    second = adapt(first.value, tokens, settings(train=("factors", "scales"), steps=5, batch=12), teacher=original)
+    second = fine_tune(first.value, tokens, settings(train=("factors", "scales"), steps=5, batch=12), teacher=original)
     assert second.stats["after"] < second.stats["before"] == pytest.approx(first.stats["after"], rel=1e-5)
     for name, matrix in packed_matrices(second.value).items():
         for side in ("output_signs", "input_signs") if matrix.layout.signs else ():
@@ -292,22 +297,22 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
 
 
 def test_first_components_alone(packed, original, tokens):
-    found = adapt(packed, tokens, settings(train=("factors",), rank=4, steps=5, batch=12), teacher=original)
+    found = fine_tune(packed, tokens, settings(train=("factors",), rank=4, steps=5, batch=12), teacher=original)
     name = f"{LAYER}self_attn.k_proj"
     old, new = packed_matrices(packed)[name], found.matrices[name]
-    assert found.verdict is not Verdict.NOT_IMPROVED and old.spec == new.spec
+    assert found.verdict is not AdaptationVerdict.NOT_IMPROVED and old.spec == new.spec
     for side in ("left", "right"):
         a, b = old.arrays[f"{side}.codes"], new.arrays[f"{side}.codes"]
         np.testing.assert_array_equal(a[1:], b[1:])
         assert not np.array_equal(a[:1], b[:1])
     np.testing.assert_array_equal(old.arrays["component_scale"][4:], new.arrays["component_scale"][4:])
     with pytest.raises(QLRError, match=r"rank 3 cuts the components .* multiple of 4"):
-        adapt(packed, tokens, settings(rank=3), teacher=original)
+        fine_tune(packed, tokens, settings(rank=3), teacher=original)
 
 
 @pytest.mark.parametrize("grid", ["bf16", "int-8"])
 def test_another_grid_for_all_factors(packed, original, tokens, grid):
-    found = adapt(packed, tokens, settings(factors=grid, steps=5, batch=12), teacher=original)
+    found = fine_tune(packed, tokens, settings(factors=grid, steps=5, batch=12), teacher=original)
     assert found.stats["after"] < found.stats["before"]
     for name, matrix in found.matrices.items():
         spec = Spec.parse(SMALL[name])
@@ -319,21 +324,21 @@ def test_another_grid_for_all_factors(packed, original, tokens, grid):
 def test_shifted_factors_are_those_that_rounding_gives(zoo, tokens):
     student, values, frame = take_apart(zoo, ("factors",), None, {})
     rng = np.random.default_rng(0)
-    for name, site in student.sites.items():
+    for name, site in student.matrices.items():
         if not site.rank:
             continue
         noise = {k: values[name][k] * (1 + 0.1 * rng.normal(size=values[name][k].shape)) for k in ("left", "right", "component")}
         own = {k: jnp.asarray(v, jnp.float32) for k, v in (values[name] | noise).items()}
         hessian = np.eye(site.layout.shape[1], dtype=np.float32)
-        got = own | shifts(site, own, hessian, {})
-        right, _ = round_right(site, own, hessian)
-        both, codes = round_left(site, right, hessian)
+        got = own | factor_shifts(site, own, hessian, {})
+        right, _ = quantize_right(site, own, hessian)
+        both, codes = quantize_left(site, right, hessian)
         want = dense(site, both, frame.linears()[name].weight.get_value())
         np.testing.assert_allclose(dense(site, got, frame.linears()[name].weight.get_value()), want, atol=1e-4)
-        again = right | shifts(site, right | {"right.shift": 1.0}, hessian, {"right.codes": 0})
+        again = right | factor_shifts(site, right | {"right.shift": 1.0}, hessian, {"right.codes": 0})
         np.testing.assert_allclose(dense(site, again, frame.linears()[name].weight.get_value()), want, atol=1e-4)
-        assert not shifts(site, both, hessian, {"right.codes": 0, **codes})["left.shift"].any()
-        fresh = shifts(site, own | {"left": 0 * own["left"]}, hessian, {})
+        assert not factor_shifts(site, both, hessian, {"right.codes": 0, **codes})["left.shift"].any()
+        fresh = factor_shifts(site, own | {"left": 0 * own["left"]}, hessian, {})
         assert not fresh["left.shift"].any()
 
 
@@ -341,12 +346,12 @@ def test_shifted_factors_are_those_that_rounding_gives(zoo, tokens):
 def test_what_does_not_move_is_rounded_to_itself(spec):
     rng = np.random.default_rng(0)
     matrix = qlr.solve(rng.standard_normal((64, 128)), None, spec, state_bits=6, iterations=1, seed=3).value
-    site, values, _ = _part("", matrix, None, None, None, ("factors", "backbone"))
+    site, values, _ = split_matrix("", matrix, ("factors", "backbone"))
     h, g = (np.cov(rng.standard_normal((size, 4 * size))).astype(np.float32) for size in (128, 64))
-    grid = Regrid.of(matrix, adapting._metric(h, None, matrix.layout, INPUT), adapting._metric(g, None, matrix.layout, OUTPUT))
-    rounded, right = round_right(site, values, h)
-    rounded, left = round_left(site, rounded, h)
-    again = stored(matrix, site, rounded, {**right, **left}, grid)
+    grid = Regrid.of(matrix, backbone_metric(h, None, matrix.layout, INPUT), backbone_metric(g, None, matrix.layout, OUTPUT))
+    rounded, right = quantize_right(site, values, h)
+    rounded, left = quantize_left(site, rounded, h)
+    again = pack_matrix(matrix, site, rounded, {**right, **left}, grid)
     kept = ("backbone", "left", "right", "component_scale") if all(site.on_grid) else ("backbone",)
     for key in (key for key in matrix.arrays if key.startswith(kept)):
         np.testing.assert_array_equal(again.arrays[key], matrix.arrays[key], strict=True)
@@ -359,7 +364,7 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
     matrix, rng = packed_matrices(packed)[LAYER + kind], np.random.default_rng(0)
     m, n = matrix.shape
     h, g = (np.cov(rng.standard_normal((size, 4 * size))) + 0.1 * np.eye(size) for size in (n, m))
-    made = lambda *metrics: Regrid.of(matrix, *(adapting._metric(a, None, matrix.layout, side) for side, a in enumerate(metrics)))  # noqa: E731
+    made = lambda *metrics: Regrid.of(matrix, *(backbone_metric(a, None, matrix.layout, side) for side, a in enumerate(metrics)))  # noqa: E731
     grid = made(h, g)
     body = np.asarray(matrix.without_factors().dense(), np.float64) / float(grid.scale)
     wanted = body + 0.3 * body.std() * rng.standard_normal((m, n))
@@ -383,24 +388,24 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
 @pytest.mark.parametrize("train", [("factors",), ("factors", "backbone")])
 def test_factors_are_trained_rounded_and_resumed(packed, original, tokens, held_out, tmp_path, monkeypatch, train):
     config = settings(train=train, reround=2, reround_backbone=1, steps=6, evaluate_every=2, backbone_rate=0.02)
-    run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
-    whole, save = run(tmp_path / "whole"), saving.save
+    run = lambda folder: fine_tune(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
+    whole, save = run(tmp_path / "whole"), checkpoint.save
 
     def saved(*given):
         save(*given)
         raise Interrupted
 
-    monkeypatch.setattr(saving, "save", saved)
+    monkeypatch.setattr(checkpoint, "save", saved)
     with pytest.raises(Interrupted):
         run(tmp_path / "begun")
-    monkeypatch.setattr(saving, "save", save)
+    monkeypatch.setattr(checkpoint, "save", save)
     again = run(tmp_path / "begun")
     assert again.stats["history"] == whole.stats["history"]
     assert whole.stats["bytes"] == whole.stats["bytes_before"]
     # what it was judged by in training is what is stored
     looks = [e["held_out"] for e in whole.stats["history"] if "held_out" in e]
     assert {e["phase"] for e in whole.stats["history"]} == {"all"} and len(looks) == 4
-    if whole.verdict is not Verdict.NOT_IMPROVED:
+    if whole.verdict is not AdaptationVerdict.NOT_IMPROVED:
         assert whole.stats["after"] == pytest.approx(min(looks), rel=1e-2)  # component scales are stored in float16
 
 
@@ -421,19 +426,19 @@ def test_losses_against_numpy(tokens):
 
 
 def test_a_teachers_likeliest_tokens_stand_for_it(packed, original, tokens, held_out):
-    one = adapt(packed, tokens, settings(top=None), teacher=original, held_out=held_out)
-    all_kept = adapt(packed, tokens, settings(top=64), teacher=original, held_out=held_out)
+    one = fine_tune(packed, tokens, settings(top=None), teacher=original, held_out=held_out)
+    all_kept = fine_tune(packed, tokens, settings(top=64), teacher=original, held_out=held_out)
     np.testing.assert_allclose(losses(one), losses(all_kept), rtol=2e-2)
     kept = teacher_logits(original, tokens, 8, batch=5)
     assert kept.ids.shape == (12, 10, 8) and kept.ids.dtype == np.uint16 and kept.logp.dtype == np.float16
     others = teacher_logits(original, held_out, 8)
-    given = adapt(packed, tokens, settings(top=8), teacher=kept, held_out=held_out, held_out_teacher=others)
-    own = adapt(packed, tokens, settings(top=8), teacher=original, held_out=held_out)
+    given = fine_tune(packed, tokens, settings(top=8), teacher=kept, held_out=held_out, held_out_teacher=others)
+    own = fine_tune(packed, tokens, settings(top=8), teacher=original, held_out=held_out)
     assert losses(given) == losses(own)
 
 
 def test_mix_is_the_weighted_sum(packed, original, tokens):
-    kl, text, mix = (mean_loss(packed, Text(tokens, original), settings(loss=n, weight=0.25)) for n in ("kl", "text", "mix"))
+    kl, text, mix = (mean_loss(packed, Sequences(tokens, original), settings(loss=n, weight=0.25)) for n in ("kl", "text", "mix"))
     assert mix == pytest.approx(0.25 * kl + 0.75 * text, rel=1e-5)
 
 
@@ -444,23 +449,24 @@ def test_states_against_numpy():
     apart = found - original
     want = np.mean([0.5 * np.einsum("bti,ij,btj->bt", d, g, d).mean() for d, g in zip(apart, metrics, strict=True)])
     given = ([jnp.asarray(a, jnp.float32) for a in arrays] for arrays in (found, original, metrics))
-    assert float(states_loss(*given, exact_product)) == pytest.approx(want, rel=1e-5)
+    assert float(hidden_state_loss(*given, exact_product)) == pytest.approx(want, rel=1e-5)
 
 
 def test_states_are_trained_on_and_left_out_of_what_is_told(packed, original, tokens, held_out):
     """Their weight draws the hidden states to the original's; the loss that is told stays KL."""
     plain, drawn = (
-        adapt(packed, tokens, settings(train=("scales",), steps=8, batch=12, states=w), teacher=original, held_out=held_out)
+        fine_tune(packed, tokens, settings(train=("scales",), steps=8, batch=12, states=w), teacher=original, held_out=held_out)
         for w in (0.0, 1000.0)
     )
     assert losses(plain)[0] == pytest.approx(losses(drawn)[0], rel=1e-5) and losses(plain)[-1] != losses(drawn)[-1]
     batch = jnp.asarray(tokens)
-    wanted = teaching(original, batch, exact_product)[0][0]
+    wanted = teacher_forward(original, batch, exact_product)[0][0]
     name = f"{LAYER}mlp.down_proj"
     metric = calibration.output_hessians(packed.densified(), tokens, [name])[name]
 
     def apart(model):
-        return float(states_loss(teaching(model.densified(), batch, exact_product)[0], [wanted], [metric], exact_product))
+        states = teacher_forward(model.densified(), batch, exact_product)[0]
+        return float(hidden_state_loss(states, [wanted], [metric], exact_product))
 
     assert apart(drawn.value) < apart(plain.value) < apart(packed)
 
@@ -472,10 +478,10 @@ def first_steps(packed, original, tokens, **changes):
     config = settings(**changes)
     student, values, frame = take_apart(packed, config.train, None, {})
     names = {(n, k) for n, own in values.items() for k in own if k in ("left", "right", "norm", "gain")}
-    tools = trainer(student, frame, names, Text(tokens, original), config)
-    trained, fixed, state = tools.init(values)
+    trainer = make_trainer(student, frame, names, Sequences(tokens, original), config)
+    trained, fixed, state = trainer.init(values)
     for step in range(2):
-        trained, state, loss = tools.step(trained, fixed, state, rates(config, trained, names, step, 10), np.arange(12))
+        trained, state, loss = trainer.step(trained, fixed, state, learning_rates(config, trained, names, step, 10), np.arange(12))
     return trained, loss
 
 
@@ -486,7 +492,7 @@ def test_accumulated_passes_equal_one_batch(packed, original, tokens):
 
 
 def test_every_epoch_takes_every_sequence_once():
-    taken = np.concatenate([order(5, step, 4, 6) for step in range(6)])
+    taken = np.concatenate([epoch_order(5, step, 4, 6) for step in range(6)])
     assert all(sorted(taken[e * 6 : e * 6 + 6].tolist()) == list(range(6)) for e in range(4))
     assert not np.array_equal(taken[:6], taken[6:12])
 
@@ -497,9 +503,9 @@ class Interrupted(Exception):
 
 def test_a_resumed_training_ends_as_an_uninterrupted_one(packed, original, tokens, held_out, tmp_path, monkeypatch):
     config = settings(steps=8, evaluate_every=2, train=TRAINABLE[:-1])
-    run = lambda folder: adapt(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
+    run = lambda folder: fine_tune(packed, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole = run(tmp_path / "whole")
-    save = saving.save
+    save = checkpoint.save
     for stop in (2, 5):  # in the first phase, and in a later one
         count = [0]
 
@@ -509,44 +515,41 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(packed, original, token
             if count[0] == stop:
                 raise Interrupted
 
-        monkeypatch.setattr(saving, "save", saved)
+        monkeypatch.setattr(checkpoint, "save", saved)
         with pytest.raises(Interrupted):
             run(tmp_path / str(stop))
-        monkeypatch.setattr(saving, "save", save)
+        monkeypatch.setattr(checkpoint, "save", save)
         again = run(tmp_path / str(stop))
         assert again.stats["history"] == whole.stats["history"]
         for a, b in zip(jax.tree.leaves(again.matrices), jax.tree.leaves(whole.matrices), strict=True):
             np.testing.assert_array_equal(a, b)
     with pytest.raises(QLRError, match="of another model, text or setting"):
-        adapt(packed, tokens, settings(steps=11), teacher=original, held_out=held_out, checkpoint=tmp_path / "2")
+        fine_tune(packed, tokens, settings(steps=11), teacher=original, held_out=held_out, checkpoint=tmp_path / "2")
 
 
 def test_training_stops_early_and_keeps_the_best(packed, original, tokens, held_out, monkeypatch):
     seen = iter([1.0, 0.5, 0.9, 0.8, 0.7, 0.6])
-    real = adapting.trainer
     kept = []
 
     def scripted(*given):
-        tools = real(*given)
-
-        def judge(trained, fixed, text):
+        def evaluate(trained, fixed, text):
             kept.append(trained)
             return next(seen)
 
-        return dataclasses.replace(tools, judge=judge)
+        return dataclasses.replace(make_trainer(*given), evaluate=evaluate)
 
-    monkeypatch.setattr(adapting, "trainer", scripted)
+    monkeypatch.setattr(loop, "make_trainer", scripted)
     config = settings(train=("norms",), steps=100, evaluate_every=1, patience=3)
-    found = adapt(packed, tokens, config, teacher=original, held_out=held_out)
-    assert len(losses(found)) == 4 and found.verdict in (Verdict.STOPPED_EARLY, Verdict.NOT_IMPROVED)
-    if found.verdict is Verdict.STOPPED_EARLY:
+    found = fine_tune(packed, tokens, config, teacher=original, held_out=held_out)
+    assert len(losses(found)) == 4 and found.verdict in (AdaptationVerdict.STOPPED_EARLY, AdaptationVerdict.NOT_IMPROVED)
+    if found.verdict is AdaptationVerdict.STOPPED_EARLY:
         best = kept[1]["model.norm.weight"]["norm"].astype(jnp.bfloat16).astype(jnp.float32)
         np.testing.assert_array_equal(found.norms["model.norm.weight"], best)
 
 
 def test_a_worse_model_is_not_handed_out(packed, original, tokens):
-    found = adapt(packed, tokens, settings(train=("norms",), vector_rate=5.0, steps=3), teacher=original)
-    assert found.verdict is Verdict.NOT_IMPROVED and found.value is packed and "unchanged" in str(found.verdict)
+    found = fine_tune(packed, tokens, settings(train=("norms",), vector_rate=5.0, steps=3), teacher=original)
+    assert found.verdict is AdaptationVerdict.NOT_IMPROVED and found.value is packed and "unchanged" in str(found.verdict)
 
 
 TWO = """
@@ -554,7 +557,7 @@ import json, sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from qlr_jax.adaptation import AdaptConfig, adapt
+from qlr_jax.adaptation import AdaptConfig, fine_tune
 from qlr_jax.models import Llama, LlamaConfig
 from qlr_jax.models.forward import through
 import qlr_jax as qlr, jax.numpy as jnp
@@ -566,7 +569,7 @@ for linear in model.linears().values():
 tokens = np.random.default_rng(0).integers(0, 16, (8, 6))
 out = {}
 for n in (1, 2):
-    found = adapt(model, tokens, AdaptConfig(steps=3, batch=4, top=None, devices=n), teacher=original)
+    found = fine_tune(model, tokens, AdaptConfig(steps=3, batch=4, top=None, devices=n), teacher=original)
     out[n] = [e["loss"] for e in found.stats["history"]]
 print(json.dumps([len(jax.devices()), out[1], out[2]]))
 """
@@ -584,12 +587,12 @@ def test_two_devices_equal_one(request):
 
 def test_fresh_factors_change_nothing_at_first_and_keep_to_their_bytes(packed, original, tokens):
     matrices, config, budget = packed_matrices(packed), settings(), 400
-    gradients = weight_gradients(packed, Text(tokens, original), config)
-    fresh = fresh_factors(matrices, gradients, budget, None)
+    gradients = weight_gradients(packed, Sequences(tokens, original), config)
+    fresh = added_components(matrices, gradients, budget, None)
     student, values, frame = take_apart(packed, config.train, None, fresh)
-    got, want = logits(student, frame, values, jnp.asarray(tokens), exact_product), packed(jnp.asarray(tokens))
+    got, want = student_logits(student, frame, values, jnp.asarray(tokens), exact_product), packed(jnp.asarray(tokens))
     assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
-    found = adapt(packed, tokens, settings(fresh=f"{budget}B", fresh_grid="same", steps=8, batch=12), teacher=original)
+    found = fine_tune(packed, tokens, settings(fresh=f"{budget}B", fresh_grid="same", steps=8, batch=12), teacher=original)
     assert found.stats["after"] < found.stats["before"]
     added = found.stats["bytes"] - found.stats["bytes_before"]
     assert budget - 150 < added <= budget
@@ -601,13 +604,13 @@ def test_fresh_factors_change_nothing_at_first_and_keep_to_their_bytes(packed, o
 
 def test_gradients_of_weights_are_those_of_the_loss(packed, original, tokens):
     config, name = settings(), f"{LAYER}self_attn.v_proj"
-    found = weight_gradients(packed, Text(tokens[:2], original), config)[name]
+    found = weight_gradients(packed, Sequences(tokens[:2], original), config)[name]
     model = packed.densified()
     weight, step = model.linears()[name].weight.get_value(), 1e-2 * found / np.linalg.norm(found)
     ends = []
     for sign in (1, -1):
         model.linears()[name].weight.set_value(weight + sign * step)
-        ends.append(mean_loss(model, Text(tokens[:2], original), config))
+        ends.append(mean_loss(model, Sequences(tokens[:2], original), config))
     assert (ends[0] - ends[1]) / 2e-2 == pytest.approx(np.linalg.norm(found), rel=0.02)
 
 
@@ -645,21 +648,21 @@ def test_settings_that_cannot_be_used_are_named(changes, says):
 
 def test_inputs_that_cannot_be_used_are_named(packed, original, tokens):
     for call, says in [
-        (lambda: adapt(original, tokens, teacher=original), "holds no compressed matrix"),
-        (lambda: adapt(packed, tokens), "loss 'kl' compares with the original model; pass it as teacher"),
-        (lambda: adapt(packed, tokens[0], teacher=original), r"tokens has shape \(10,\)"),
-        (lambda: adapt(packed, tokens + 60, teacher=original), "ids outside the vocabulary of 64"),
-        (lambda: adapt(packed, tokens, teacher=original, held_out=tokens[:, :1]), "held_out has shape"),
-        (lambda: adapt(packed, tokens, teacher=teacher_logits(original, tokens[:2], 4)), "kept logits are not those of tokens"),
+        (lambda: fine_tune(original, tokens, teacher=original), "holds no compressed matrix"),
+        (lambda: fine_tune(packed, tokens), "loss 'kl' compares with the original model; pass it as teacher"),
+        (lambda: fine_tune(packed, tokens[0], teacher=original), r"tokens has shape \(10,\)"),
+        (lambda: fine_tune(packed, tokens + 60, teacher=original), "ids outside the vocabulary of 64"),
+        (lambda: fine_tune(packed, tokens, teacher=original, held_out=tokens[:, :1]), "held_out has shape"),
+        (lambda: fine_tune(packed, tokens, teacher=teacher_logits(original, tokens[:2], 4)), "kept logits are not those of tokens"),
         (
-            lambda: adapt(packed, tokens, settings(states=1.0), teacher=teacher_logits(original, tokens, 4)),
+            lambda: fine_tune(packed, tokens, settings(states=1.0), teacher=teacher_logits(original, tokens, 4)),
             "states 1 needs the original",
         ),
-        (lambda: adapt(packed, tokens, settings(devices=64), teacher=original), "devices 64 cannot share a batch of 4"),
-        (lambda: adapt(packed, tokens, settings(fresh="10B"), teacher=original), "within 10 bytes fit no matrix"),
+        (lambda: fine_tune(packed, tokens, settings(devices=64), teacher=original), "devices 64 cannot share a batch of 4"),
+        (lambda: fine_tune(packed, tokens, settings(fresh="10B"), teacher=original), "within 10 bytes fit no matrix"),
         (lambda: AdaptConfig.make({"learning": 1}), "'learning' is no setting"),
     ]:
         with pytest.raises(QLRError, match=says):
             call()
-    assert fresh_bytes("0.5bpw", 16) == 1
+    assert added_bytes("0.5bpw", 16) == 1
     assert isinstance(teacher_logits(original, tokens[:1], 4), TeacherLogits)

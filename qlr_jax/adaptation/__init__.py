@@ -1,7 +1,21 @@
 """Adaptation of a compressed model by gradient: L, R, small vectors, embeddings and, where asked for, Q on its own grid."""
 
-from qlr_jax.adaptation.adapting import Adapted, Verdict, adapt
 from qlr_jax.adaptation.config import LOSSES, TRAINABLE, AdaptConfig
-from qlr_jax.adaptation.losses import TeacherLogits, teacher_logits
+from qlr_jax.adaptation.fine_tuning import fine_tune
+from qlr_jax.adaptation.result import AdaptationVerdict, Adapted
+from qlr_jax.adaptation.teacher import TeacherLogits, teacher_logits
 
-__all__ = ["LOSSES", "TRAINABLE", "AdaptConfig", "Adapted", "TeacherLogits", "Verdict", "adapt", "teacher_logits"]
+Verdict, adapt = AdaptationVerdict, fine_tune  # as users of the package import them
+
+__all__ = [
+    "LOSSES",
+    "TRAINABLE",
+    "AdaptConfig",
+    "AdaptationVerdict",
+    "Adapted",
+    "TeacherLogits",
+    "Verdict",
+    "adapt",
+    "fine_tune",
+    "teacher_logits",
+]

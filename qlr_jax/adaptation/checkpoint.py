@@ -20,7 +20,14 @@ Trees = dict[str, dict[str, dict[str, Any]]]
 
 
 def save(folder: Path, trees: Trees, optimizer: Any, run: dict[str, Any]) -> None:
-    """Write a checkpoint beside the old one, then put it in its place."""
+    """Write a checkpoint beside the old one, then put it in its place.
+
+    Args:
+        folder: of the checkpoints.
+        trees: arrays by title, by matrix or norm, and by name.
+        optimizer: its state, a tree.
+        run: numbers and history, as JSON takes them.
+    """
     new, last, old = (folder / name for name in (f"{LAST}.new", LAST, f"{LAST}.old"))
     for stale in (new, old):
         shutil.rmtree(stale, ignore_errors=True)
@@ -28,7 +35,7 @@ def save(folder: Path, trees: Trees, optimizer: Any, run: dict[str, Any]) -> Non
     arrays = {f"{title}/{name}/{key}": a for title, tree in trees.items() for name, own in tree.items() for key, a in own.items()}
     # a list of leaves: the optimizer's own types are put back by the tree of a new one
     arrays |= {f"optimizer/{i}": leaf for i, leaf in enumerate(jax.tree.leaves(optimizer))}
-    ocp.save((new / "arrays").resolve(), {key: np.asarray(a) for key, a in arrays.items()})
+    ocp.save(str((new / "arrays").resolve()), {key: np.asarray(a) for key, a in arrays.items()})
     (new / "run.json").write_text(json.dumps(run) + "\n", encoding="utf-8")
     if last.exists():
         last.rename(old)
@@ -37,7 +44,7 @@ def save(folder: Path, trees: Trees, optimizer: Any, run: dict[str, Any]) -> Non
 
 
 def load(folder: Path, fingerprint: str) -> tuple[Trees, list[jax.Array], dict[str, Any]] | None:
-    """(trees, the optimizer's leaves, numbers and history) of the last whole checkpoint in `folder`; None where there is none.
+    """(trees, the optimizer's leaves, numbers and history) of the last complete checkpoint in `folder`; None where there is none.
 
     Raises:
         QLRError: it belongs to another model, text or setting.
@@ -50,7 +57,7 @@ def load(folder: Path, fingerprint: str) -> tuple[Trees, list[jax.Array], dict[s
         raise QLRError(f"the checkpoint in {folder} is of another model, text or setting; give those, or another folder")
     trees: Trees = {}
     leaves: dict[int, jax.Array] = {}
-    for path, array in ocp.load((at / "arrays").resolve()).items():
+    for path, array in ocp.load(str((at / "arrays").resolve())).items():
         title, rest = path.split("/", 1)
         if title == "optimizer":
             leaves[int(rest)] = jnp.asarray(array)

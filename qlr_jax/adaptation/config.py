@@ -13,7 +13,7 @@ from qlr_jax.errors import QLRError
 TRAINABLE = ("factors", "norms", "scales", "signs", "embeddings", "backbone")
 LOSSES = ("text", "kl", "mix")
 COMPUTE = ("float32", "bf16")
-FRESH_GRID = "trellis-4"
+ADDED_GRID = "trellis-4"
 _RANGES: Mapping[str, tuple[float, float]] = {
     "weight": (0.0, 1.0),
     "states": (0.0, 1e4),
@@ -39,22 +39,22 @@ class AdaptConfig:
 
     Attributes:
         train: of "factors" (L and R), "norms" (weights of RMSNorm, stored in bf16 as before), "scales" (g, component scales and
-            the group scales of integer and normal-float backbones), "signs" (the sign vectors of the rotations, relaxed to real
-            numbers and then stored in float16, 16 / m + 16 / n bits a weight of a matrix (m, n)) and "embeddings" (the embedding
-            and, where it is not tied, lm_head, stored in bf16 as before): all but factors and signs cost no byte. Embeddings take
-            24 bytes of memory a number while they are trained. And "backbone": Q, rounded anew on its own grid, at no byte, for 28
-            bytes of memory a weight.
+            the group scales of backbones that have such), "signs" (the sign vectors of the rotations, relaxed to real numbers and
+            then stored in float16, 16 / m + 16 / n bits a weight of a matrix (m, n)) and "embeddings" (the embedding and, where it
+            is not tied, lm_head, stored in bf16 as before): all but factors and signs cost no byte. Embeddings take 24 bytes of
+            memory a number while they are trained. And "backbone": Q, re-quantized on its own grid, at no byte, for 28 bytes of
+            memory a weight.
         rank: only the first so many components of every matrix, the largest ones; None: all.
-        fresh: new components, given to the matrices whose gradient asks for them: all that they may add, in bits a compressed
+        fresh: added components, given to the matrices whose gradient asks for them: all that they may take, in bits a compressed
             weight ("0.05bpw") or bytes ("20kB").
-        fresh_grid: grid of the factors of matrices that are given new components, the old ones with them, or "same": each its own.
+        fresh_grid: grid of the factors of matrices that are given components, the old ones with them, or "same": each its own.
         factors: grid of the stored factors: "same" as each matrix has, or one for all, e.g. "bf16", "trellis-4", "int-8".
         loss: "text" (next token), "kl" (to the original model) or "mix" (weight · KL + (1 − weight) · text).
         weight: of KL in "mix".
         top: the teacher's likeliest tokens that are computed once and kept, a position; None: it runs beside the student.
-        states: weight of what the hidden states that leave the blocks differ by from the teacher's, each in the metric of its
-            gradients, a mean over blocks in nats a token. Of fewer tokens more is learned, and above all of backbones; the
-            teacher runs beside the student then, whatever `top` is. 0 leaves it out.
+        states: weight of hidden-state distillation: the difference of the hidden states that leave the blocks from the teacher's,
+            each in the metric of its gradients, a mean over blocks in nats a token. It learns more from fewer tokens, most of all
+            where backbones are trained; the teacher runs beside the student then, whatever `top` is. 0 leaves it out.
         steps: of the optimizer, all phases together.
         batch, accumulate: sequences of one pass, and passes that one step adds up.
         learning_rate: peak of the factors', in units of their size.
@@ -63,12 +63,12 @@ class AdaptConfig:
         backbone_rate: peak of the backbone's, in units of the spread of its grid.
         warmup: share of each phase's steps in which the rate rises; then it falls as a cosine.
         clip: largest norm of a gradient.
-        evaluate_every: steps between looks at held-out text.
-        patience: looks without a gain after which a phase ends; the best is kept in any case.
-        reround: where factors are rounded to few bits, train on them rounded, with straight-through gradients, and round them anew
-            after so many steps; None: train them as real numbers, then round R, train on, round L, and train on.
-        reround_backbone: steps after which trained backbones are rounded anew, and before every look at held-out text; between
-            looks every walk of a trellis closes where it did before, which takes half of the time.
+        evaluate_every: steps between validation steps, each the loss on held-out text.
+        patience: validation steps without a gain after which a phase ends; the best is kept in any case.
+        reround: where factors are quantized to few bits, train them quantized, with straight-through gradients, and re-quantize
+            them after so many steps; None: train them as real numbers, then quantize R, train on, quantize L, and train on.
+        reround_backbone: steps after which trained backbones are re-quantized, and before every validation step; between validation
+            steps every sequence of a trellis keeps its tail-biting state, which takes half of the time.
         compute: "bf16" multiplies in bfloat16 and adds in float32, "float32" all of it.
         remat: compute a block's activations again in the backward pass: less memory, a third more time.
         devices: how many share a batch; None: as many as this process has and divide it.
@@ -89,7 +89,7 @@ class AdaptConfig:
     train: tuple[str, ...] = ("factors", "norms", "scales")
     rank: int | None = None
     fresh: str | None = None
-    fresh_grid: str = FRESH_GRID
+    fresh_grid: str = ADDED_GRID
     factors: str = "same"
     loss: str = "kl"
     weight: float = 0.5
@@ -141,13 +141,17 @@ class AdaptConfig:
         if self.fresh is not None:
             if self.rank is not None:
                 raise QLRError(f"fresh {self.fresh!r} adds components to those that rank {self.rank} leaves alone; leave one out")
-            fresh_bytes(self.fresh, 8)
+            added_bytes(self.fresh, 8)
             if "factors" not in self.train:
                 raise QLRError(f"fresh {self.fresh!r} adds factors that are not trained; add 'factors' to train")
 
     @classmethod
     def make(cls, options: Mapping[str, Any]) -> AdaptConfig:
-        """From keyword options; what is unknown is refused by name."""
+        """From options by name.
+
+        Raises:
+            QLRError: an option that is no setting.
+        """
         known = [f.name for f in fields(cls)]
         for name in options:
             if name not in known:
@@ -155,11 +159,14 @@ class AdaptConfig:
         return cls(**options)
 
 
-def fresh_bytes(text: str, weights: int) -> int:
+def added_bytes(text: str, weights: int) -> int:
     """Bytes that a text such as `0.05bpw`, `20kB` or `2MiB` allows for `weights` compressed weights.
 
+    Raises:
+        QLRError: the text is no size.
+
     Example:
-        >>> fresh_bytes("0.05bpw", 8000), fresh_bytes("20kB", 8000), fresh_bytes("1 KiB", 8000)
+        >>> added_bytes("0.05bpw", 8000), added_bytes("20kB", 8000), added_bytes("1 KiB", 8000)
         (50, 20000, 1024)
     """
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?)\s*(bpw|B|kB|KB|MB|GB|KiB|MiB|GiB)\s*", text)
@@ -172,4 +179,5 @@ def fresh_bytes(text: str, weights: int) -> int:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:-1]) + f" or {names[-1]}" if len(names) > 1 else names[0]
+    *first, last = names
+    return " or ".join([", ".join(first), last] if first else [last])

@@ -79,7 +79,7 @@ class HarnessModel(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; special tokens are the tokenizer's own choice by default, and none are added where the text begins with BOS."""
+        """Token ids; special tokens are the tokenizer's choice by default, and none are added where the text begins with BOS."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None and bos and string.startswith(bos):
             add_special_tokens = False

@@ -59,7 +59,7 @@ def adapt(
         What report.json has under "adapted", with `out` and `dest`.
 
     Raises:
-        QLRError: no text, too little of it, no original where one is needed; and what `adaptation.adapt` raises.
+        QLRError: no text, too little of it, no original where one is needed; and what `adaptation.fine_tune` raises.
     """
     config, progress = config or AdaptConfig(), progress or silent()
     out, dest = Path(out).expanduser(), Path(dest).expanduser()
@@ -87,7 +87,9 @@ def adapt(
     with progress.stage("measuring before"):
         known = reference(teacher or model.densified(), windows, max_bytes=REFERENCE_BYTES)
         before = divergence(model, known)
-    found = adaptation.adapt(model, training, config, teacher=teacher, held_out=stopping, checkpoint=checkpoint, progress=progress)
+    found = adaptation.fine_tune(
+        model, training, config, teacher=teacher, held_out=stopping, checkpoint=checkpoint, progress=progress
+    )
     with progress.stage("measuring after"):
         after = divergence(found.value, known)
     record = {

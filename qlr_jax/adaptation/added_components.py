@@ -1,4 +1,4 @@
-"""New components within a budget of bytes: which matrices are given how many, and where their R begins."""
+"""Added components within a budget of bytes: which matrices are given how many, and where their R begins."""
 
 from __future__ import annotations
 
@@ -17,26 +17,29 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
-CHUNK = 4  # components that a trellis lays its walks across
-MOST = 64  # components of a fresh matrix, at most
+CHUNK = 4  # components: a trellis takes its sequences across so many
+MOST = 64  # components added to a matrix, at most
 
 
-def fresh_factors(
+def added_components(
     matrices: Mapping[str, QLRMatrix], gradients: Mapping[str, np.ndarray], budget: int, grid: str | None, *, seed: int = 0
 ) -> dict[str, Array]:
-    """R (k, n) of new components in the rotated basis, for the matrices and ranks that the gradient G = ∂loss/∂W asks for.
+    """R (k, n) of added components in the rotated basis, for the matrices and ranks that the gradient G = ∂loss/∂W asks for.
 
-    The top k right singular vectors of G are where L R lowers the loss fastest from L = 0 (LoRA-GA, arXiv 2407.05000, section 3),
-    and the sum of their σ² is how fast. Chunks of 4 components go to the matrices by σ² a byte until `budget` bytes are spent.
+    The top k right singular vectors of G are where L R lowers the loss fastest from L = 0, and the sum of their σ² is how fast.
+    Chunks of 4 components go to the matrices by σ² a byte until `budget` bytes are spent.
 
     Args:
         matrices: all compressed matrices.
         gradients: G (m, n) of each in the basis of W.
-        budget: bytes that all new components may add, everything stored counted.
-        grid: of the factors; None: each matrix's own, FRESH_GRID where it has none.
+        budget: bytes that all added components may take, everything stored counted.
+        grid: of the factors; None: each matrix's own, ADDED_GRID where it has none.
+        seed: of the start of the subspace iteration.
 
     Raises:
         QLRError: the budget is less than the smallest chunk takes.
+
+    Source: LoRA-GA, arXiv 2407.05000, section 3.
     """
     bases: dict[str, tuple[Array, np.ndarray]] = {}
     queue: list[tuple[float, str, int]] = []
@@ -51,7 +54,7 @@ def fresh_factors(
             heapq.heappush(queue, (-bases[name][1][0] / _price(matrix, 0, grid), name, 0))
     cheapest = min((_price(matrices[name], 0, grid) for name in bases), default=budget + 1)
     if budget < cheapest:
-        raise QLRError(f"fresh factors within {budget} bytes fit no matrix; the smallest take {cheapest} bytes, so give more")
+        raise QLRError(f"added components within {budget} bytes fit no matrix; the smallest take {cheapest} bytes, so give more")
     ranks: dict[str, int] = {}
     while queue:
         _, name, chunks = heapq.heappop(queue)
@@ -67,7 +70,7 @@ def fresh_factors(
 
 
 def _price(matrix: QLRMatrix, chunks: int, grid: str | None) -> int:
-    """Bytes that one more chunk takes after `chunks` new ones; the first may change the grid of the components there are."""
+    """Bytes that one more chunk takes after `chunks` added ones; the first may change the grid of the components there are."""
 
     def size(count: int) -> int:
         if not count:
