@@ -1,4 +1,4 @@
-"""How far a job has come, told on stderr: a bar on a terminal, plain lines elsewhere, nothing in tests and libraries.
+"""How far a job has come, on stderr: a bar on a terminal, plain lines elsewhere, nothing in tests and libraries.
 
 Example:
     with progress.stage("compressing", total=56) as stage:
@@ -12,7 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol, TextIO
+from typing import TYPE_CHECKING, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
 EVERY_SECONDS = 5.0  # plain lines come no closer than this
 
@@ -26,7 +30,7 @@ class Stage(Protocol):
 
 
 class Progress(Protocol):
-    """Where a job tells how far it is."""
+    """Where a job reports how far it is."""
 
     def stage(self, title: str, total: int | None = None) -> AbstractContextManager[Stage]:
         """A stage of `total` units (None: unknown), under way as long as the context is open."""
@@ -38,7 +42,7 @@ class Progress(Protocol):
 
 
 def silent() -> Progress:
-    """Tells nothing.
+    """Shows nothing.
 
     >>> with silent().stage("loading", total=2) as stage:
     ...     stage.advance()
@@ -123,15 +127,15 @@ class _PlainStage:
     def __init__(self, say: Callable[[str], None], title: str, total: int | None, every: float):
         self._say, self._title, self._total, self._every = say, title, total, every
         self._lock, self._done = threading.Lock(), 0
-        self._started = self._told = time.monotonic()
+        self._started = self._last_line = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
         with self._lock:
             self._done += count
             now = time.monotonic()
-            if now - self._told < self._every or self._done == self._total:
+            if now - self._last_line < self._every or self._done == self._total:
                 return
-            self._told = now
+            self._last_line = now
             line = f"{self._title}: {self._done}" + (f" of {self._total}" if self._total is not None else "")
             if self._total and 0 < self._done < self._total:
                 line += f", about {duration((now - self._started) * (self._total - self._done) / self._done)} left"
@@ -177,7 +181,7 @@ class _Bars:
                 self._bars.start()
         task = self._bars.add_task(title, total=total, note="")
         try:
-            yield _BarStage(lambda count, note: self._bars.update(task, advance=count, **({"note": note} if note else {})))
+            yield _BarStage(self._bars, task)
             ending = "done in"
         except BaseException:
             ending = "stopped after"
@@ -192,11 +196,14 @@ class _Bars:
 
 
 class _BarStage:
-    def __init__(self, update: Callable[[int, str], None]):
-        self._update = update
+    def __init__(self, bars: RichProgress, task: TaskID):
+        self._bars, self._task = bars, task
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        self._update(count, note)
+        if note:
+            self._bars.update(self._task, advance=count, note=note)
+        else:
+            self._bars.update(self._task, advance=count)
 
 
 class _Logged:

@@ -152,7 +152,7 @@ def test_weights_on_disk_leave_a_small_part_of_the_memory():
     assert plan.disk["temporary"] == 81 * 65536 * 8192 * 4  # hidden states at all blocks, of the tokens that G is measured on
     assert found["hidden states of all sequences"] == 256 * 2048 * 8192 * 4
     assert "weights: stay on disk, read block by block, because in float32 they take 276 GB, more than half" in plan_text(plan)
-    assert "held in memory, because the recipe says streaming: false" in plan_text(held)
+    assert "kept in memory, because the recipe says streaming: false" in plan_text(held)
     small = plan_job(SMALL, LIGHT.updated(streaming=True), ROOMY)
     assert small.disk["temporary"] == 0 and parts(small)["hidden states at all blocks"] == 3 * 2 * 256 * 64 * 4
 

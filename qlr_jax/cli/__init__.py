@@ -16,11 +16,11 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of typer's
+        message, show = getattr(error, "format_message", None), getattr(error, "show", None)
+        if message is None or show is None:  # no usage error of typer's
             raise
-        as_json = "--json" in sys.argv
-        if as_json:
-            print(json.dumps({"error": error.format_message()}))
-        error.show()
+        if "--json" in sys.argv:
+            print(json.dumps({"error": message()}))
+        show()
         status = getattr(error, "exit_code", 2)
     sys.exit(status)

@@ -9,7 +9,15 @@ from typing import Any
 from qlr_jax.progress import duration
 from qlr_jax.report.content.adapted import HEADS as ADAPTED_HEADS
 from qlr_jax.report.content.adapted import adapted_rows, how_line, won_sentence
-from qlr_jax.report.content.allocation import KIND_HEADS, by_layer_and_kind, kind_rows, rank_line, specified_matrices, spectra_line
+from qlr_jax.report.content.allocation import (
+    KIND_HEADS,
+    bound_line,
+    by_layer_and_kind,
+    kind_rows,
+    rank_line,
+    specified_matrices,
+    spectra_line,
+)
 from qlr_jax.report.content.fit import HEADS as FIT_HEADS
 from qlr_jax.report.content.fit import advice, fit_rows, fit_sentence
 from qlr_jax.report.content.proof import certificate, predictions_line
@@ -100,8 +108,9 @@ def _allocation(report: Mapping[str, Any]) -> list[str]:
     layers, kinds, placed = by_layer_and_kind(matrices)
     specs = [[str(at), *[short_spec(placed.get((at, kind), {}).get("spec")) for kind in kinds]] for at in layers]
     out = [_sentence(rank_line(matrices)), _table(KIND_HEADS, kind_rows(report)), _table(("layer", *kinds), specs)]
-    meaning = "Sensitivity: KL for each unit of squared relative error."
-    return [*out, meaning if any(is_number(matrix.get("sensitivity")) for matrix in matrices) else "", _plain(spectra_line(report))]
+    meaning = "Errors, bounds and sensitivities are medians. Sensitivity: KL for each unit of squared relative error."
+    known = any(is_number(matrix.get(key)) for matrix in matrices for key in ("relative_error", "sensitivity"))
+    return [*out, meaning if known else "", _sentence(bound_line(matrices)), _plain(spectra_line(report))]
 
 
 def _again(report: Mapping[str, Any]) -> list[str]:

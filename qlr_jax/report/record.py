@@ -108,8 +108,8 @@ class Record:
         found = self.refined
         if found is None:
             return None
-        said = {name: getattr(found, name) for name in ("measured", "start", "gained", "tried", "accepted", "seconds", "explain")}
-        return said | {"history": [vars(trial) for trial in found.history]}
+        values = {name: getattr(found, name) for name in ("measured", "start", "gained", "tried", "accepted", "seconds", "explain")}
+        return values | {"history": [vars(trial) for trial in found.history]}
 
     def _fit(self) -> dict[str, Any] | None:
         """What a byte or device budget was made of, and what is stored against it."""

@@ -11,6 +11,7 @@ from qlr_jax.models.sites import KINDS
 
 MODELS = ("original", *solved_strategies())
 MISSING = "–"
+STAGES = {"judge": "select"}  # under which names report.json has them -> how they are called
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -110,6 +111,15 @@ def sentence(text: str) -> str:
     ('Measured on 5 tokens.', '')
     """
     return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def stage_label(name: str) -> str:
+    """What a stage of a job is called for people.
+
+    >>> stage_label("judge"), stage_label("solve")
+    ('select', 'solve')
+    """
+    return STAGES.get(name, name)
 
 
 def shape_of(matrix: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 from qlr_jax.report.words import (
+    MISSING,
     bits,
     is_number,
     kind_of,
@@ -23,8 +24,9 @@ from qlr_jax.report.words import (
 )
 
 LEADING = 8  # components that the text speaks of: about the rank that an allocation gives where it gives any
-KIND_HEADS = ("kind", "bits per weight", "rank", "sensitivity, median", f"share of {LEADING} components")
-MATRIX_HEADS = ("matrix", "shape", "spec", "stored", "bits per weight", "relative error", "predicted error", "predicted damage")
+KIND_HEADS = ("kind", "bits per weight", "rank", "relative error", "upper bound", "sensitivity", f"share of {LEADING} components")
+ERRORS = ("relative error", "upper bound", "predicted error", "predicted damage")
+MATRIX_HEADS = ("matrix", "shape", "spec", "stored", "bits per weight", *ERRORS)
 FULL = 12.0  # matrices of so many bits a weight and more were left as they are: they do not stretch the scales
 
 
@@ -107,14 +109,40 @@ def matrix_rows(matrices: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             str(matrix["spec"]),
             size(matrix.get("bytes")),
             bits(matrix.get("bits")),
-            *[number(matrix.get(key)) for key in ("relative_error", "predicted_error", "predicted_damage")],
+            number(matrix.get("relative_error")),
+            bound_text(matrix),
+            *[number(matrix.get(key)) for key in ("predicted_error", "predicted_damage")],
         ]
         for matrix in matrices
     ]
 
 
-def kind_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Kind, bits per weight, largest rank, median sensitivity, share of the leading components in the energy."""
+def bound_text(matrix: Mapping[str, Any]) -> str:
+    """What theory says that the relative error cannot exceed; where it says nothing, why.
+
+    >>> bound_text({"bound": 0.21}), bound_text({"bound": None, "bound_note": "trellis"}), bound_text({})
+    ('0.210', 'trellis', '–')
+    """
+    return number(matrix["bound"]) if is_number(matrix.get("bound")) else str(matrix.get("bound_note") or MISSING)
+
+
+def bound_line(matrices: Iterable[Mapping[str, Any]]) -> str:
+    """How many matrices have an upper bound of their error, and why the others have none; empty where nothing of it is known.
+
+    >>> bound_line([{"bound": 0.2}, {"bound": None, "bound_note": "trellis"}])
+    'upper bounds of the relative error: 1 of 2 matrices; none for 1: trellis'
+    """
+    matrices = list(matrices)
+    without = [matrix for matrix in matrices if not is_number(matrix.get("bound"))]
+    why = Counter(str(matrix["bound_note"]) for matrix in without if matrix.get("bound_note"))
+    if len(without) == len(matrices) and not why:
+        return ""
+    line = f"upper bounds of the relative error: {len(matrices) - len(without)} of {len(matrices)} matrices"
+    return line + "".join(f"; none for {count}: {note}" for note, count in why.items())
+
+
+def kind_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Kind, bits per weight, ranks, medians of error, its bound and sensitivity, share of the leading components in the energy."""
     matrices, curves = rows_of(report, "matrices"), shares_by_kind(report)
     rows = []
     for kind in kind_order([kind_of(row) for row in matrices if row.get("spec")]):
@@ -123,7 +151,8 @@ def kind_rows(report: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]
         share = percent(curve[min(LEADING, len(curve) - 1)] if curve else None)
         ranks = sorted(rank_of(row["spec"]) for row in here)
         rank = str(ranks[0]) if ranks[0] == ranks[-1] else f"{ranks[0]} to {ranks[-1]}"
-        rows.append((kind, number(_mean_bits(here)), rank, number(_median([row.get("sensitivity") for row in here])), share))
+        medians = [number(_median([row.get(key) for row in here])) for key in ("relative_error", "bound", "sensitivity")]
+        rows.append((kind, number(_mean_bits(here)), rank, *medians, share))
     return rows
 
 

@@ -10,12 +10,13 @@ from qlr_jax.report.words import (
     is_number,
     part_of,
     size,
+    stage_label,
 )
 
 
 def stage_rows(report: Mapping[str, Any]) -> list[tuple[str, float]]:
     """The stages with their seconds; an adaptation, which came after, last."""
-    stages = [(str(name), value) for name, value in part_of(report, "seconds", "stages").items() if is_number(value)]
+    stages = [(stage_label(str(name)), value) for name, value in part_of(report, "seconds", "stages").items() if is_number(value)]
     adapted = part_of(report, "adapted").get("seconds")
     return [*stages, ("adaptation, afterwards", adapted)] if is_number(adapted) else stages
 

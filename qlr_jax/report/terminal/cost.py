@@ -5,7 +5,7 @@ from __future__ import annotations
 from qlr_jax.cost import MEMORY_ERROR, Part, Plan, Stage
 from qlr_jax.progress import duration
 from qlr_jax.report.terminal.columns import columns
-from qlr_jax.report.words import bits, size
+from qlr_jax.report.words import bits, size, stage_label
 from qlr_jax.settings.limits import WEIGHTS_SHARE
 
 
@@ -63,7 +63,7 @@ def _budget(plan: Plan) -> str:
 
 def _weights(plan: Plan) -> str:
     """Where the weights are while the job runs, and what decided it."""
-    where = "stay on disk, read block by block" if plan.streaming else "are held in memory"
+    where = "stay on disk, read block by block" if plan.streaming else "are kept in memory"
     if plan.recipe.streaming is not None:
         return f"weights: {where}, because the recipe says streaming: {str(plan.recipe.streaming).lower()}"
     room, relation = size(WEIGHTS_SHARE * plan.machine.host), "more" if plan.streaming else "no more"
@@ -77,8 +77,8 @@ def _stages(plan: Plan) -> list[str]:
     split, rows = plan.machine.kind != "cpu", []
     for stage in plan.stages:
         room = [size(stage.device), size(stage.host)] if split else [size(stage.host)]
-        told = "" if stage.name == "refine" else duration(stage.seconds)
-        rows.append([stage.name, *room, told or f"to {duration(plan.refine_seconds)}", _largest(stage)])
+        time = f"to {duration(plan.refine_seconds)}" if stage.name == "refine" else duration(stage.seconds)
+        rows.append([stage_label(stage.name), *room, time, _largest(stage)])
     header = ["stage", *(["device", "host"] if split else ["memory"]), "time", "of it"]
     table = columns(header, rows).splitlines()
     if not split:  # what of the peak is kept from stage to stage
@@ -123,7 +123,7 @@ def _totals(plan: Plan) -> list[str]:
     whole = sum(disk.values())
     lasting = f"{size(disk['job'])} of finished matrices"
     lasting += f" and {size(disk['statistics'])} of Hessians" if disk["statistics"] else ""
-    told = f"disk: {size(disk['original'])} of the original, {size(disk['output'])} of the output, {lasting} while the job lasts"
-    told += f", {size(disk['temporary'])} in the temporary folder for a time" if disk["temporary"] else ""
-    lines.append(f"{told}; {size(whole)} in all")
+    line = f"disk: {size(disk['original'])} of the original, {size(disk['output'])} of the output, {lasting} while the job lasts"
+    line += f", {size(disk['temporary'])} in the temporary folder for a time" if disk["temporary"] else ""
+    lines.append(f"{line}; {size(whole)} in all")
     return lines

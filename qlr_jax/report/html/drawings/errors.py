@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from allocators import OptionTable, Row
 
 
-DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")  # lines that lie close are told apart by them
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "12 4", "4 2")  # lines that lie close are distinguished by them
 
 
 def error_bits(table: OptionTable, matrix: str | None = None) -> str:

@@ -76,7 +76,7 @@ def predicted_final(report: Mapping[str, Any]) -> str:
 
 
 def _near(curve: list[tuple[float, float]], sizes: Sequence[float]) -> list[tuple[float, float]]:
-    """The part of the curve where the marks can still be told apart: from 0.75 to 1.5 times their sizes."""
+    """The part of the curve where the marks can still be distinguished: from 0.75 to 1.5 times their sizes."""
     return [(x, y) for x, y in curve if 0.75 * min(sizes) <= x <= 1.5 * max(sizes)]
 
 

@@ -18,7 +18,7 @@ from qlr_jax.report.words import (
 
 PANEL_WIDTH, PANEL_HEIGHT, COLUMNS = 196, 150, 2
 RANKS = (0, 1, 4, 16, 64, 256, 1024)  # ticks on an axis of log(1 + rank)
-# A line of its own for every kind, so that they are told apart without colour.
+# A line of its own for every kind, so that they can be distinguished without colour.
 DASHES = {"q": "none", "k": "8 3", "v": "2 3", "o": "10 3 2 3", "gate": "none", "up": "6 2", "down": "1 3"}
 OTHERS = "12 3 2 3 2 3"
 
@@ -101,7 +101,7 @@ def _median_left(spectra_of: Sequence[Any]) -> list[float]:
 
 
 def _along(plane: Plane, curve: Sequence[float]) -> list[tuple[float, float]]:
-    """Pixels of a curve over log(1 + rank); of many ranks, those that can be told apart."""
+    """Pixels of a curve over log(1 + rank); of many ranks, those that can be distinguished."""
     ranks = [rank for rank in range(len(curve)) if rank < 24 or rank % math.ceil(rank / 24) == 0 or rank == len(curve) - 1]
     return [(plane.px(rank + 1), plane.py(curve[rank])) for rank in ranks]
 

@@ -16,7 +16,7 @@ LETTER = 6.4  # pixels that a letter of the 12-pixel font takes on average, on t
 
 
 def marker(shape: str, x: float, y: float, colour: str, radius: float = 5.5, title: str = "") -> str:
-    """A mark with the page's colour as outline; shapes differ so that they are told apart without colour."""
+    """A mark with the page's colour as outline; shapes differ so that they can be distinguished without colour."""
     style = f'class="mark" style="fill:var(--{colour})"'
     inner = f"<title>{escape(title)}</title>" if title else ""
     if shape == "circle":
@@ -30,7 +30,7 @@ def marker(shape: str, x: float, y: float, colour: str, radius: float = 5.5, tit
 
 
 def line(points: Iterable[tuple[float, float]], style: str = "", title: str = "") -> str:
-    """A curve through pixels; `style` goes over that of the page's curves, `title` is told where the mouse rests."""
+    """A curve through pixels; `style` goes over that of the page's curves, `title` is shown where the mouse rests."""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     own = f' style="{style}"' if style else ""
     return f'<polyline class="curve" points="{path}"{own}>' + (f"<title>{escape(title)}</title>" if title else "") + "</polyline>"
@@ -148,27 +148,19 @@ class Plane:
     def titles(self, x_title: str, y_title: str) -> list[str]:
         """What the axes mean: under the one, along the other."""
         left, top, right, bottom = self.box
-        turned = f'<text transform="translate(11 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
-        return [label(x_title, (left + right) / 2, bottom + 38, "middle", ""), turned]
+        along = f'<text transform="translate(11 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">{escape(y_title)}</text>'
+        return [label(x_title, (left + right) / 2, bottom + 38, "middle", ""), along]
 
 
-def svg(parts: Iterable[str], says: str, width: float = WIDTH, height: float = HEIGHT) -> str:
-    """The drawing for a page, whose style sheet gives it its colours; `says` is read out where it cannot be seen."""
-    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(says)}">{"".join(parts)}</svg>'
+def svg(parts: Iterable[str], description: str, width: float = WIDTH, height: float = HEIGHT) -> str:
+    """The drawing for a page, whose style sheet gives it its colours.
 
-
-def figure(anchor: str, title: str, drawing: str, says: str) -> str:
-    """A section of one drawing with what it says under it; empty where there is no drawing."""
-    if not drawing:
-        return ""
-    caption = f"<figcaption>{escape(says)}</figcaption>"
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2><figure>{drawing}{caption}</figure></section>'
-
-
-def pair(parts: Iterable[str]) -> str:
-    """Two sections side by side where there is room; those that are empty are left out."""
-    found = [part for part in parts if part]
-    return f'<div class="pair">{"".join(found)}</div>' if len(found) == 2 else "".join(found)
+    Args:
+        parts: SVG elements, in the order of drawing.
+        description: what is read out where the drawing cannot be seen.
+        width, height: pixels.
+    """
+    return f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(description)}">{"".join(parts)}</svg>'
 
 
 def standalone(drawing: str) -> str:

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from qlr_jax.report.content.allocation import FULL, MATRIX_HEADS, by_layer_and_kind, matrix_rows, rank_line, specified_matrices
+from qlr_jax.report.content.allocation import (
+    FULL,
+    MATRIX_HEADS,
+    bound_line,
+    by_layer_and_kind,
+    matrix_rows,
+    rank_line,
+    specified_matrices,
+)
 from qlr_jax.report.html.elements import folded, table
 from qlr_jax.report.html.style import RAMP
 from qlr_jax.report.words import bits, is_number, kind_of, sentence, short_spec
@@ -72,4 +80,5 @@ def _cell(matrix: Mapping[str, Any] | None, low: float, high: float) -> str:
 def matrix_list(matrices: Sequence[Mapping[str, Any]]) -> str:
     """Every matrix with all its figures, folded away until it is asked for."""
     rows = [[escape(cell) for cell in row] for row in matrix_rows(matrices)]
-    return folded(f"All {len(rows)} matrices in figures", table(MATRIX_HEADS, rows))
+    bounds = f"<p>{escape(sentence(line))}</p>" if (line := bound_line(matrices)) else ""
+    return folded(f"All {len(rows)} matrices in figures", bounds + table(MATRIX_HEADS, rows))
