@@ -14,23 +14,31 @@ from scipy.optimize import LinearConstraint, milp
 
 import allocators
 from allocators import (
+    STRATEGIES,
+    AllocationError,
     Infeasible,
     Option,
     OptionTable,
+    Role,
     Row,
     Status,
     Tie,
     allocate,
     baselines,
     compared,
+    delivered,
+    find_strategy,
     from_specs,
     frontier,
+    job_plans,
     prune,
     random,
     rank0,
+    solved_strategies,
 )
 from allocators.exact import knapsack
 from allocators.exact.reduction import trim
+from allocators.strategies import BASELINE, CONTROL, DEFAULT
 
 SPECS = [f"int-{bits}" + (f"+r{rank}@bf16" if rank else "") for bits in (2, 3, 4, 5) for rank in (0, 4, 8)]
 TIES = {
@@ -326,11 +334,58 @@ def test_hard_tables_end_with_an_honest_gap():
     assert found.status is (Status.OPTIMAL if found.gap <= 1e-12 else Status.STOPPED)
 
 
+@pytest.mark.parametrize("ties", TIES)
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_every_strategy_keeps_to_limit_ties_and_totals(name, ties):
+    strategy, tried = STRATEGIES[name], 0
+    for seed in range(12):
+        table = draw_table(seed, ties)
+        limit = int((table.least_bytes + table.most_bytes) / 2)
+        try:
+            found = strategy.allocate(table, limit, gap=0.0, seconds=10.0, seed=seed)
+        except Infeasible:
+            continue
+        tried += 1
+        again = from_specs(table, found.specs, limit)  # refuses a broken tie, and too many bytes
+        assert (found.bytes, found.damage, found.bits_per_weight) == (again.bytes, again.damage, again.bits_per_weight)
+        assert found.bytes <= found.limit == limit and found.method and found.baselines == {}
+        assert found.damage >= allocate(table, limit).bound - 1e-9 * abs(found.damage)
+        assert strategy.ranks or all("+" not in spec for spec in found.specs.values())
+        assert found.specs == strategy.allocate(table, limit, gap=0.0, seconds=10.0, seed=seed).specs
+    assert tried
+
+
+def test_the_table_of_strategies_is_whole():
+    assert all(name == strategy.name and strategy.label and strategy.text for name, strategy in STRATEGIES.items())
+    roles = [strategy.role for strategy in STRATEGIES.values()]
+    assert [roles.count(role) for role in (Role.DELIVERED, Role.BASELINE, Role.CONTROL)] == [1, 1, 1]
+    assert solved_strategies()[0] == DEFAULT and STRATEGIES[DEFAULT].role is Role.DELIVERED
+    with pytest.raises(AllocationError, match="strategy 'best' is not known; there are allocated, uniform, "):
+        find_strategy("best")
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_job_builds_what_was_asked_for_beside_baseline_and_control(name):
+    table = smooth_table(3, layers=2)
+    limit = int(2.25 / 8 * table.weights())
+    plans = job_plans(table, limit, seed=5, strategy=name)
+    assert tuple(plans) == solved_strategies()
+    assert plans[DEFAULT].specs == STRATEGIES[name].allocate(table, limit, seed=5).specs
+    assert all(plans[other].specs == STRATEGIES[other].allocate(table, limit).specs for other in (BASELINE, CONTROL))
+    assert [name, *plans[DEFAULT].baselines] == sorted(STRATEGIES, key=lambda other: (other != name, list(STRATEGIES).index(other)))
+
+
+def test_least_kl_is_delivered_unless_a_strategy_was_asked_for():
+    worse = {DEFAULT: 0.3, BASELINE: 0.2, CONTROL: 0.25}
+    assert delivered(worse) == BASELINE and delivered(dict.fromkeys(worse, 0.2)) == DEFAULT
+    assert delivered(worse, DEFAULT) == BASELINE and delivered(worse, "greedy") == DEFAULT
+
+
 def test_an_allocation_carries_its_baselines():
     table = smooth_table(3, layers=2)
     limit = int(2.25 / 8 * table.weights())
     found = compared(table, limit, gap=1e-2, seed=5)
-    assert set(found.baselines) == {"uniform", "filled_uniform", "rank0", "greedy", "random"}
+    assert [DEFAULT, *found.baselines] == list(STRATEGIES)
     assert found.baselines["random"].specs == random(table, limit, 5).specs
     assert found.bound <= found.damage <= min(other.damage for other in found.baselines.values())
     plain = found.to_dict()
@@ -345,9 +400,9 @@ def test_an_allocation_carries_its_baselines():
 def test_baselines_that_do_not_exist_are_not_compared():
     ranked = Option("int-2+r4@bf16", 10, 1.0)
     table = OptionTable((Row("a", 64, (ranked,)), Row("b", 64, (Option("int-4", 30, 0.5), Option("int-3", 20, 2.0)))))
-    assert set(compared(table, 40).baselines) == {"uniform", "filled_uniform", "greedy", "random"}
+    assert "rank0" not in compared(table, 40).baselines and "uniform" in compared(table, 40).baselines
     apart = OptionTable((Row("a", 64, (ranked, Option("nf-2", 11, 2.0))), table.rows[1]))
-    assert set(compared(apart, 41).baselines) == {"rank0", "greedy", "random"}
+    assert "rank0" in compared(apart, 41).baselines and "uniform" not in compared(apart, 41).baselines
     with pytest.raises(Infeasible, match="leaving out every rank leaves row a no option"):
         rank0(table, 40)
 

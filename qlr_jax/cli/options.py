@@ -62,6 +62,6 @@ Strategy = Annotated[
     typer.Option(
         "--strategy",
         metavar="NAME",
-        help="Of allocation, whose result is delivered: allocated (the default), uniform, filled_uniform, rank0, greedy or random.",
+        help="Of allocation, whose result is delivered as it is; left out: the best. A NAME that does not exist lists them all.",
     ),
 ]

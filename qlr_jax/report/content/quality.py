@@ -83,7 +83,7 @@ def delivery_note(report: Mapping[str, Any]) -> str:
         strategy, found = strategy_of(report, key), [kl.get(name) for name in (DEFAULT, BASELINE)]
         above = is_number(found[0]) and is_number(found[1]) and found[0] > found[1]
         more = f"; its KL on the calibration text is above that of {model_label(BASELINE, report)}" if above else ""
-        return f"Delivered as asked for: {strategy.label}, {strategy.text}{more}."
+        return f"Delivered as asked for: {strategy.label} ({strategy.text}){more}."
     if key not in solved_strategies() or key == DEFAULT:
         return ""
     name = model_label(key, report)
