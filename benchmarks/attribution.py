@@ -24,6 +24,7 @@ from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
+from benchmarks.interactions.gram import gram_matrix
 from qlr_jax import calibration, evaluation
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
@@ -66,7 +67,7 @@ def main() -> None:
     with progress.stage("solving", total=len(problems)) as stage:
         solved = solve_many(problems, seed=args.seed, config=config, on_done=lambda key, _: stage.advance(note=" ".join(key)))
     print(f"{len(problems)} solves in {time.perf_counter() - start:.0f} s")
-    felt = {key: final_error(s) for key, s in solved.items()}
+    weighted = {key: final_error(s) for key, s in solved.items()}
     local = {key: s.stats["relative_error"] for key, s in solved.items()}
     dense = {key: np.asarray(s.value.dense()) for key, s in solved.items()}
 
@@ -79,6 +80,7 @@ def main() -> None:
         found[method] = attribute(method, case, seed=args.seed)
         seconds[method] = time.perf_counter() - start
         print(f"{method}: {seconds[method]:.1f} s", flush=True)
+    gram = gram_matrix(source.model, case.errors, sample.windows)
 
     rows = tuple(
         allocators.Row(n, w.size, tuple(allocators.Option(s, Spec.parse(s).nbytes(w.shape), 0.0) for s in grid()))
@@ -95,7 +97,7 @@ def main() -> None:
                 continue
             model = changed(source.model, {n: dense[n, s] for n, s in plan.specs.items()})
             kl = evaluation.divergence(model, held_out).kl
-            records.append({"size": size, "seed": seed, "kl": kl} | predictions(plan.specs, found, felt, local))
+            records.append({"size": size, "seed": seed, "kl": kl} | predictions(plan.specs, found, weighted, local, gram))
         print(f"{size} bits a weight: measured", flush=True)
 
     columns = [name for name in records[0] if name not in ("size", "seed", "kl")]
@@ -120,17 +122,21 @@ def main() -> None:
 
 
 def predictions(
-    specs: dict[str, str], found: dict[str, Attribution], felt: dict[tuple[str, str], float], local: dict[tuple[str, str], float]
+    specs: dict[str, str],
+    found: dict[str, Attribution],
+    weighted: dict[tuple[str, str], float],
+    local: dict[tuple[str, str], float],
+    gram: np.ndarray,
 ) -> dict[str, float]:
-    """Predicted KL of an allocation by every method."""
+    """Predicted KL of an allocation by every method; that of the second order with the interactions of pairs as well."""
     out = {}
     for method, attribution in found.items():
-        error = local if method == "error" else felt
+        error = local if method == "error" else weighted
         damage = np.array([attribution.kl[n] * (error[n, s] / error[n, PROBE]) ** 2 for n, s in specs.items()])
         out[method] = float(damage.sum())
-        if attribution.gram is not None:
-            size = np.sqrt(np.diagonal(attribution.gram))
-            correlation = attribution.gram / np.outer(size, size)
+        if method == "second-order":
+            size = np.sqrt(np.diagonal(gram))
+            correlation = gram / np.outer(size, size)
             out[f"{method} + pairs"] = float(np.sqrt(damage) @ correlation @ np.sqrt(damage))
     return out
 

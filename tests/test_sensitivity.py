@@ -1,12 +1,15 @@
 """What an error in a matrix costs at the model's output: every attribution against float64 or plain JAX, on a small model."""
 
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.interactions.gram import gram_matrix
 from qlr_jax.calibration import matrix_hessians, output_hessians
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.solver import solve
@@ -19,12 +22,12 @@ from qlr_jax.sensitivity import (
     Case,
     Correction,
     attribute,
+    correction_key,
     options,
     path_shares,
     predict,
     profile,
     second_order,
-    side_of,
 )
 
 CONFIG = LlamaConfig(
@@ -59,7 +62,7 @@ def kl(case, errors):
 
 
 def test_second_order_is_the_divergence_of_small_errors(case):
-    gram = second_order(case.model, case.errors, case.reference.windows)
+    gram = gram_matrix(case.model, case.errors, case.reference.windows)
     np.testing.assert_allclose(gram, gram.T, rtol=1e-5)
     assert np.linalg.eigvalsh(gram).min() > -1e-6 * np.trace(gram)
     assert gram.sum() == pytest.approx(kl(case, case.errors), rel=0.1)
@@ -68,15 +71,18 @@ def test_second_order_is_the_divergence_of_small_errors(case):
     pair = [1, 8]  # and what two do together
     both = kl(case, {NAMES[i]: case.errors[NAMES[i]] for i in pair})
     assert gram[np.ix_(pair, pair)].sum() == pytest.approx(both, rel=0.1)
+    own = second_order(case.model, case.errors, case.reference.windows)
+    assert list(own) == NAMES
+    np.testing.assert_allclose(list(own.values()), np.diagonal(gram), rtol=1e-5)
 
 
 def test_a_folded_vocabulary_gives_the_same_on_the_mean(case, monkeypatch):
     whole = second_order(case.model, case.errors, case.reference.windows)
     module = sys.modules["qlr_jax.sensitivity.second_order"]  # the package's name for it is the function
     monkeypatch.setattr(module, "SKETCH", 20)
-    monkeypatch.setattr(module, "ROOM", 1)  # a window at a time
+    monkeypatch.setattr(module, "BATCH_BYTES", 1)  # a window at a time
     folded = second_order(case.model, case.errors, case.reference.windows)
-    np.testing.assert_allclose(np.diagonal(folded), np.diagonal(whole), rtol=0.2)
+    np.testing.assert_allclose(list(folded.values()), list(whole.values()), rtol=0.2)
 
 
 def test_path_shares_add_up_and_equal_plain_derivatives(case):
@@ -182,8 +188,9 @@ def test_correction_of_backbones_that_are_not_rotated():
     assert correction.factor("a", (0, "", "int-4g32")) == 1.5
     assert correction.factor("b", (0, "", "int-2g32")) == pytest.approx(5.0 * 2.0 / 3.0)  # by its kind
     assert correction.factor("a", (8, "bf16", "int-4g64")) == pytest.approx(1.5 * 2.4 / 3.0)  # what rank did elsewhere
-    assert side_of(Spec.parse("int-3g64/rot+r4@bf16")) == (4, "bf16", "int-3g64/rot")
-    assert side_of(Spec.parse("trellis-3+r4@trellis-2")) == (4, "trellis-2", "") and side_of(Spec.parse("e8-2"))[2] == ""
+    assert correction_key(Spec.parse("int-3g64/rot+r4@bf16")) == (4, "bf16", "int-3g64/rot")
+    assert correction_key(Spec.parse("trellis-3+r4@trellis-2")) == (4, "trellis-2", "")
+    assert correction_key(Spec.parse("e8-2")).backbone == ""
 
 
 def test_solves_race():

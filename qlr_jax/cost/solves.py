@@ -13,7 +13,7 @@ from qlr_jax.core.quantizers.trellis import walk_height
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.rates import SEARCH, SHARED, Work
 
-ANCHORED = 100  # as in sensitivity.table
+ANCHORED = 100  # as in sensitivity.anchors
 ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
 CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks spreads the matrices of one shape over, about
 RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about
@@ -24,7 +24,7 @@ LATER = 0.1  # of the functions of solves, the part that is compiled again for a
 
 
 def probe_solves(job: Counted) -> Work:
-    """The solves that `sensitivity.table.measure` makes: all matrices plainly, some of each kind with factors."""
+    """The solves that `sensitivity.measure` makes: all matrices plainly, some of each kind with factors."""
     found, bits = Work(compiled=_compiled(job)), job.recipe.search_state_bits
     anchored = max(1, ANCHORED // len({kind for kind, _ in job.groups}))
     for (kind, shape), count, kinds in _alike(job):

@@ -234,7 +234,7 @@ def _refuse(raw: dict[str, Any], family: Family) -> None:
                 "with weights in float32, float16 or bfloat16"
             )
     passed = IRRELEVANT | {"quantization_config", "compression_config", "layer_types", "rope_scaling", "rope_parameters"}
-    supported = SUPPORTED | {"hidden_act": (family.activation,)} | family.only
+    supported = {**SUPPORTED, "hidden_act": (family.activation,), **family.only}
     for name, value in raw.items():
         if name in passed or name in family.unread or name in _used(family):
             continue

@@ -1,22 +1,16 @@
 """Model and statistics -> what every option of every matrix costs and damages."""
 
+from qlr_jax.sensitivity.anchors import PROBE
 from qlr_jax.sensitivity.attribution import ATTRIBUTIONS, Attribution, Case, attribute
-from qlr_jax.sensitivity.given import measure_given
+from qlr_jax.sensitivity.correction import Correction, CorrectionKey, correction_key
+from qlr_jax.sensitivity.given_backbones import measure_given
 from qlr_jax.sensitivity.knockout import knockout
+from qlr_jax.sensitivity.measure import Sensitivity, measure, prediction_quality
+from qlr_jax.sensitivity.offers import facts, options, price
 from qlr_jax.sensitivity.path import path_shares
-from qlr_jax.sensitivity.predict import Correction, Profile, grid_error, predict, profile, side_of
+from qlr_jax.sensitivity.predict import Profile, grid_error, predict, profile
 from qlr_jax.sensitivity.second_order import second_order
-from qlr_jax.sensitivity.table import (
-    PROBE,
-    Sensitivity,
-    Statistics,
-    facts,
-    final_error,
-    measure,
-    options,
-    prediction_quality,
-    price,
-)
+from qlr_jax.sensitivity.statistics import Statistics, final_error
 
 __all__ = [
     "ATTRIBUTIONS",
@@ -24,10 +18,12 @@ __all__ = [
     "Attribution",
     "Case",
     "Correction",
+    "CorrectionKey",
     "Profile",
     "Sensitivity",
     "Statistics",
     "attribute",
+    "correction_key",
     "facts",
     "final_error",
     "grid_error",
@@ -41,5 +37,6 @@ __all__ = [
     "price",
     "profile",
     "second_order",
-    "side_of",
 ]
+
+side_of = correction_key  # another name of the same, for callers outside of this library

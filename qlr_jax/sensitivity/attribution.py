@@ -50,19 +50,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Attribution:
-    """Attributes:
-    kl: nats a token for each matrix's error.
-    gram: where the method knows it, (matrices, matrices) in the order of `kl`: joint KL ≈ Σ_ij gram[i, j], its diagonal is `kl`.
+    """What each matrix's error costs.
+
+    Attributes:
+        kl: nats a token for each matrix's error; for "error" the squared relative error itself.
     """
 
     kl: Mapping[str, float]
-    gram: np.ndarray | None = None
 
 
 def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str], None] | None = None) -> Attribution:
     """The cost of each matrix's error by one of `ATTRIBUTIONS`.
 
     Args:
+        method: its name.
+        case: the model, the errors, and what the method may need beside them.
         seed: of the noise.
         on_done: called with each matrix's name where a method goes matrix by matrix.
 
@@ -83,8 +85,7 @@ def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str]
     if method == "path":
         return Attribution(path_shares(model, errors, case.reference))
     if method == "second-order":
-        gram = second_order(model, errors, case.reference.windows, on_done=on_done)
-        return Attribution(dict(zip(errors, np.diagonal(gram).tolist(), strict=True)), gram)
+        return Attribution(second_order(model, errors, case.reference.windows, on_done=on_done))
     if method == "noise":
         draw = np.random.default_rng(seed)
         errors = {n: _noise_like(e, case.hessians[n], draw) for n, e in errors.items()}

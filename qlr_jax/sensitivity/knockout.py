@@ -13,21 +13,25 @@ from qlr_jax.models import Llama
 def knockout(
     model: Llama, errors: Mapping[str, np.ndarray], reference: Reference, on_done: Callable[[str], None] | None = None
 ) -> dict[str, float]:
-    """KL(original ‖ model with one linear layer changed by its ΔW), nats a token, for each of `errors` (name -> (out, in)).
+    """KL(original ‖ model with one linear layer changed by its ΔW), nats a token, for each error; the model is left as it was.
 
-    The model is left as it was.
+    Args:
+        model: the original.
+        errors: name -> ΔW (out, in).
+        reference: the original's log-probabilities.
+        on_done: called with each matrix's name.
     """
-    found: dict[str, float] = {}
+    kl: dict[str, float] = {}
     linears = model.linears()
     for name, error in errors.items():
         weight = linears[name].weight
-        kept = weight.get_value()
-        held = kept.dense() if hasattr(kept, "dense") else kept
-        weight.set_value((held + error).astype(held.dtype))
+        original = weight.get_value()
+        dense = original.dense() if hasattr(original, "dense") else original
+        weight.set_value((dense + error).astype(dense.dtype))
         try:
-            found[name] = max(divergence(model, reference).kl, 0.0)
+            kl[name] = max(divergence(model, reference).kl, 0.0)
         finally:
-            weight.set_value(kept)
+            weight.set_value(original)
         if on_done is not None:
             on_done(name)
-    return found
+    return kl

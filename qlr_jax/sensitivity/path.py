@@ -34,7 +34,9 @@ def path_shares(
     node, block by block (`calibration.backward`), which says what memory it takes.
 
     Args:
+        model: the original.
         errors: name -> ΔW (out, in), of all matrices that change together.
+        reference: the original's log-probabilities.
         batch: windows in one backward pass.
         on_done: called with the number of windows that are newly done.
 
@@ -47,15 +49,15 @@ def path_shares(
     batch = min(batch, len(windows))
     starts = range(0, len(windows), batch)
     batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
-    changed: list[Any] = [-1, {}]  # the errors of one block at a time, which may have to be read
+    current: list[Any] = [-1, {}]  # the errors of one block at a time, which may have to be read
 
     def of_block(i: int) -> dict[str, Array]:
-        if changed[0] != i:
-            changed[:] = (
+        if current[0] != i:
+            current[:] = (
                 i,
                 {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]},
             )
-        return changed[1]
+        return current[1]
 
     def gradient(j: int, x: Array) -> Array:
         part = reference.logp[starts[j] : starts[j] + batch]
@@ -63,14 +65,14 @@ def path_shares(
         return _head_gradient(top, x, logp, jnp.asarray(np.arange(batch) < len(part), jnp.float32))
 
     for last, node in zip((False, True), NODES, strict=True):
-        for i, j, found in backward(
+        for i, j, shares in backward(
             model,
             batches,
             lambda i, block, x, rope, at=node: _forward(block, of_block(i), at, x, rope),
             gradient,
             lambda i, j, block, x, rope, g, at=node: _pull_back(block, of_block(i), at, x, rope, g),
         ):
-            for name, share in found.items():
+            for name, share in shares.items():
                 total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
             if on_done is not None and last and i == 0:
                 on_done(min(batch, len(windows) - starts[j]))
@@ -83,8 +85,8 @@ def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]
     linears = copy.linears()
     for name, error in errors.items():
         weight = linears[name].weight
-        kept = weight.get_value()
-        weight.set_value((kept + steps[name] * error).astype(kept.dtype))
+        value = weight.get_value()
+        weight.set_value((value + steps[name] * error).astype(value.dtype))
     return copy
 
 

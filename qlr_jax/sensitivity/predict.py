@@ -1,7 +1,7 @@
 """The relative error of every option of a matrix, predicted from its spectra and the rate curve of the grid.
 
 Rounding with feedback leaves tr(G E H Eᵀ) ≈ D · ‖X‖² / (1 − φ D) · tr(D_H) / n · tr(D_G) / m: D the grid's mean squared error on
-a unit Gaussian, X what is rounded, φ what the feedback adds to it (`core.ldlq.noise_gain`), D_H and D_G the diagonals of the LDLᵀ
+a unit Gaussian, X what is rounded, φ the noise gain of the feedback (`core.ldlq`), D_H and D_G the diagonals of the LDLᵀ
 factors of H and G (QuIP, arXiv 2307.13304, theorem 1, after a rotation that spreads X evenly; G = I where there is none). Rank
 pays in one of two ways: with factors of W itself X = W − L̂ R̂ is smaller by the singular values of W, or with factors of what Q
 leaves the error is smaller by the eigenvalues of D_G. Coarse factors take a part of either back.
@@ -10,10 +10,9 @@ leaves the error is smaller by the eigenvalues of D_G. Coarse factors take a par
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -62,23 +61,33 @@ def profile(
     block: int = 0,
     damping: float = 1e-2,
 ) -> Profile:
-    """Measure a matrix: two subspace iterations, a Cholesky factor of H, and two of G where it is given."""
+    """Measure a matrix: two subspace iterations, a Cholesky factor of H, and two of G where it is given.
+
+    Args:
+        weight: W (m, n).
+        hessian: H (n, n).
+        max_rank: how many components the spectra have at least, as far as W has them.
+        output: G (m, m); None: the identity.
+        seed: of the rotations.
+        block: of the rotations; 0: full width.
+        damping: added to the diagonals of H and G, as a share of their mean.
+    """
     weight = np.asarray(weight)
     m, n = weight.shape
     w, h = jnp.asarray(weight, jnp.float32)[None], jnp.asarray(hessian, jnp.float32)[None]
     g = None if output is None else jnp.asarray(output, jnp.float32)[None]
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
     start = jnp.asarray(start_basis(m, columns, 0))[None]
-    felt = w if g is None else jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w
-    _, values = top_subspace(felt, h, start, 3)
+    weighted = w if g is None else jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w
+    _, values = top_subspace(weighted, h, start, 3)
     _, captured = top_subspace(w, jnp.eye(n)[None], start, 3)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
-    noise, added = _side(h, hadamard.INPUT, width, seed, block, damping)
+    noise, gain = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
     absorbed = np.full(columns, 1 / m)
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        noise_out, added_out = _side(g, hadamard.OUTPUT, group, seed, block, damping)
-        noise, added = noise * noise_out, (1 + added) * (1 + added_out) - 1
+        noise_out, gain_out = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
+        noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
         absorbed = _absorbed(g, group, seed, block, damping)[:columns]
     return Profile(
         (m, n),
@@ -88,19 +97,19 @@ def profile(
         np.asarray(values[0], np.float64),
         absorbed,
         noise,
-        added,
+        gain,
     )
 
 
-def _turned(metric: jnp.ndarray, salt: int, seed: int, block: int, damping: float) -> jnp.ndarray:
+def _rotated(metric: jnp.ndarray, salt: int, seed: int, block: int, damping: float) -> jnp.ndarray:
     n = metric.shape[-1]
     return damped(hadamard.rotate_hessian(metric, hadamard.signs(seed, salt, n), hadamard.block_size(n, block)), damping)
 
 
-def _side(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float]:
-    """tr(D) / n and φ of a side's feedback at `width` columns a block."""
+def _feedback_noise(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float]:
+    """tr(D) / n and φ of one metric's feedback at `width` columns a block."""
     n = metric.shape[-1]
-    regular = _turned(metric, salt, seed, block, damping)
+    regular = _rotated(metric, salt, seed, block, damping)
     factor, trace = feedback(pad_metric(regular, width), width)
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
     padding = (-n % width) * float(jnp.trace(regular[0])) / n
@@ -110,14 +119,20 @@ def _side(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, dam
 def _absorbed(metric: jnp.ndarray, group: int, seed: int, block: int, damping: float) -> np.ndarray:
     """Eigenvalues of D_G over their sum, largest first: those of its blocks."""
     m = metric.shape[-1]
-    lower = np.asarray(jnp.linalg.cholesky(_turned(metric, hadamard.OUTPUT, seed, block, damping)[0]), np.float64)
+    lower = np.asarray(jnp.linalg.cholesky(_rotated(metric, hadamard.OUTPUT, seed, block, damping)[0]), np.float64)
     parts = [np.linalg.svd(lower[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, m, group)]
     values = np.sort(np.concatenate(parts))[::-1]
     return values / values.sum()
 
 
 def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
-    """√(tr(G E H Eᵀ) / tr(G W H Wᵀ)) that a solve with `spec` should reach; `Correction` refines it by solves that were made."""
+    """The relative error √(tr(G E H Eᵀ) / tr(G W H Wᵀ)) that a solve should reach; `correction` refines it by solves.
+
+    Args:
+        profile: of the matrix.
+        spec: what it is solved with.
+        state_bits: of a trellis.
+    """
     spec = Spec.parse(spec)
     if profile.energy <= 0:
         return 0.0
@@ -155,83 +170,3 @@ def _measured(quantizer: Quantizer) -> float:
         x, quantizer.broadcast_qparams(quantizer.fit_qparams(x, per_row=True), 256), quantizer.traced(), False
     )
     return float(jnp.mean(jnp.square(x - values)))
-
-
-Side = tuple[int, str, str]
-"""(rank, the factors' grids, the backbone), as a spec writes them: rank 0 and "" without factors, and "" for every backbone of
-unit variance, which are rotated and err alike at all rates."""
-
-
-def side_of(spec: Spec) -> Side:
-    """What a correction of this spec hangs on."""
-    grid = spec.quantizer()
-    return (
-        spec.rank,
-        spec.grids,
-        "" if grid.unit_scale or isinstance(grid, Nothing) else str(replace(spec, rank=0, left="", right="")),
-    )
-
-
-@dataclass(frozen=True)
-class Correction:
-    """How far solves came out from their predictions, as ratios of relative errors, solved over predicted.
-
-    Attributes:
-        measured: (matrix, side) -> ratio, of the solves that were made; every matrix has one at rank 0.
-        kinds: matrix -> its kind: where a matrix lacks a side that another of its kind was solved with, the other's ratio over
-            what both were solved with stands in.
-    """
-
-    measured: Mapping[tuple[str, Side], float]
-    kinds: Mapping[str, str]
-
-    @cached_property
-    def _by_name(self) -> dict[str, dict[Side, float]]:
-        out: dict[str, dict[Side, float]] = {}
-        for (name, side), ratio in self.measured.items():
-            out.setdefault(name, {})[side] = ratio
-        return out
-
-    @cached_property
-    def _richest(self) -> dict[str, dict[Side, float]]:
-        """Of each kind the ratios of the matrix that has most of them."""
-        out: dict[str, dict[Side, float]] = {}
-        for name, ratios in self._by_name.items():
-            kind = self.kinds[name]
-            if len(ratios) > len(out.get(kind, {})):
-                out[kind] = ratios
-        return out
-
-    def factor(self, name: str, side: Side) -> float:
-        """What a prediction for matrix `name` on this side is multiplied by; the nearest that were solved stand in."""
-        own = self._by_name.get(name, {})
-        if side in own:
-            return own[side]
-        near = _nearest(own, side)
-        if near is None:
-            return 1.0
-        if side[0] and near[0] and near[2] != side[2]:  # of another backbone: what rank did there, on what this one does alone
-            return own[near] * self.factor(name, (0, "", side[2])) / self.factor(name, (0, "", near[2]))
-        kind = self._richest[self.kinds[name]]
-        like = _nearest(kind, side)
-        return own[near] * (kind[like] / kind[near] if like is not None and near in kind and kind[near] > 0 else 1.0)
-
-
-def _nearest(ratios: Mapping[Side, float], side: Side) -> Side | None:
-    """The key nearest to this side: without factors where it is, then by backbone, then by grids, then by the ranks' ratio."""
-    rank, grids, backbone = side
-    alike = [key for key in ratios if (key[0] > 0) == (rank > 0)] or list(ratios)
-    return min(alike, key=lambda k: (_apart(k[2], backbone), k[1] != grids, abs(math.log((k[0] + 1) / (rank + 1)))), default=None)
-
-
-@lru_cache(maxsize=4096)
-def _apart(one: str, other: str) -> float:
-    """How different two backbones' rounding is: bits first, then groups."""
-    if one == other:
-        return 0.0
-    if not one or not other:
-        return 100.0
-    a, b = Spec.parse(one), Spec.parse(other)
-    groups = [getattr(spec.quantizer(), "group", 0) or 1024 for spec in (a, b)]
-    kind = 10.0 * (type(a.quantizer()) is not type(b.quantizer()) or a.rotated != b.rotated)
-    return kind + abs(a.quantizer().bits - b.quantizer().bits) + 0.01 * abs(math.log2(groups[0] / groups[1]))

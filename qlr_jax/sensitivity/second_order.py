@@ -1,8 +1,8 @@
-"""The second order of the KL in the weights' errors, by forward-mode differentiation: every matrix, and every pair of them."""
+"""The second order of the KL in the weights' errors, by forward-mode differentiation, one matrix at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import jax
@@ -14,7 +14,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama
 
 SKETCH = 4096  # vocabularies beyond are folded to so many columns, signs at random: inner products stay right on the mean
-ROOM = 500_000_000  # bytes that the vectors of one batch of tokens may take
+BATCH_BYTES = 500_000_000  # that the vectors of all matrices may take for one batch of windows
 
 
 def second_order(
@@ -23,43 +23,59 @@ def second_order(
     windows: np.ndarray,
     *,
     on_done: Callable[[str], None] | None = None,
-) -> np.ndarray:
-    """The Gram matrix of the errors in the Fisher metric of the output distribution, nats a token, (matrices, matrices).
+) -> dict[str, float]:
+    """The part of the KL that each error causes alone, to second order, nats a token.
 
-        gram[i, j] = mean_t ½ v_i(t)ᵀ F_t v_j(t)      v_i = ∂ logits · ΔW_i,  F_t = diag(p_t) − p_t p_tᵀ
+        kl_i = mean_t ½ v_i(t)ᵀ F_t v_i(t)      v_i = ∂ logits · ΔW_i,  F_t = diag(p_t) − p_t p_tᵀ
 
-    KL(original ‖ all changed) ≈ Σ_ij gram[i, j] to second order; gram[i, i] is the part of matrix i alone. A derivative of the
-    logits costs two forward passes a matrix; no backward pass.
+    A derivative of the logits costs two forward passes a matrix; no backward pass.
 
     Args:
+        model: the original, all of it in memory and unpacked.
         errors: name -> ΔW (out, in).
         windows: token ids, (windows, time).
         on_done: called with a matrix's name whenever it is done for one batch of windows.
+
+    Raises:
+        QLRError: a model that is packed or on disk.
+    """
+    total = dict.fromkeys(errors, 0.0)
+    for name, vector in logit_changes(model, errors, windows):
+        total[name] += float(np.sum(np.square(vector), dtype=np.float64))
+        if on_done is not None:
+            on_done(name)
+    return {name: 0.5 * value / windows.size for name, value in total.items()}
+
+
+def logit_changes(model: Llama, errors: Mapping[str, np.ndarray], windows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
+    """For one batch of windows after another, and there matrix by matrix: √F_t v_i(t) of all its tokens in one vector.
+
+    Inner products of such vectors, summed over the batches, are v_iᵀ F v_j.
+
+    Args:
+        model: the original, all of it in memory and unpacked.
+        errors: name -> ΔW (out, in).
+        windows: token ids, (windows, time).
+
+    Raises:
+        QLRError: a model that is packed or on disk.
     """
     if any(hasattr(lin.weight.get_value(), "dense") for lin in model.linears().values()):
         raise QLRError("second order needs the whole model in memory, unpacked; give attribution: path, or streaming: false")
-    names = list(errors)
-    tangents = {name: jnp.asarray(errors[name], jnp.float32) for name in names}
+    tangents = {name: jnp.asarray(error, jnp.float32) for name, error in errors.items()}
     columns = min(model.config.vocab_size, SKETCH)
-    batch = max(1, min(len(windows), ROOM // (4 * len(names) * windows.shape[1] * columns)))
-    gram = np.zeros((len(names), len(names)))
+    batch = max(1, min(len(windows), BATCH_BYTES // (4 * len(tangents) * windows.shape[1] * columns)))
     for start in range(0, len(windows), batch):
         rows = windows[start : start + batch]
-        live = len(rows)
-        tokens = jnp.asarray(np.concatenate([rows, np.repeat(rows[-1:], batch - live, axis=0)]))
-        vectors = []
-        for name in names:
-            chosen = {other: jnp.float32(other == name) for other in names}
-            vectors.append(np.asarray(_felt(model, tokens, tangents, chosen, columns=columns))[:live].reshape(-1))
-            if on_done is not None:
-                on_done(name)
-        stacked = np.stack(vectors)
-        gram += (stacked @ stacked.T).astype(np.float64)
-    return 0.5 * gram / windows.size
+        tokens = jnp.asarray(np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]))
+        for name in tangents:
+            chosen = {other: jnp.float32(other == name) for other in tangents}
+            vectors = _fisher_weighted(model, tokens, tangents, chosen, columns=columns)
+            yield name, np.asarray(vectors)[: len(rows)].reshape(-1)
 
 
 @partial(jax.jit, static_argnames=("columns",))
-def _felt(model: Llama, tokens: Array, tangents: dict[str, Array], chosen: dict[str, Array], *, columns: int) -> Array:
+def _fisher_weighted(model: Llama, tokens: Array, tangents: dict[str, Array], chosen: dict[str, Array], *, columns: int) -> Array:
     """√p (v − Σ p v) of the matrix at which `chosen` is 1, folded to `columns`: its square is vᵀFv."""
     weights = {name: model.linears()[name].weight.get_value() for name in tangents}
 
@@ -74,9 +90,9 @@ def _felt(model: Llama, tokens: Array, tangents: dict[str, Array], chosen: dict[
     moved = {name: (chosen[name] * tangents[name]).astype(weights[name].dtype) for name in tangents}
     out, v = jax.jvp(logits, (weights,), (moved,))
     p = jax.nn.softmax(out, axis=-1)
-    felt = jnp.sqrt(p) * (v - jnp.sum(p * v, axis=-1, keepdims=True))
-    if felt.shape[-1] > columns:
-        sign = jax.random.rademacher(jax.random.key(0), (felt.shape[-1],), felt.dtype)
-        felt = jnp.pad(felt * sign, ((0, 0), (0, 0), (0, -felt.shape[-1] % columns)))
-        felt = jnp.sum(felt.reshape(*felt.shape[:2], -1, columns), axis=-2)
-    return felt
+    weighted = jnp.sqrt(p) * (v - jnp.sum(p * v, axis=-1, keepdims=True))
+    if weighted.shape[-1] > columns:
+        sign = jax.random.rademacher(jax.random.key(0), (weighted.shape[-1],), weighted.dtype)
+        weighted = jnp.pad(weighted * sign, ((0, 0), (0, 0), (0, -weighted.shape[-1] % columns)))
+        weighted = jnp.sum(weighted.reshape(*weighted.shape[:2], -1, columns), axis=-2)
+    return weighted

@@ -16,13 +16,14 @@ from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity.attribution import Case, attribute
+from qlr_jax.sensitivity.measure import Sensitivity, matrix_note, measured_table
 from qlr_jax.sensitivity.predict import predict, profile
-from qlr_jax.sensitivity.table import Sensitivity, Statistics, noted
+from qlr_jax.sensitivity.statistics import Statistics
 
 
 def measure_given(
     model: Llama,
-    found: Statistics,
+    statistics: Statistics,
     reference: Reference,
     table: OptionTable,
     *,
@@ -36,29 +37,38 @@ def measure_given(
         damage(r) = KL(Q) · (tr(G E H Eᵀ) − Σ_{i ≤ r} λ_i) / tr(G E H Eᵀ)
 
     λ the leading eigenvalues of C_Gᵀ E H Eᵀ C_G, less what coarse factors take back of them. The errors of the backbones are at
-    hand, so nothing is solved for. Arguments as for `measure`; `found.backbones` has a Q for every row of the table.
+    hand, so nothing is solved for.
+
+    Args:
+        model: the original.
+        statistics: of the matrices to compress; `backbones` has a Q for every row of the table.
+        reference: the original's log-probabilities on calibration text.
+        table: the options, from `price`.
+        config: of the final solves.
+        seed: of the subspace iterations, and of noise where the method draws it.
+        method: one of `ATTRIBUTIONS`.
+        progress: where stages go.
     """
-    top = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
-    errors = LazyMap(table.index, lambda name: np.asarray(found.weights[name]) - np.asarray(found.backbones[name]))
+    largest = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
+    errors = LazyMap(table.index, lambda name: np.asarray(statistics.weights[name]) - np.asarray(statistics.backbones[name]))
     profiles, base = {}, {}
     with progress.stage("spectra", total=len(errors)) as stage:
         for name, error in errors.items():
-            hessian, output = found.hessians[name], found.outputs.get(name)
-            profiles[name] = profile(error, hessian, top, output=output, seed=seed, damping=config.damping)
-            pair = np.asarray(found.weights[name])[None], np.asarray(found.backbones[name])[None], hessian[None]
+            hessian, output = statistics.hessians[name], statistics.outputs.get(name)
+            profiles[name] = profile(error, hessian, largest, output=output, seed=seed, damping=config.damping)
+            pair = np.asarray(statistics.weights[name])[None], np.asarray(statistics.backbones[name])[None], hessian[None]
             base[name] = float(relative_error(*pair, None if output is None else output[None])[0])
             stage.advance(note=name)
     with progress.stage("sensitivity", total=len(errors)) as stage:
-        case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, found.hessians, found.outputs)
+        case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, statistics.hessians, statistics.outputs)
         kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
     coefficient = {n: max(kl[n], 0.0) / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
 
-    def filled(name: str, option: Option) -> Option:
+    def with_damage(name: str, option: Option) -> Option:
         text = factors_only(option.spec)
         left = predict(profiles[name], Spec.parse(text), config.state_bits) if text else 1.0
         return replace(option, damage=coefficient[name] * (base[name] * left) ** 2, measured=not text)
 
-    rows = tuple(replace(row, options=tuple(filled(row.name, option) for option in row.options)) for row in table.rows)
-    matrices = {n: noted(n, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors}
-    notes = {"unit": "nats of KL a token", "attribution": method, "state_bits": config.state_bits, "matrices": matrices}
-    return Sensitivity(replace(table, rows=rows, notes=notes))
+    rows = tuple(replace(row, options=tuple(with_damage(row.name, option) for option in row.options)) for row in table.rows)
+    matrices = {n: matrix_note(n, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors}
+    return measured_table(table, rows, matrices, method, config.state_bits)
