@@ -163,7 +163,7 @@ def split_matrix(
     # a scale of 0: the matrix is zero
     trained = "backbone" in train and spec.backbone not in ("bf16", "none") and float(matrix.arrays["scale"][0]) != 0
     # factors that stay beside a trained backbone are multiplied out: a step need not go through them
-    held = 0 if trained and "factors" not in train else _factored_rank(name, spec, rank)
+    factored = 0 if trained and "factors" not in train else _factored_rank(name, spec, rank)
     if added is not None or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + (0 if added is None else len(added)), grid)
     groups = "scales" in train and "backbone.scales" in matrix.arrays and not trained  # codes are found for scales as they are
@@ -175,19 +175,19 @@ def split_matrix(
     rest, on_grid = jnp.zeros(()), (False, False)  # rest: components that are not trained, in the rotated basis
     if spec.rank:
         left, right = (f.astype(jnp.float32) for f in matrix.factors())
-        if held:
+        if factored:
             if added is None and Spec.parse(layout.spec).factor_quantizers() == spec.factor_quantizers():
                 on_left, on_right = spec.factor_quantizers()
                 on_grid = (on_left.unit_scale, on_right.unit_scale)
-            values |= _factor_parameters(matrix, left[:, :held], right[:held], on_grid)
-        if spec.rank > held:
-            rest = left[:, held:] @ right[held:]
+            values |= _factor_parameters(matrix, left[:, :factored], right[:factored], on_grid)
+        if spec.rank > factored:
+            rest = left[:, factored:] @ right[factored:]
     if added is not None:
         values |= _with_added(matrix, values, added)
-        held += len(added)
-    if held:
-        values["component"] = jnp.ones((held,))
-    student = StudentMatrix(layout, held, groups, on_grid)
+        factored += len(added)
+    if factored:
+        values["component"] = jnp.ones((factored,))
+    student = StudentMatrix(layout, factored, groups, on_grid)
     if not (groups or trained):
         return student, values, _unrotate(matrix.backbone() + rest, student)
     values["rest"] = _unrotate(rest, student) if rest.ndim else rest
@@ -203,12 +203,12 @@ def split_matrix(
 
 def _factored_rank(name: str, spec: Spec, rank: int | None) -> int:
     """How many components become factors: whole tiles of their grids."""
-    held = spec.rank if rank is None else min(spec.rank, rank)
-    if held < spec.rank:
+    factored = spec.rank if rank is None else min(spec.rank, rank)
+    if factored < spec.rank:
         tiles = [q.tile for q in spec.factor_quantizers()]
-        if not held or [q.tile for q in replace(spec, rank=held).factor_quantizers()] != tiles:
+        if not factored or [q.tile for q in replace(spec, rank=factored).factor_quantizers()] != tiles:
             raise QLRError(f"{name}: rank {rank} cuts the components that {spec} stores together; pass a multiple of {tiles[0][0]}")
-    return held
+    return factored
 
 
 def _factor_parameters(matrix: QLRMatrix, left: Array, right: Array, on_grid: tuple[bool, bool]) -> dict[str, Array]:

@@ -16,14 +16,20 @@ from qlr_jax.models.llama import Llama
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A compressed model beside its original; KL in nats a token, over all positions of all windows."""
+    """A compressed model beside its original, over all positions of all windows.
+
+    Attributes:
+        perplexity_original, perplexity: of each model.
+        kl, kl_p99: KL(original ‖ compressed), nats a token: mean, and the 99th percentile.
+        agreement: share of positions where both models have the same likeliest token.
+        tokens: how many positions.
+    """
 
     perplexity_original: float
     perplexity: float
     kl: float
     kl_p99: float
     agreement: float
-    """Share of positions where both models think the same token the likeliest."""
     tokens: int
 
     @property
@@ -34,13 +40,13 @@ class Comparison:
 
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """What a comparison found at every position of every window; `Comparison` and the intervals follow from it.
+    """A comparison at every position of every window; `Comparison` and the intervals follow from it.
 
     Attributes:
-        windows: the tokens.
-        kl: KL(original ‖ compressed) of the distributions after each token.
-        nll_original, nll: negative log-likelihoods of each window's tokens after its first.
-        top_original, top: the token that each model thinks the likeliest after each token.
+        windows: the tokens, (windows, length).
+        kl: (windows, length), KL(original ‖ compressed) of the distributions after each token, nats.
+        nll_original, nll: (windows, length − 1), negative log-likelihoods of each window's tokens after its first, nats.
+        top_original, top: (windows, length), each model's likeliest token after each token.
     """
 
     windows: Int[np.ndarray, "windows length"]
@@ -52,13 +58,20 @@ class Positions:
 
     @property
     def same(self) -> Float[np.ndarray, "windows length"]:
-        """1 where both models think the same token the likeliest, else 0."""
+        """1 where both models have the same likeliest token, else 0."""
         return (self.top_original == self.top).astype(np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The original's log-probabilities over `windows`, stored once so that many candidates can be measured against them."""
+    """The original's log-probabilities, stored once so that many candidates can be measured against them.
+
+    Attributes:
+        windows: the tokens, (windows, length).
+        logp: (windows, length, vocab), nats; float32 or float16.
+        perplexity: of the original.
+        batch: windows of one pass.
+    """
 
     windows: Int[np.ndarray, "windows length"]
     logp: Float[np.ndarray, "windows length vocab"]
@@ -67,7 +80,13 @@ class Reference:
 
 
 def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> float:
-    """exp of the mean over windows of the mean negative log-likelihood of each window's tokens after its first."""
+    """exp of the mean over windows of the mean negative log-likelihood of each window's tokens after its first.
+
+    Args:
+        model: any of this library.
+        windows: tokens, (windows, length).
+        batch: windows of one pass.
+    """
     parts = [np.asarray(_nll(p, jnp.asarray(rows)))[:live] for (rows, live), p in _log_probabilities(model, windows, batch)]
     return _perplexity(np.concatenate(parts))
 
@@ -77,7 +96,16 @@ def reference(
 ) -> Reference:
     """Run the original once and keep its log-probabilities: float32 if they fit into `max_bytes`, else float16.
 
-    Raises QLRError if not even float16 fits, naming how many windows would. Float16 adds an error of about 1e-4 nats.
+    Float16 adds an error of about 1e-4 nats.
+
+    Args:
+        original: the model.
+        windows: tokens, (windows, length).
+        batch: windows of one pass.
+        max_bytes: for the log-probabilities.
+
+    Raises:
+        QLRError: not even float16 fits, with how many windows would.
     """
     values = windows.size * original.config.vocab_size
     if 2 * values > max_bytes:
@@ -96,7 +124,12 @@ def reference(
 
 
 def divergence(candidate: Llama, reference: Reference) -> Comparison:
-    """Measure a candidate against stored log-probabilities: one forward pass of the candidate, none of the original."""
+    """Measure a candidate against stored log-probabilities: one forward pass of the candidate, none of the original.
+
+    Args:
+        candidate: the compressed model.
+        reference: of its original.
+    """
     done = 0
 
     def originals() -> Iterator[Array]:
@@ -114,16 +147,31 @@ def divergence(candidate: Llama, reference: Reference) -> Comparison:
 def compare(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Comparison:
     """Perplexity of both models, KL(original ‖ compressed) per token and top-1 agreement, one batch of logits at a time.
 
-    KL_t = Σ_v p_t[v] (log p_t[v] − log q_t[v]),  p the original's distribution after position t, q the compressed model's.
+        KL_t = Σ_v p_t[v] (log p_t[v] − log q_t[v]),  p the original's distribution after position t, q the compressed model's
 
     Both models run block by block (`models.forward`): a block is read or decoded once. Numbers come as they are: a model with NaN
     logits has NaN everywhere.
+
+    Args:
+        original, compressed: of one vocabulary.
+        windows: tokens, (windows, length).
+        batch: windows of one pass.
+
+    Raises:
+        QLRError: the vocabularies differ.
     """
     return summary(positions(original, compressed, windows, batch))
 
 
 def positions(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Positions:
-    """As `compare`, position by position: for intervals and for the worst token. Five values a token are kept."""
+    """As `compare`, position by position: for intervals and for the worst token. Five values a token are kept.
+
+    Args:
+        original, compressed, windows, batch: as for `compare`.
+
+    Raises:
+        QLRError: the vocabularies differ.
+    """
     if original.config.vocab_size != compressed.config.vocab_size:
         raise QLRError(
             f"the models' vocabularies differ ({original.config.vocab_size} and {compressed.config.vocab_size} tokens); "
@@ -133,15 +181,15 @@ def positions(original: Llama, compressed: Llama, windows: Int[np.ndarray, "wind
     return _positions(compressed, originals, windows, batch)
 
 
-def summary(found: Positions) -> Comparison:
+def summary(measured: Positions) -> Comparison:
     """The figures of a comparison, over all positions of all windows."""
-    flat = found.kl.ravel().astype(np.float64)
+    flat = measured.kl.ravel().astype(np.float64)
     return Comparison(
-        perplexity_original=_perplexity(found.nll_original),
-        perplexity=_perplexity(found.nll),
+        perplexity_original=_perplexity(measured.nll_original),
+        perplexity=_perplexity(measured.nll),
         kl=float(flat.mean()),
         kl_p99=float(np.quantile(flat, 0.99)),
-        agreement=float(found.same.mean()),
+        agreement=float(measured.same.mean()),
         tokens=flat.size,
     )
 

@@ -41,11 +41,17 @@ def drift(
     batch: int = 1,
     progress: Stage | None = None,
 ) -> Drift:
-    """Run both models side by side, block by block, each on its own hidden states:
+    """Run both models side by side, block by block, each on its own hidden states.
 
-        d_l = mean_t ‖x̂_l,t − x_l,t‖ / ‖x_l,t‖,   x_l,t the original's state of token t after block l, x̂ the compressed model's.
+        d_l = mean_t ‖x̂_l,t − x_l,t‖ / ‖x_l,t‖,   x_l,t the original's state of token t after block l, x̂ the compressed model's
 
-    It holds one block, and the states of all windows: a block is read or decoded once, and one compilation serves all.
+    In memory are one block and the states of all windows: a block is read or decoded once, and one compilation serves all.
+
+    Args:
+        original, compressed: of as many layers and of one width.
+        windows: tokens, (windows, length).
+        batch: windows of one pass.
+        progress: advanced block by block.
 
     Raises:
         QLRError: the two models differ in their layers or in their width.
@@ -67,16 +73,17 @@ def drift(
     ropes = [model.rope(windows.shape[1]) for model in models]
     states = [[np.asarray(model.embed(jnp.asarray(tokens))) for model in models] for tokens, _ in rows]
 
-    def apart() -> float:
+    def total() -> float:
+        """Over all tokens."""
         return sum(float(np.asarray(_ratio(x, y), np.float64)[:live].sum()) for (x, y), (_, live) in zip(states, rows, strict=True))
 
-    sums = [apart()]
+    sums = [total()]
     for i in range(shapes[0][0]):
         for k, model in enumerate(models):
             block = model.block(i)
             for pair in states:
                 pair[k] = np.asarray(through(block, jnp.asarray(pair[k]), ropes[k]))
-        sums.append(apart())
+        sums.append(total())
         if progress is not None:
             progress.advance()
     means = np.array(sums) / windows.size

@@ -29,10 +29,15 @@ class HarnessModel(TemplateLM):
     `top_p` or `num_beams` that is not supported is refused, not passed on.
 
     Args:
-        model: densified here, once.
+        model: packed weights are decoded here, once.
+        tokenizer: of this model.
         batch: rows of a batch, at most.
         max_length: tokens that the model reads at most; its max_position_embeddings where not given.
         seed: of sampled generations.
+        progress: where it is shown; nowhere if not given.
+
+    Raises:
+        QLRError: a batch below 1.
     """
 
     def __init__(
@@ -55,11 +60,11 @@ class HarnessModel(TemplateLM):
     def eot_token_id(self) -> int:
         """What ends a text: the tokenizer's EOS, else the model's."""
         eos = self.model.config.eos_token_id
-        found = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else eos
-        found = found[0] if isinstance(found, tuple) else found
-        if found is None:
+        token = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else eos
+        token = token[0] if isinstance(token, tuple) else token
+        if token is None:
             raise QLRError("neither the tokenizer nor the model names an end-of-text token; lm_eval's tasks need one")
-        return found
+        return token
 
     @property
     def stop_ids(self) -> set[int]:
@@ -103,30 +108,30 @@ class HarnessModel(TemplateLM):
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         with self.progress.stage("scoring", total=len(requests)) as stage:
-            found = scores(
+            results = scores(
                 self.model,
                 [(context, continuation) for _, context, continuation in requests],
                 max_length=self.max_length,
                 batch=self.batch,
                 on_done=stage.advance,
             )
-        for (asked, _, _), score in zip(requests, found, strict=True):
-            if asked is not None:
-                self.cache_hook.add_partial("loglikelihood", asked, tuple(score))
-        return [(score.logp, score.greedy) for score in found]
+        for (texts, _, _), score in zip(requests, results, strict=True):
+            if texts is not None:
+                self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
+        return [(score.logp, score.greedy) for score in results]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each token once, in windows as long as the model reads."""
-        asked, owners = [], []
+        parts, owners = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text, add_special_tokens=False)
             for pair in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, context_len=1):
-                asked.append((None, *make_disjoint_window(pair)))
+                parts.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
-        found = self._loglikelihood_tokens(asked)
+        results = self._loglikelihood_tokens(parts)
         sums = np.zeros(len(requests))
-        np.add.at(sums, np.asarray(owners, int), [logp for logp, _ in found])
+        np.add.at(sums, np.asarray(owners, int), [logp for logp, _ in results])
         for request, value in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, float(value))
         return sums.tolist()

@@ -16,7 +16,7 @@ from qlr_jax.errors import QLRError
 class GenerationSettings:
     """How long a generated text may get, and how each next token is chosen.
 
-    Args:
+    Attributes:
         temperature: logits are divided by it; 0 takes the likeliest token, whatever the others say.
         top_k: only so many of the likeliest tokens may be drawn; 0 for all.
         top_p: only the likeliest tokens whose probabilities first reach this sum may be drawn; 1 for all. It applies to the

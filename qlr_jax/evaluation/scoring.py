@@ -15,7 +15,12 @@ from qlr_jax.models.llama import Llama
 
 
 class Score(NamedTuple):
-    """Of one continuation: Σ_t log p(token t | all before), and whether each token is the likeliest in its place."""
+    """The score of one continuation.
+
+    Attributes:
+        logp: Σ_t log p(token t | all before), nats.
+        greedy: whether each token is the likeliest in its place.
+    """
 
     logp: float
     greedy: bool
@@ -37,7 +42,8 @@ def scores(
     each power of two that occurs. Equal requests run once.
 
     Args:
-        requests: token ids; both parts hold at least one.
+        model: packed or not.
+        requests: (context, continuation), token ids; at least one each.
         max_length: tokens that the model reads at most (its max_position_embeddings where not given); of a longer request
             the first tokens are cut off.
         batch: rows of a batch, at most; fewer where their logits would take more than 1 GB.
@@ -60,7 +66,7 @@ def scores(
     for whole, count in sorted(waiting, key=lambda key: (-len(key[0]), key)):
         by_bucket.setdefault(bucket(len(whole) - 1, most), []).append((whole, count))
 
-    found: list[Score] = [Score(0.0, False)] * len(requests)
+    results: list[Score] = [Score(0.0, False)] * len(requests)
     for length, keys in by_bucket.items():
         rows = np.zeros((len(keys), length + 1), np.int32)
         counts = np.zeros(len(keys), np.int32)
@@ -73,11 +79,11 @@ def scores(
             logp, greedy = _scored(model, *map(jnp.asarray, (part[:, :-2], part[:, -2], part[:, -1])))
             for key, value, same in zip(keys[done : done + live], np.asarray(logp), np.asarray(greedy), strict=False):
                 for i in waiting[key]:
-                    found[i] = Score(float(value), bool(same))
+                    results[i] = Score(float(value), bool(same))
                 if on_done is not None:
                     on_done(len(waiting[key]))
             done += live
-    return found
+    return results
 
 
 @jax.jit
@@ -86,6 +92,6 @@ def _scored(
 ) -> tuple[Float[Array, "batch"], Bool[Array, "batch"]]:
     logits, targets = model(rows[:, :-1]), rows[:, 1:]
     at = jnp.arange(1, rows.shape[1])  # where a target stands in its row
-    asked = (at >= (ends - counts)[:, None]) & (at < ends[:, None])
+    counted = (at >= (ends - counts)[:, None]) & (at < ends[:, None])
     logp = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
-    return jnp.where(asked, logp, 0.0).sum(axis=1), ((jnp.argmax(logits, axis=-1) == targets) | ~asked).all(axis=1)
+    return jnp.where(counted, logp, 0.0).sum(axis=1), ((jnp.argmax(logits, axis=-1) == targets) | ~counted).all(axis=1)

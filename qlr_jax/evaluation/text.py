@@ -41,7 +41,11 @@ def stream_text(
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt as the tokenizer makes them by itself; BOS where there would be none."""
+    """Token ids of a prompt as the tokenizer makes them by itself; BOS where there would be none.
+
+    Raises:
+        QLRError: an empty prompt where the tokenizer has no BOS.
+    """
     ids = list(tokenizer.encode(prompt)) if prompt else []
     if not ids and tokenizer.bos_token_id is None:
         raise QLRError("the prompt is empty, and the tokenizer has no BOS to start from; give some text")

@@ -29,7 +29,13 @@ class Windows:
 def cut(text: str, tokenizer: Any, length: int) -> Windows:
     """The whole text tokenized once after one BOS, cut into windows of `length` that do not overlap, the remainder dropped.
 
-    Raises QLRError if not one window can be filled.
+    Args:
+        text: to evaluate on.
+        tokenizer: of the model.
+        length: tokens of a window, at least 2.
+
+    Raises:
+        QLRError: not one window can be filled.
     """
     if length < 2:
         raise QLRError(f"windows of {length} tokens are asked for; at least 2 are needed")
@@ -42,7 +48,11 @@ def cut(text: str, tokenizer: Any, length: int) -> Windows:
 
 
 def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows length"]:
-    """The rows of `cut`."""
+    """The rows of `cut`, (windows, length).
+
+    Args:
+        text, tokenizer, length: as for `cut`.
+    """
     return cut(text, tokenizer, length).rows
 
 
@@ -59,7 +69,14 @@ def batches(rows: Int[np.ndarray, "windows length"], batch: int) -> Iterator[tup
 def fitting_batch(vocab_size: int, length: int, most: int = 8, max_bytes: int = 1_000_000_000) -> int:
     """How many windows a batch may have, so that one float32 array of its logits stays below `max_bytes`; at least 1.
 
-    >>> fitting_batch(2048, 256), fitting_batch(128_256, 2048)
-    (8, 1)
+    Args:
+        vocab_size: of the model.
+        length: tokens of a window.
+        most: windows of a batch.
+        max_bytes: of the logits.
+
+    Example:
+        >>> fitting_batch(2048, 256), fitting_batch(128_256, 2048)
+        (8, 1)
     """
     return max(1, min(most, max_bytes // (4 * vocab_size * length)))

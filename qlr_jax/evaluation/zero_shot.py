@@ -34,7 +34,7 @@ Samples = dict[tuple[str, str], np.ndarray]
 class ZeroShotOptions:
     """How zero-shot tasks are measured.
 
-    Args:
+    Attributes:
         include_path: a folder of further tasks as YAML; with `dataset_path: json` and `data_files` they need no network.
         limit: documents of each task, at most.
         batch: rows of a batch, at most.
