@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, Strategy, TieBackbone, TieSpec
-from qlr_jax.cli.shell import app, clear_errors, plain, tell
+from qlr_jax.cli.shell import app, clear_errors, plain, show
 from qlr_jax.errors import QLRError
 
 
@@ -52,7 +52,7 @@ def allocate(
         plans = plan(constrained, budget, gap=gap, seconds=seconds, strategy=strategy or DEFAULT)
         written = write_plans(out, plain(plans)) if out else None
         result = {"table": table, "allocations": plans, "out": written}
-        tell(result, as_json, lambda _: allocations_text(plans) + (f"\n\nwritten: {written}" if written else ""))
+        show(result, as_json, lambda _: allocations_text(plans) + (f"\n\nwritten: {written}" if written else ""))
 
 
 @app.command(short_help="Size against damage, from a saved table.")
@@ -93,4 +93,4 @@ def frontier(
         files = write_frontier(out, plain(found)) if out else []
         result = {"table": table, **found, "files": files}
         lines = "".join(f"\nwritten: {file}" for file in files)
-        tell(result, as_json, lambda _: frontier_text(found, found["measured"]) + ("\n" + lines if lines else ""))
+        show(result, as_json, lambda _: frontier_text(found, found["measured"]) + ("\n" + lines if lines else ""))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,12 @@ from qlr_jax.cli.options import (
     TieBackbone,
     TieSpec,
 )
-from qlr_jax.cli.shell import app, clear_errors, command, tell, text_of
+from qlr_jax.cli.shell import app, clear_errors, command, show, text_of
 from qlr_jax.errors import QLRError
+
+if TYPE_CHECKING:
+    from qlr_jax.job import JobResult
+    from qlr_jax.settings.recipe import Recipe
 
 
 @app.command(short_help="The bundled model, end to end, in minutes.")
@@ -45,9 +49,10 @@ def demo(
     with clear_errors(as_json):
         from qlr_jax import job, progress
 
-        tell_job(job.demo(out, budget=budget, resume=resume, progress=progress.choose(as_json), command=command()), as_json)
+        show_job(job.demo(out, budget=budget, resume=resume, progress=progress.choose(as_json), command=command()), as_json)
 
 
+# The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
 @app.command(short_help="A Llama model under a memory budget.")
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, or its name on the hub.")],
@@ -100,7 +105,7 @@ def compress(
     ] = None,
     processes: Annotated[int | None, typer.Option("--processes", min=1, help="How many share it.")] = None,
     process: Annotated[int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell what the job would need, as qlr plan does.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what the job would need, as qlr plan does.")] = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -144,7 +149,7 @@ def compress(
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
         chosen = Recipe(**settings)
         if dry_run:
-            return tell_plan(model, chosen, None, processes or 1, out, as_json)
+            return show_plan(model, chosen, None, processes or 1, out, as_json)
 
         from qlr_jax import job, progress
         from qlr_jax.pipelines.allocate import read_table
@@ -167,9 +172,10 @@ def compress(
             resume=resume,
             cluster=cluster,
         )
-        tell_job(result, as_json)
+        show_job(result, as_json)
 
 
+# The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
 @app.command(short_help="What a job would need: sizes, memory, time, disk.")
 def plan(
     model: Annotated[
@@ -197,7 +203,7 @@ def plan(
     target: Target = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
+    """Show from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
 
     \b
     Example:
@@ -208,9 +214,10 @@ def plan(
         from qlr_jax.settings.recipe import DEMO, Recipe, gathered
 
         settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
-        tell_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
+        show_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
 
 
+# The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
 @app.command(short_help="What every matrix is sensitive to, as a table.")
 def sensitivity(
     model: Annotated[
@@ -273,22 +280,32 @@ def sensitivity(
             progress=progress.choose(as_json),
             command=command(),
         )
-        tell(result, as_json, sensitivity_text)
+        show(result, as_json, sensitivity_text)
 
 
-def tell_plan(model: str, recipe: Any, device: str | None, hosts: int, out: Path | None, as_json: bool) -> None:
+def show_plan(model: str, recipe: Recipe, device: str | None, hosts: int, out: Path | None, as_json: bool) -> None:
+    """What a job would need.
+
+    Args:
+        model: folder, known name, name on the hub, or "bundled".
+        recipe: of the job.
+        device: what it is to run on, `[KIND:]SIZE`; this machine where None.
+        hosts: machines that share the job.
+        out: where the job would write.
+        as_json: print one JSON object.
+    """
     from qlr_jax import cost
     from qlr_jax.report.terminal.cost import plan_text
 
     config, size = cost.find_config(model)
     found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)
-    tell(found.to_dict(), as_json, lambda _: plan_text(found))
+    show(found.to_dict(), as_json, lambda _: plan_text(found))
 
 
-def tell_job(result: Any, as_json: bool) -> None:
+def show_job(result: JobResult, as_json: bool) -> None:
     """A finished job: the report, where it lies, how to load the model."""
     if as_json:
-        return tell({"out": str(result.out), **result.report}, True, None)
+        return show({"out": str(result.out), **result.report}, True, str)
     if "solved" in result.report:
         return typer.echo(f"solved {result.report['solved']} matrices for process 0, which writes {result.out}")
     from qlr_jax.report import summary

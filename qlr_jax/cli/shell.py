@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,32 @@ def clear_errors(as_json: bool) -> Iterator[None]:
         fail(str(error), as_json, 1)
 
 
+@contextmanager
+def computing(as_json: bool) -> Iterator[None]:
+    """`clear_errors` for a command that computes with JAX, which runs one compiled loop at a time then (`settings.host`)."""
+    with clear_errors(as_json):
+        from qlr_jax.settings.host import one_loop_at_a_time
+
+        one_loop_at_a_time()
+        yield
+
+
 def fail(sentence: str, as_json: bool, status: int) -> None:
+    """End with a status, after a sentence on stderr and, for a program that reads, an object on stdout."""
     typer.echo(f"qlr: {sentence}", err=True)
     if as_json:
         typer.echo(json.dumps({"error": sentence}))
     raise typer.Exit(status)
 
 
-def tell(result: Mapping[str, Any], as_json: bool, text: Any) -> None:
+def show(result: Mapping[str, Any], as_json: bool, text: Callable[[Any], str]) -> None:
+    """Print what a command found.
+
+    Args:
+        result: its values.
+        as_json: as one JSON object, not as text.
+        text: what makes text of `result`.
+    """
     typer.echo(json.dumps(plain(result), ensure_ascii=False) if as_json else text(result))
 
 
@@ -66,8 +84,10 @@ def plain(value: Any) -> Any:
 
 
 def command() -> str:
+    """What was typed, as a shell takes it."""
     return shlex.join(["qlr", *sys.argv[1:]])
 
 
 def text_of(path: Path | None) -> str | None:
+    """A path as a recipe has it."""
     return None if path is None else str(path)

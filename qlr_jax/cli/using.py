@@ -8,12 +8,12 @@ from typing import Annotated, Any
 import typer
 
 from qlr_jax.cli.options import AsJson, Compressed, HeldOut, Original, Windows
-from qlr_jax.cli.shell import app, clear_errors, command, tell
+from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
 EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
-STATES = 2.5  # weight of hidden states, beside a trained backbone
-LOOK, LOOKS = 50, 15  # at held-out text: every 50 steps, or 15 times in a long training
+HIDDEN_STATES = 2.5  # weight of hidden-state distillation, beside a trained backbone
+VALIDATE_EVERY, VALIDATIONS = 50, 15  # validation on held-out text: every 50 steps, or 15 times in a long training
 
 
 @app.command(short_help="Perplexity and divergence from the original.")
@@ -51,7 +51,7 @@ def evaluate(
         qlr evaluate qlr-demo --json
         qlr evaluate small --tasks paper
     """
-    with clear_errors(as_json):
+    with computing(as_json):
         from qlr_jax import job, progress, report
 
         result = job.evaluate(
@@ -67,7 +67,7 @@ def evaluate(
             limit=limit,
             batch=batch,
         )
-        tell(result, as_json, report.evaluation)
+        show(result, as_json, report.evaluation)
 
 
 @app.command(short_help="The acceptance gate: status 0 or 1, and why.")
@@ -94,7 +94,7 @@ def verify(
         qlr verify small --text heldout.txt --original path/to/llama --thresholds thresholds.yaml
         qlr verify small --text heldout.txt --json
     """
-    with clear_errors(as_json):
+    with computing(as_json):
         from qlr_jax import progress, report
         from qlr_jax.pipelines import verify as gate
 
@@ -106,7 +106,7 @@ def verify(
             windows=windows,
             progress=progress.choose(as_json),
         )
-        tell(verdict, as_json, report.verdict_text)
+        show(verdict, as_json, report.verdict_text)
         raise typer.Exit(0 if verdict["passed"] else 1)
 
 
@@ -129,7 +129,7 @@ def generate(
         qlr generate qlr-demo --prompt 'import os'
         qlr generate small --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 1 --stop '\n\n'
     """
-    with clear_errors(as_json):
+    with computing(as_json):
         from qlr_jax import progress
         from qlr_jax.pipelines import generate as generating
 
@@ -145,7 +145,7 @@ def generate(
             progress=progress.choose(as_json),
         )
         if as_json:
-            return tell({"prompt": prompt, "text": "".join(pieces)}, True, None)
+            return show({"prompt": prompt, "text": "".join(pieces)}, True, str)
         typer.echo(prompt, nl=False)
         for piece in pieces:
             typer.echo(piece, nl=False)
@@ -164,9 +164,10 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
     with clear_errors(as_json):
         from qlr_jax import job, report
 
-        tell(job.inspect(out), as_json, report.inspection)
+        show(job.inspect(out), as_json, report.inspection)
 
 
+# The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
 @app.command(short_help="A compressed model, adapted on a text.")
 def adapt(
     out: Compressed,
@@ -193,24 +194,29 @@ def adapt(
         str, typer.Option("--factors", help="Grid that trained factors are stored on: same, bf16, or one such as trellis-4.")
     ] = "same",
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="Train only so many components of every matrix.")] = None,
-    fresh: Annotated[
-        str | None, typer.Option("--fresh", metavar="SIZE", help="New factors for so many bytes, e.g. 0.05bpw or 20kB.")
+    added: Annotated[
+        str | None,
+        typer.Option("--added", metavar="SIZE", help="Added components for so many bytes, e.g. 0.05bpw or 20kB."),
     ] = None,
+    fresh: Annotated[str | None, typer.Option("--fresh", metavar="SIZE", hidden=True)] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of the optimizer.")] = 600,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of one pass.")] = 8,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Passes that one step adds up.")] = 1,
     compute: Annotated[str, typer.Option("--compute", help="float32, or bf16 for products in bfloat16.")] = "float32",
-    states: Annotated[
+    hidden_states: Annotated[
         float | None,
         typer.Option(
-            "--states",
+            "--hidden-states",
             min=0,
-            help=f"Weight of hidden states that differ from the original's. Default: {STATES:g} with a backbone, else 0.",
+            help=f"Weight of hidden-state distillation from the original. Default: {HIDDEN_STATES:g} with a backbone, else 0.",
         ),
     ] = None,
-    reround_backbone: Annotated[
-        int, typer.Option("--reround-backbone", min=1, metavar="STEPS", help="Round trained backbones anew after so many steps.")
+    states: Annotated[float | None, typer.Option("--states", min=0, hidden=True)] = None,
+    requantize_backbone: Annotated[
+        int,
+        typer.Option("--requantize-backbone", min=1, metavar="STEPS", help="Re-quantize trained backbones after so many steps."),
     ] = 20,
+    reround_backbone: Annotated[int | None, typer.Option("--reround-backbone", min=1, metavar="STEPS", hidden=True)] = None,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass: less memory.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an adaptation that was interrupted.")] = False,
@@ -220,9 +226,9 @@ def adapt(
 
     Norms, scales and embeddings (lm_head with them) are trained unless --train says otherwise: they are stored already, so it costs
     no byte. Embeddings take 24 bytes of memory a number, 6.3 GB for Llama-2-7B; to leave them: --train norms --train scales.
-    --train backbone finds the codes of Q anew, at no byte either, on text enough: it wins most, for 28 bytes of memory a weight.
-    Rounding it takes half as long as an iteration of the compression's last solves, twice as long with every state bit: where that
-    is dear, raise --reround-backbone, and what is won falls a little.
+    --train backbone re-quantizes Q as well, at no byte either, on text enough: it wins most, for 28 bytes of memory a weight.
+    That takes half as long as an iteration of the compression's last solves, twice as long with every state bit: where it is dear,
+    raise --requantize-backbone, and what is won falls a little.
 
     \b
     Example:
@@ -231,27 +237,29 @@ def adapt(
         qlr adapt small adapted --text mine.txt --train norms --train scales --train embeddings --train backbone --steps 1200
         qlr adapt small adapted --text mine.txt --train factors --train norms --train scales --factors bf16
     """
-    with clear_errors(as_json):
+    with computing(as_json):
         from qlr_jax import progress
         from qlr_jax.adaptation import AdaptConfig
         from qlr_jax.pipelines import adapt as tuning
         from qlr_jax.report import adapted_text
 
-        more = ("factors",) if fresh or factors != "same" or rank else ()
+        added = added or fresh
+        weight = hidden_states if hidden_states is not None else states
+        more = ("factors",) if added or factors != "same" or rank else ()
         parts = tuple(train) if train else ("norms", "scales", "embeddings", *more)
         config = AdaptConfig(
             train=parts,
             loss=loss,
             factors=factors,
             rank=rank,
-            fresh=fresh,
+            fresh=added,
             steps=steps,
-            evaluate_every=max(LOOK, steps // LOOKS),
+            evaluate_every=max(VALIDATE_EVERY, steps // VALIDATIONS),
             batch=batch,
             accumulate=accumulate,
             compute=compute,
-            states=states if states is not None else STATES if "backbone" in parts and loss != "text" else 0.0,
-            reround_backbone=reround_backbone,
+            states=weight if weight is not None else HIDDEN_STATES if "backbone" in parts and loss != "text" else 0.0,
+            reround_backbone=reround_backbone or requantize_backbone,
             remat=remat,
             seed=seed,
         )
@@ -266,7 +274,7 @@ def adapt(
             progress=progress.choose(as_json),
             command=command(),
         )
-        tell(result, as_json, adapted_text)
+        show(result, as_json, adapted_text)
 
 
 @app.command(short_help="A compressed model in another format.")
@@ -296,7 +304,7 @@ def export(
         qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
         qlr export small small-gguf --to gguf
     """
-    with clear_errors(as_json):
+    with computing(as_json):
         if to not in EXPORT_TARGETS:
             raise QLRError(f"export target {to!r} is not available; --to takes {', '.join(EXPORT_TARGETS)}")
         if dtype not in ("bfloat16", "float16", "float32"):
@@ -314,5 +322,5 @@ def export(
             settings["base"] = base
         write = getattr(exporting, f"export_{to.replace('-', '_')}")
         write(out, dest, **settings)
-        told = {"out": str(out), "dest": str(dest), "to": to, **settings}
-        tell(told, as_json, lambda _: f"{dest}: {to} model in {dtype}; {dest / 'README.md'} says how to load it")
+        result = {"out": str(out), "dest": str(dest), "to": to, **settings}
+        show(result, as_json, lambda _: f"{dest}: {to} model in {dtype}; {dest / 'README.md'} says how to load it")
