@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 import allocators
+from allocators.strategies import DEFAULT
 from qlr_jax import calibration, evaluation
 from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.calibration.text import split_of
@@ -101,8 +102,8 @@ def compressed(work: Path, budgets: set[str]) -> None:
     run = replace(run, solver=lambda kind: partial(solve_many, into=solved))
     table = measure(run).table
     for budget in missing:
-        plan = allocate(run, allocators.Budget.parse(budget).on(table))["allocated"]
-        found = solve(run, {"allocated": plan})["allocated"]
+        plan = allocate(run, allocators.Budget.parse(budget).on(table))[DEFAULT]
+        found = solve(run, {DEFAULT: plan})[DEFAULT]
         save_packed(work / budget, source.model, found.matrices, source=source.folder)
 
 

@@ -21,6 +21,7 @@ from statistics import mean, stdev
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import allocators
+from allocators.strategies import BASELINE, CONTROL, DEFAULT, STRATEGIES, solved_strategies
 from qlr_jax import calibration, evaluation
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
@@ -31,7 +32,7 @@ from qlr_jax.progress import plain
 from qlr_jax.report.content.allocation import rank_line
 from qlr_jax.settings.recipe import DEMO
 
-MODELS = ("allocated", "uniform", "rank0")
+MODELS = solved_strategies()
 
 
 @one_blas_thread()
@@ -56,7 +57,7 @@ def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None,
         problem = allocators.Budget.parse(budget).on(table)
         candidates = evaluate_on_calibration(job, solve(job, allocate(job, problem)))
         solved = time.perf_counter() - start
-        first = candidates["allocated"]
+        first = candidates[DEFAULT]
         refined = None
         if refinements:
             candidates, refined = refine(job, problem, candidates)
@@ -75,7 +76,7 @@ def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None,
                 "agreement": found.agreement,
                 "specs": dict(plan.specs),
             }
-        record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in candidates["allocated"].plan.specs.items()])
+        record["ranks"] = rank_line([{"name": n, "spec": s} for n, s in candidates[DEFAULT].plan.specs.items()])
         if refined is not None:
             record["refined"] = {
                 "gained": refined.gained,
@@ -91,9 +92,10 @@ def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None,
 
 def table_of(records: list[dict]) -> str:
     """The table of RESULTS.md, in Markdown."""
+    labels = [STRATEGIES[name].label for name in MODELS]
     lines = [
-        "| bits a weight | allocated | uniform | rank 0 | allocated / uniform | allocated / rank 0 |",
-        "|---|---|---|---|---|---|",
+        "| " + " | ".join(["bits a weight", *labels, *(f"{labels[0]} / {label}" for label in labels[1:])]) + " |",
+        "|---" * (2 * len(labels)) + "|",
     ]
     for budget in dict.fromkeys(r["budget"] for r in records):
         part = [r["models"] for r in records if r["budget"] == budget]
@@ -102,7 +104,7 @@ def table_of(records: list[dict]) -> str:
             return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
         cells = [told([m[name]["kl"] for m in part], 4) for name in MODELS]
-        cells += [told([m["allocated"]["kl"] / m[name]["kl"] for m in part], 3) for name in ("uniform", "rank0")]
+        cells += [told([m[DEFAULT]["kl"] / m[name]["kl"] for m in part], 3) for name in MODELS[1:]]
         lines.append(f"| {budget.removesuffix('bpw')} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -115,12 +117,9 @@ def picture(records: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=150)
-    styles = {
-        "uniform": ("s", "#8a8a8a", "uniform"),
-        "rank0": ("^", "#c25a00", "bits alone"),
-        "allocated": ("o", "#0b57a4", "rank and bits"),
-    }
-    for name, (mark, colour, label) in styles.items():
+    styles = {DEFAULT: ("o", "#0b57a4"), BASELINE: ("s", "#8a8a8a"), CONTROL: ("^", "#c25a00")}
+    for name, (mark, colour) in reversed(styles.items()):
+        label = STRATEGIES[name].label
         points = [(r["models"][name]["bits_per_weight"], r["models"][name]["kl"], r["budget"]) for r in records]
         axes.plot([x for x, _, _ in points], [y for _, y, _ in points], mark, color=colour, alpha=0.45, markersize=5)
         means = [

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from allocators.strategies import solved_strategies
 from qlr_jax import cost
 from qlr_jax.models import LlamaConfig
 from qlr_jax.report.terminal.columns import columns
@@ -189,7 +190,7 @@ def watched(name: str, folder: Path) -> dict[str, Any]:
                 evaluate_on=folder / "heldout.txt",
                 progress=Told(watch),
             )
-    plans = {kind: json.loads((done.out / "allocation.json").read_text()).get(kind) for kind in ("allocated", "uniform", "rank0")}
+    plans = {kind: json.loads((done.out / "allocation.json").read_text()).get(kind) for kind in solved_strategies()}
     return {
         "name": name, "before": before, "imports_cpu": started, "stages": watch.stages, "solves": watch.solves,
         "peak": watch.stages["job"]["peak"], "cpu": watch.stages["job"]["cpu"], "wall": watch.stages["job"]["wall"],

@@ -13,9 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from allocators.strategies import BASELINE, CONTROL, DEFAULT, STRATEGIES
 from qlr_jax.models.sites import KINDS
 
-NAMES = {"uniform": "uniform", "rank0": "no rank", "allocated": "rank and bits\ntogether"}
+COLOURS = {BASELINE: "#b0b7c3", CONTROL: "#7d9cc0", DEFAULT: "#1f5fa8"}
 
 
 def draw(report: dict, path: Path) -> None:
@@ -36,8 +37,9 @@ def draw(report: dict, path: Path) -> None:
     left.set_yticks(range(layers), [f"layer {i}" for i in range(layers)])
     left.set_title(f"what every matrix got at {report['budget']} (backbone bits + rank)", fontsize=10)
     figure.colorbar(shown, ax=left, label="bits per weight, all stored", pad=0.01)
-    names = [n for n in NAMES if n in report["kl"]]
-    bars = right.bar([NAMES[n] for n in names], [report["kl"][n] for n in names], color=("#b0b7c3", "#7d9cc0", "#1f5fa8"))
+    names = [n for n in COLOURS if n in report["kl"]]
+    labels, heights = [STRATEGIES[n].label for n in names], [report["kl"][n] for n in names]
+    bars = right.bar(labels, heights, color=[COLOURS[n] for n in names])
     right.bar_label(bars, fmt="%.4f", fontsize=8)
     right.set_title("KL from the original, held-out", fontsize=10)
     right.spines[["top", "right"]].set_visible(False)

@@ -1,9 +1,9 @@
 """Time and proved gap of the exact allocation, from 32 to 882 matrices, on synthetic tables of Llama shapes.
 
-    python benchmarks/allocators.py                       all sizes; prints a table, writes allocators.json
-    python benchmarks/allocators.py --peer                beside it the plain model, given whole to HiGHS
-    python benchmarks/allocators.py --ties backbone       q, k, v tied, and gate, up
-    python benchmarks/allocators.py --joint               beside it the allocation where pairs of matrices interact
+    python benchmarks/knapsack.py                       all sizes; prints a table, writes knapsack.json
+    python benchmarks/knapsack.py --peer                beside it the plain model, given whole to HiGHS
+    python benchmarks/knapsack.py --ties backbone       q, k, v tied, and gate, up
+    python benchmarks/knapsack.py --joint               beside it the allocation where pairs of matrices interact
 
 The peer is scipy.optimize.milp (HiGHS) on the textbook model with one 0-1 variable an option: no hull, no fixing, no start.
 """
@@ -24,6 +24,7 @@ from scipy.optimize import LinearConstraint, milp
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from allocators import Budget, Option, OptionTable, Row, allocate, baselines, frontier
+from allocators.strategies import BASELINE, CONTROL
 from benchmarks.interactions import Pairwise, allocate_jointly
 from qlr_jax.models.sites import KINDS
 
@@ -126,7 +127,7 @@ def main() -> None:
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--peer", action="store_true", help="also give the whole model to HiGHS")
     parse.add_argument("--joint", action="store_true", help="also allocate with interactions of pairs")
-    parse.add_argument("--out", type=Path, default=Path("allocators.json"))
+    parse.add_argument("--out", type=Path, default=Path("knapsack.json"))
     args = parse.parse_args()
     if args.peer and args.ties != "none":
         parse.error("the peer knows no ties; leave out --peer or --ties")
@@ -152,7 +153,7 @@ def main() -> None:
                     )
                     record |= dict(gap=found.gap, status=found.status.value, damage=found.damage, baselines=others)
                     record |= dict(frontier_seconds=sweep, frontier_corners=corners)
-                    ratio = [found.damage / others[n] if n in others else float("nan") for n in ("uniform", "rank0", "greedy")]
+                    ratio = [found.damage / others[n] if n in others else float("nan") for n in (BASELINE, CONTROL, "greedy")]
                     print(
                         f"{model:28} {kind:8} {text:8} {gap:7.0e} {record['seconds']:8.2f} {found.gap:9.1e} {found.status.value:11}"
                         f" {ratio[0]:8.4f} {ratio[1]:7.4f} {ratio[2]:8.5f}",
