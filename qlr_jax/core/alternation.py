@@ -1,6 +1,10 @@
 """One alternation: Q on what the factors leave, then the factors on what Q leaves, the better candidate kept.
 
-Every function that computes is compiled once for a shape; rates and seeds are data.
+    Q     ← LDLQ(W − L R)                                        `improve_backbone`
+    L, R  ← rank-constrained regression of W − Q, rounded        `_fit`
+
+All matrices of a problem go through it together; what is decided for each (which candidate is better, which has stopped) is a mask
+over the batch. Every function that computes is compiled once for a shape; rates and seeds are data.
 """
 
 from __future__ import annotations
@@ -27,12 +31,20 @@ from qlr_jax.core.typing import Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Candidate:
-    """One (Q, L, R) with its codes."""
+    """One (Q, L, R) for every matrix, with its codes.
+
+    Attributes:
+        q: Q, (b, m, n).
+        codes: of Q, as its quantizer packs them.
+        scale: (b,), of a backbone of unit scale, else 1.
+        scales: of a backbone that stores its own.
+        factors: L and R.
+    """
 
     q: Array
     codes: Array
-    scale: Array  # (b,) of a unit backbone, else 1
-    scales: tuple[Array, ...]  # of a backbone that stores its own
+    scale: Array
+    scales: tuple[Array, ...]
     factors: Factors
 
 
@@ -41,8 +53,11 @@ class State:
     """The current and the best candidate, and their errors √(tr(G E H Eᵀ)/tr(G W H Wᵀ)) per matrix.
 
     Attributes:
-        basis: of the subspace iteration, kept warm.
+        now: the current candidate.
+        basis: of the subspace iteration, kept warm; None at rank 0.
+        error: of the current candidate, (b,).
         best: None before the first candidate.
+        best_error: its error, (b,); infinite before the first.
         trail: errors of the last step's half-steps, for people.
     """
 
@@ -55,10 +70,13 @@ class State:
 
 
 def first_step(problem: MatrixProblem) -> State:
-    """`init` and one `step`; in a race that from either start, each matrix going on with the better.
+    """`init` and one `step`; in a race one from either start, of which each matrix goes on with the better.
 
-    Factors of W itself leave least to Q; factors of what a rounded W lacks hold the outputs that the loss feels most. Which pays
+    Factors of W itself leave least to Q; factors of what a rounded W lacks hold the outputs that weigh most in the loss. Which pays
     is a matter of the spectra of W and of G.
+
+    Args:
+        problem: of rank above 0.
     """
     start = problem.config.start
     if start != "race":
@@ -85,7 +103,7 @@ def init(problem: MatrixProblem, start: str) -> State:
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
         return state
-    basis, steps, config = _start(problem), problem.config.subspace_steps, problem.config
+    basis, steps, config = _random_basis(problem), problem.config.subspace_steps, problem.config
     if isinstance(problem.backbone, Nothing):  # the factors alone: a candidate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
         return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
@@ -110,14 +128,15 @@ def step(problem: MatrixProblem, state: State) -> State:
         state = improve_backbone(problem, state)
         trail = (state.error,)
     warm = problem.config.warm_start
-    basis = state.basis if warm else _start(problem)
+    basis = state.basis if warm else _random_basis(problem)
     factors, basis, error = _fit(problem, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
     state = _evaluated(replace(state, basis=basis), replace(state.now, factors=factors), error)
     return replace(state, trail=(*trail, state.error))
 
 
-def _start(problem: MatrixProblem) -> Array:
-    """A random basis for the subspace iteration."""
+def _random_basis(problem: MatrixProblem) -> Array:
+    """Where the subspace iteration starts from."""
+    assert problem.mask is not None
     b, m, n = problem.weight.shape
     columns = min(len(problem.mask), m, n)
     return problem.placement.place(jnp.asarray(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns))))
@@ -126,7 +145,7 @@ def _start(problem: MatrixProblem) -> Array:
 def improve_backbone(problem: MatrixProblem, state: State) -> State:
     """Q ← LDLQ(W − L R), in the metric H or its downdate, and in that of the outputs."""
     quantizer, factors, metric = problem.backbone, state.now.factors, problem.metric
-    width, known = column_block(quantizer), _product(factors) if problem.spec.rank else None
+    width, low_rank = column_block(quantizer), _product(factors) if problem.spec.rank else None
     tau = downdate_strength(problem.spec, problem.config)
     if tau:
         reduced = downdated(metric.hessian, factors.right, tau)
@@ -142,7 +161,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
     correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(
         problem.weight,
-        known,
+        low_rank,
         metric.hessian,
         problem.energy,
         factor,
@@ -159,7 +178,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
 def _fit(
     problem: MatrixProblem, q: Array, basis: Array, steps: int, metric: Array | None = None, plain: bool | None = None
 ) -> tuple[Factors, Array, Array]:
-    """Factors of W − Q in H and G, or their start in another metric."""
+    """Factors of W − Q in H and G, or their start in another metric: with the new basis, and the error of Q + L R."""
     config = problem.config
     left, right = problem.spec.factor_quantizers(config.state_bits)
     factors, basis = fit_factors(
@@ -177,8 +196,8 @@ def _fit(
         plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
-    evaluated = (problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
-    return factors, basis, _error(*evaluated)
+    error = _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
+    return factors, basis, error
 
 
 _product = sharded(Factors.product)
@@ -191,6 +210,7 @@ def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Ar
 
 
 def _evaluated(state: State, candidate: Candidate, error: Array) -> State:
+    """The state with a new candidate, which is the best of the matrices whose error it lowers."""
     found = np.asarray(error)
     if state.best is None:
         return replace(state, now=candidate, error=found, best=candidate, best_error=found)

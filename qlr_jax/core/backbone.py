@@ -21,7 +21,12 @@ SCALE_POWER = 0.75  # power of the variance_gain; ½ matches the variance, ¾ me
 
 
 def scale_correction(backbone: Quantizer, gain: np.ndarray) -> np.ndarray:
-    """Feedback makes what is rounded larger than W: a unit grid must reach further, by up to a fifth at one bit."""
+    """Factor on a unit grid's scale, (b,): feedback makes what is rounded larger than W, by up to a fifth at one bit.
+
+    Args:
+        backbone: the quantizer of Q.
+        gain: φ, the feedback's noise gain, (b,).
+    """
     # 1.15 times the rate-distortion limit is what a trellis reaches, near enough for a scale
     return (variance_gain(1.15 * 4.0**-backbone.bits, gain) ** SCALE_POWER).astype(np.float32)
 
@@ -31,6 +36,10 @@ def downdate_strength(spec: Spec, config: SolverConfig) -> float:
 
     Measured on the bundled model's matrices: with 8 bits 0.9 takes 5 % off the error; with 4 bits 0 to 0.25 change nothing and 0.9
     adds 3 to 7 %; 1 adds 20 to 40 %.
+
+    Args:
+        spec: of the matrix; the strength follows the coarser of its factors.
+        config: whose `downdate` overrides that.
     """
     if spec.rank == 0:
         return 0.0
@@ -43,7 +52,18 @@ def downdate_strength(spec: Spec, config: SolverConfig) -> float:
 @partial(sharded, factors=True)
 @jax.jit
 def downdated(hessian: Array, right: Array, strength: float) -> Array:
-    """H − τ H Rᵀ (R H Rᵀ)⁻¹ R H: at τ = 1, the loss of Q's error that remains once L is refitted with R fixed."""
+    """H − τ H Rᵀ (R H Rᵀ)⁻¹ R H: at τ = 1, the loss of Q's error that remains once L is refitted with R fixed.
+
+    Args:
+        hessian: H, (b, n, n) or (1, n, n).
+        right: R, (b, r, n).
+        strength: τ, in [0, 1].
+
+    Returns:
+        (b, n, n).
+
+    Source: CALDERA, arXiv 2405.18886, its Hessian update at τ = 1; the strength is ours.
+    """
     weighted = jnp.matmul(right, hessian, precision="highest")
     metric = jnp.matmul(weighted, jnp.swapaxes(right, -1, -2), precision="highest")
     mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / metric.shape[-1]
@@ -57,11 +77,11 @@ def downdated(hessian: Array, right: Array, strength: float) -> Array:
 @partial(jax.jit, static_argnames=("static", "refit"))
 def round_backbone(
     weight: Array,
-    known: Array | None,
+    low_rank: Array | None,
     hessian: Array,
     energy: Array,
     factor: Array,
-    scale_correction: Array,
+    correction: Array,
     traced: Traced,
     output: Array | None = None,
     rows: Array | None = None,
@@ -69,22 +89,33 @@ def round_backbone(
     static: Quantizer,
     refit: bool,
 ) -> tuple[Array, Array, Array, QParams, Array]:
-    """Q for W − `known` (nothing known: None): values, codes, scale, the grid's own scales, relative error.
+    """Q for W − L R: values, codes, scale, the grid's own scales, relative error.
 
-    `output` and `rows` are G and its feedback factor: of a rectangle of rows at a time (`ldlq_rows`). Where several devices hold a
-    matrix, each rounds its share of rows (with G, of the row groups that are under way) and multiplies it with H.
+    Where several devices hold a matrix, each rounds its share of rows (with G, of the row groups that are under way) and multiplies
+    it with H.
+
+    Args:
+        weight: W, (b, m, n).
+        low_rank: L R, (b, m, n); None at rank 0.
+        hessian: H, that the error is evaluated in, (b, n, n) or (1, n, n).
+        energy: tr(G W H Wᵀ), (b,).
+        factor: F of H or of its downdate, at the quantizer's column block.
+        correction: (b,), of a unit grid's scale (`scale_correction`).
+        traced, static: the quantizer.
+        output, rows: G and its feedback factor, of a group of rows at a time (`ldlq_rows`); None: the identity.
+        refit: fit a unit grid's scale to the result.
     """
     m, n = weight.shape[-2:]
-    left_over = weight if known is None else weight - known
+    residual = weight if low_rank is None else weight - low_rank
     # scales of a grid's own are of rows or parts of them; that of a unit grid is of the matrix
     scales = (
-        static.fit_qparams(left_over, per_row=False)
+        static.fit_qparams(residual, per_row=False)
         if static.unit_scale
-        else by_rows(lambda w: static.fit_qparams(w, per_row=False), (left_over,))
+        else by_rows(lambda w: static.fit_qparams(w, per_row=False), (residual,))
     )
     if static.unit_scale:
-        scales = (scales[0] * scale_correction[:, None, None],)
-    padded, qparams = pad_to_tiles(left_over, *static.tile), static.broadcast_qparams(scales, n)
+        scales = (scales[0] * correction[:, None, None],)
+    padded, qparams = pad_to_tiles(residual, *static.tile), static.broadcast_qparams(scales, n)
     if rows is None:
         q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, traced, static), (padded, *qparams), static.tile[0])
     else:
@@ -96,9 +127,9 @@ def round_backbone(
             weighted = product_by_rows(q, hessian)
             weighted = weighted if output is None else product_by_rows(output, weighted)
             own = jnp.sum(weighted * q, axis=(-2, -1))
-            best = jnp.where(own > 0, jnp.sum(weighted * left_over, axis=(-2, -1)) / jnp.where(own > 0, own, 1.0), 1.0)
+            best = jnp.where(own > 0, jnp.sum(weighted * residual, axis=(-2, -1)) / jnp.where(own > 0, own, 1.0), 1.0)
             q, scale = q * best[:, None, None], scale * best
-    return q, codes, scale, scales, normalised(quadratic_by_rows(left_over - q, hessian, output), energy)
+    return q, codes, scale, scales, normalised(quadratic_by_rows(residual - q, hessian, output), energy)
 
 
 __all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction"]

@@ -1,12 +1,17 @@
-"""Upper bounds on tr(E H Eᵀ), evaluated: rank-constrained regression, scalar LDLQ, rounded factors, and the three together.
+"""Upper bounds on tr(E H Eᵀ), evaluated: rank-constrained regression, LDLQ, rounded factors, and the three together.
 
 LDLQ turns the error A = W − Q into rounding errors η alone: A H Aᵀ = η D ηᵀ, D the diagonal of H = (I + F) D (I + F)ᵀ (the
 squared diagonal of its Cholesky factor). The bounds hold for *dithered* scalar quantizers (`Dither`: stochastic rounding) in
 expectation over the dither, and where nothing saturates: every value that is rounded, LDLQ's feedback included, lies in the
-quantizer's range. `nearest_bound` is for rounding to nearest and holds surely. float64 numpy: all this is for people.
+quantizer's range. float64 numpy: all this is for people.
 
 What is used of η, and no more: rows are dithered independently; E[η_ij | columns already rounded] = 0; E η_ij² ≤ Δ²/4.
-Trellises, lattices and normal-float grids are outside. Source: CALDERA, arXiv 2405.18886, section 4; the proofs here are ours.
+
+The solver rounds to nearest, with no dither, and the paper's preset rounds to a lattice: of what the solver makes, `ldlq_bound`,
+`lplr_bound` and `alternation_bound` are therefore no bounds; they are the paper's theory, and are not shown with a solution.
+`covering_bound` is what `Solution.stats` carries: for rounding to nearest, in tiles, and it holds surely, not in expectation.
+`nearest_bound` is its case of single columns. Trellises are outside: what a sequence of weights can miss has no bound but the one
+measured. Source: CALDERA, arXiv 2405.18886, section 4; the proofs here are ours.
 """
 
 from __future__ import annotations
@@ -263,6 +268,60 @@ def nearest_bound(steps: ArrayLike, diagonal: ArrayLike, rank: int = 0, overshoo
             raise QLRError(f"the {name} holds {array.min()}; pass finite numbers of at least 0")
     _check_rank(rank, len(delta), d.size)
     return float(np.sum(np.square(delta / 2.0 + beyond) * d.ravel()) * (1.0 - rank / min(len(delta), d.size)))
+
+
+def block_norms(hessian: ArrayLike, block: int = 1) -> np.ndarray:
+    """λ_max(D_c) for the diagonal blocks D_c of H = (I + F) D (I + F)ᵀ, `block` columns each, the last one shorter if need be.
+
+    Args:
+        hessian: H, (n, n), positive definite.
+        block: columns a block.
+
+    Returns:
+        (⌈n / block⌉,); for single columns D itself.
+
+    Raises:
+        QLRError: a Hessian that is not positive definite.
+
+    Example:
+        >>> block_norms([[4.0, 2.0], [2.0, 2.0]]).tolist(), block_norms([[4.0, 0.0], [0.0, 2.0]], 2).tolist()
+        ([4.0, 1.0], [4.0])
+    """
+    diagonal = ldl_diagonal(hessian)
+    if block == 1:
+        return diagonal
+    h = np.asarray(hessian, np.float64)
+    lower = np.linalg.cholesky((h + h.T) / 2)
+    return np.array([np.linalg.norm(lower[s : s + block, s : s + block], 2) ** 2 for s in range(0, len(h), block)])
+
+
+def covering_bound(rounding: ArrayLike, radius: ArrayLike, norms: ArrayLike, block: int = 1) -> float:
+    """LDLQ rounded to nearest in tiles, surely: tr(E H Eᵀ) ≤ Σ_ic λ_max(D_c) (ρ_ic + o_ic)², o_ic = max(‖η_ic‖ − ρ_ic, 0).
+
+    tr(E H Eᵀ) = tr(η D ηᵀ) = Σ_ic η_ic D_c η_icᵀ for η = E (I + F), row i and column block c, whatever E is; and ‖η_ic‖ ≤ ρ, the
+    code's covering radius, where a tile's target lies within the code's range and nothing has changed since it was rounded. What
+    is farther off is known once the matrix is: o. At rank 0 it is what feedback carries beyond the code's ends. With factors it
+    is also what their refit after Q adds, and what comes of rounding Q in the downdated metric: it stays a bound, which says the
+    less the more of η lies beyond ρ.
+
+    Args:
+        rounding: η, (m, n).
+        radius: ρ, (m, ⌈n / block⌉) or what broadcasts to it, in the weight's units: half a step of an integer grid.
+        norms: λ_max(D_c) from `block_norms` of H, damped as F's H was: the error in H is no larger than in H + d I.
+        block: columns a tile.
+
+    Source: the identity is QuIP's, arXiv 2307.13304, section 3; in blocks: QuIP#, arXiv 2402.04396, section 4.1.
+
+    Example:
+        >>> covering_bound([[0.1, -0.5]], [[0.25, 0.25]], [4.0, 1.0])
+        0.5
+    """
+    eta, rho = np.asarray(rounding, np.float64), np.asarray(radius, np.float64)
+    if block > 1:
+        filled = np.pad(eta, ((0, 0), (0, -eta.shape[1] % block))).reshape(len(eta), -1, block)
+        eta = np.linalg.norm(filled, axis=-1)
+    overshoot = np.maximum(np.abs(eta) - rho, 0.0)
+    return float(np.sum(np.square(rho + overshoot) * np.asarray(norms, np.float64).ravel()))
 
 
 def _checked(matrix: ArrayLike, hessian: ArrayLike | None, rank: int) -> tuple[np.ndarray, np.ndarray]:

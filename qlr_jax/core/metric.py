@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
+from qlr_jax.core.bounds import block_norms
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric
 from qlr_jax.core.objective import damped
@@ -39,6 +40,7 @@ class Metric:
     placement: Placement = HERE
     source: Metric | None = field(default=None, repr=False)
     _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
+    _norms: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
     def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool, side: int = hadamard.INPUT) -> Metric:
@@ -68,13 +70,19 @@ class Metric:
             self._factors[0] = found, np.zeros(0)
         return self._factors[0][0]
 
+    def block_norms(self, i: int, width: int) -> np.ndarray:
+        """λ_max of the diagonal blocks of the damped H's LDLᵀ factor, of one entry, in float64 (`bounds.block_norms`)."""
+        if (i, width) not in self._norms:
+            self._norms[i, width] = block_norms(np.asarray(self.regular[i], np.float64), width)
+        return self._norms[i, width]
+
     def placed(self, placement: Placement) -> Metric:
         """The metric where the matrices lie: H of each is factored there; one H for all is factored once, and then copied."""
         if placement.mesh is None:
             return self
         hessian, regular = placement.place(self.hessian), placement.place(self.regular)
         source = self if len(self.original) == 1 else None  # else it would keep the room of all on one device
-        return replace(self, hessian=hessian, regular=regular, placement=placement, source=source, _factors={})
+        return replace(self, hessian=hessian, regular=regular, placement=placement, source=source, _factors={}, _norms={})
 
     def _made(self, width: int) -> tuple[Array, np.ndarray]:
         if width not in self._factors:

@@ -101,7 +101,7 @@ def with_backbone(
     value = QLRMatrix(arrays, layout)
     found = np.asarray(value.dense())
     stats = {"relative_error": float(relative_error(weight[None], found[None], hessian[None])[0]), "iterations": steps}
-    stats |= {"history": [stats["relative_error"]], "bound": None}
+    stats |= {"history": [stats["relative_error"]], "bound": None, "bound_note": "the backbone is given"}
     if output is not None:
         stats["weighted_error"] = float(relative_error(weight[None], found[None], hessian[None], output[None])[0])
     return Solution(value, verdict, stats)

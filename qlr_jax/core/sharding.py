@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qlr_jax.core.typing import Array
@@ -116,7 +117,7 @@ def batch_placement(batch: int, devices: int | None = None) -> Placement:
     return _line(local[:count])
 
 
-def _line(devices: list[jax.Device]) -> Placement:
+def _line(devices: list[Any]) -> Placement:
     return Placement(Mesh(np.asarray(devices), (SEQUENCES,), axis_types=(AxisType.Auto,)))
 
 
@@ -162,7 +163,7 @@ def placement_of(array: Any) -> Placement:
 
 
 def _mesh_of(array: Any) -> Mesh | None:
-    if isinstance(array, jax.core.Tracer) or not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array) or not isinstance(array.sharding, NamedSharding):
         return None
     mesh = array.sharding.mesh
     return mesh if isinstance(mesh, Mesh) and mesh.axis_names == (MATRICES, ROWS) else None
@@ -228,7 +229,7 @@ def _one_after_another(key: tuple, leaves: list[Any]) -> Any:
     return jax.tree.map(assembled, *found)
 
 
-def _part(leaf: Any, device: jax.Device) -> Any:
+def _part(leaf: Any, device: Any) -> Any:
     """What of a leaf lies on a device; a leaf that was not placed goes anywhere."""
     if _mesh_of(leaf) is None:
         return leaf

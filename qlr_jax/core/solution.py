@@ -1,4 +1,4 @@
-"""What a solve hands back: the compressed matrix, how it ended, and its errors and bound."""
+"""What a solve hands back: the compressed matrix, how it ended, its errors, and a bound on them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from qlr_jax.core.alternation import Candidate
-from qlr_jax.core.bounds import ldl_diagonal, nearest_bound
+from qlr_jax.core.bounds import covering_bound
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.objective import relative_error
 from qlr_jax.core.problem import MatrixProblem
-from qlr_jax.core.quantizers import Integer, Nothing
+from qlr_jax.core.quantizers import Nothing
 
 
 class Verdict(enum.Enum):
@@ -38,10 +38,14 @@ class Solution:
     Attributes:
         value: the compressed matrix.
         verdict: how it ended.
-        stats: `relative_error` √(tr(E H Eᵀ)/tr(W H Wᵀ)) of `value.dense()` with the H given, undamped; where G was given,
-            `weighted_error`, the same in G as well, √(tr(G E H Eᵀ)/tr(G W H Wᵀ)); `history`, what was minimised after every
-            half-step; `iterations`; `bound`: what the relative error cannot exceed (`bounds.nearest_bound`), for integer
-            backbones without factors and without G, None elsewhere.
+        stats: by name:
+            `relative_error`    √(tr(E H Eᵀ) / tr(W H Wᵀ)) of `value.dense()` with the H given, undamped
+            `weighted_error`    where G was given: √(tr(G E H Eᵀ) / tr(G W H Wᵀ))
+            `history`           what was minimised, after every half-step
+            `iterations`        how many were run
+            `bound`             what `relative_error` cannot exceed (`bounds.covering_bound`): for codes with a covering radius
+                                (integers, normal-float, E8), with and without factors; else None
+            `bound_note`        why there is no bound; None where there is one
     """
 
     value: QLRMatrix
@@ -60,53 +64,78 @@ class Solution:
 
 
 def finish(
-    problem: MatrixProblem, found: Candidate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool]
+    problem: MatrixProblem, candidate: Candidate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool] | np.ndarray
 ) -> list[Solution]:
-    spec, backbone, solutions = problem.spec, problem.backbone, []
-    best = jax.tree.map(np.asarray, found)
-    for i in range(len(problem.original)):  # the weights on a mesh are filled up
-        inner, original = float(best.scale[i]), problem.original[i]
-        if inner == 0 and original.any():  # the factors leave nothing to Q; g is theirs too and must not erase them
-            inner = 2.0**-12
-        arrays = {f"backbone.{k}": v for k, v in backbone.pack(best.codes[i], tuple(s[i] for s in best.scales)).items()}
-        if spec.has_scale:
-            arrays["scale"] = np.array([inner * problem.unit[i]], np.float32)
-        if spec.rank:
-            arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
-        value = QLRMatrix(arrays, problem.layout)
+    """The solutions of a problem, packed and evaluated as they are stored.
+
+    Args:
+        problem: of b matrices.
+        candidate: the best that was found for each.
+        histories: by matrix, the errors (b,) after every half-step that it took part in.
+        converged: by matrix, whether it stopped by itself.
+    """
+    spec, solutions = problem.spec, []
+    best = jax.tree.map(np.asarray, candidate)
+    half_steps = 2 if spec.rank and not isinstance(problem.backbone, Nothing) else 1  # errors recorded in one iteration
+    for i in range(len(problem.original)):  # the weights on several devices are filled up
+        value, original = _packed(problem, best, i), problem.original[i]
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
         pair = original / peak, value.dense() / peak
-        error = float(relative_error(*pair, problem.metric.of(i)))
-        trail = [float(h[i]) for h in histories[i]]
-        judged = 2 if spec.rank and not isinstance(backbone, Nothing) else 1  # errors recorded in one iteration
-        stats = {"relative_error": error, "history": trail, "iterations": len(trail) // judged, "bound": _bound(problem, best, i)}
+        stats: dict[str, Any] = {"relative_error": float(relative_error(*pair, problem.metric.of(i)))}
+        history = [float(errors[i]) for errors in histories[i]]
+        stats |= {"history": history, "iterations": len(history) // half_steps}
+        stats["bound"], stats["bound_note"] = _bound(problem, best, value, i)
         if problem.output is not None:
             stats["weighted_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
-        solutions.append(Solution(value, _verdict(problem, i, trail, bool(converged[i])), stats))
+        solutions.append(Solution(value, _verdict(problem, i, bool(converged[i])), stats))
     return solutions
 
 
-def _bound(problem: MatrixProblem, best: Candidate, i: int) -> float | None:
-    """What LDLQ with nearest rounding cannot exceed, relative: the assumptions hold for scalar grids, and no factors."""
-    energy = float(problem.energy[i])
-    if (
-        not isinstance(problem.backbone, Integer)
-        or problem.spec.rank
-        or energy <= 0
-        or problem.metric.damping == 0
-        or problem.output
-    ):
-        return None
-    place = min(i, len(problem.metric.original) - 1)
-    metric = np.asarray(problem.metric.regular[place], np.float64)
-    error = np.asarray(problem.weight[i], np.float64) - best.q[i]
-    rounding = error + error @ np.asarray(problem.metric.factor(1)[place], np.float64)  # what each rounding missed its target by
-    steps = np.asarray(problem.backbone.broadcast_qparams(tuple(s[i] for s in best.scales), error.shape[1])[0], np.float64)
-    overshoot = np.maximum(np.abs(rounding) - steps / 2, 0.0)
-    return float(np.sqrt(nearest_bound(steps, ldl_diagonal(metric), overshoot=overshoot) / energy))
+def _packed(problem: MatrixProblem, best: Candidate, i: int) -> QLRMatrix:
+    """One matrix of the batch as it is stored."""
+    spec, inner = problem.spec, float(best.scale[i])
+    if inner == 0 and problem.original[i].any():  # the factors leave nothing to Q; g is theirs too and must not erase them
+        inner = 2.0**-12
+    scales = tuple(s[i] for s in best.scales)
+    arrays: dict[str, Any] = {f"backbone.{k}": v for k, v in problem.backbone.pack(np.asarray(best.codes[i]), scales).items()}
+    if spec.has_scale:
+        arrays["scale"] = np.array([inner * problem.unit[i]], np.float32)
+    if spec.rank:
+        arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
+    return QLRMatrix(arrays, problem.layout)
 
 
-def _verdict(problem: MatrixProblem, i: int, history: Sequence[float], converged: bool) -> Verdict:
+def _bound(problem: MatrixProblem, best: Candidate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
+    """(bound on the relative error, None), or (None, why there is none)."""
+    backbone, energy, metric = problem.backbone, float(problem.energy[i]), problem.metric
+    covering_radius = getattr(backbone, "covering_radius", None)
+    if isinstance(backbone, Nothing):
+        return None, "no backbone is rounded"
+    if covering_radius is None:
+        return None, f"{backbone.name} has no covering radius"
+    if problem.output is not None:
+        return None, "errors are weighted by outputs"
+    if metric.damping == 0:
+        return None, "H is not damped"
+    if energy <= 0:
+        return None, "the weight is zero"
+    n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
+    error = np.asarray(problem.weight[i], np.float64)
+    if problem.spec.rank or backbone.unit_scale:  # as it is stored: scales of components are rounded, too
+        stored = np.asarray(value.backbone(), np.float64)
+        if problem.spec.rank:
+            left, right = value.factors()
+            stored = stored + np.asarray(left, np.float64) @ np.asarray(right, np.float64)
+        error = error - stored / problem.unit[i]
+    else:
+        error = error - best.q[i]
+    rounding = error + error @ np.asarray(metric.factor(width)[at], np.float64)[:n, :n]  # what each rounding missed its target by
+    scales = (best.scale[i].reshape(1, 1),) if backbone.unit_scale else tuple(s[i] for s in best.scales)
+    squared = covering_bound(rounding, np.asarray(covering_radius(scales, n)), metric.block_norms(at, width), width)
+    return float(np.sqrt(squared / energy)), None
+
+
+def _verdict(problem: MatrixProblem, i: int, converged: bool) -> Verdict:
     if not problem.original[i].any():
         return Verdict.ZERO_WEIGHT
     if problem.spec.rank == 0:

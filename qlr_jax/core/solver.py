@@ -1,6 +1,6 @@
 """The alternation: W ≈ g · Uᵀ (Q + L R) V, Q and L R improved in turn, the best pair kept.
 
-After Q ← LDLQ(W − L R) and (L, R) ← rank-constrained regression of W − Q, both rounded, the error tr(E H Eᵀ) is judged
+After Q ← LDLQ(W − L R) and (L, R) ← rank-constrained regression of W − Q, both rounded, the error tr(E H Eᵀ) is evaluated
 after each half-step; the alternation stops when it no longer falls. The decomposition and its alternation are CALDERA's
 (arXiv 2405.18886, algorithms 1 and 2); trellis backbones and factors rounded with feedback in their own metrics are ours.
 """
@@ -34,7 +34,9 @@ def solve(
     preset: str | None = None,
     **options: Any,
 ) -> Solution:
-    """Compress one matrix: minimise tr(G E H Eᵀ), E = W − g · Uᵀ (Q + L R) V, with Q, L, R on their grids.
+    """Compress one matrix: W ≈ g · Uᵀ (Q + L R) V, with Q, L and R on their grids.
+
+        minimise tr(G E H Eᵀ),  E = W − g · Uᵀ (Q + L R) V
 
     Args:
         weight: W, (out, in).
@@ -45,6 +47,9 @@ def solve(
         seed: of the rotation's signs.
         preset: None, the default method; "paper", CALDERA as published, for specs such as `e8-2+r64@e8-4`.
         **options: fields of `SolverConfig`, e.g. state_bits=10, iterations=8; over a preset's own.
+
+    Returns:
+        The compressed matrix, how the solve ended, and its errors.
 
     Raises:
         QLRError: non-finite input, a Hessian that is not symmetric positive semi-definite, a rank too large, an unknown
@@ -84,10 +89,20 @@ def solve_batch(
     those of one device, for batches up to near ties (`core.sharding`).
 
     Args:
-        hessians: one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
+        weights: W of each, (b, m, n), float32.
+        hessians: H, one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
+        spec: how to store them.
         outputs: G of each (b, m, m) or for all (1, m, m); None: the identity.
+        seed: of the rotation's signs.
+        config: settings; None: the defaults.
         groups: how many matrices after each other stop iterating together, e.g. (2, 2) of four; None: all of them.
         devices: how many to use at most; None: all.
+
+    Returns:
+        A solution each, in order.
+
+    Raises:
+        QLRError: a rank too large, `devices` below 1.
     """
     config, spec = config or SolverConfig(), Spec.parse(spec)
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
@@ -98,12 +113,14 @@ def solve_batch(
     del metric, output  # on several devices the problem has its own
     if spec.rank == 0:
         state = improve_backbone(problem, init(problem, config.start))
+        assert state.best is not None
         return finish(problem, state.best, [[state.error]] * len(weights), [True] * len(weights))
     state = first_step(problem)
     members = np.repeat(np.arange(len(groups or [0])), groups or len(weights))
     members = np.append(members, np.full(len(state.error) - len(members), members[-1]))  # a mesh is filled up with the last one
     histories = [[*state.trail] for _ in members]
     running, converged = np.ones(len(members), bool), np.zeros(len(members), bool)
+    before = state
     for _ in range(config.iterations - 1):
         before = state
         state = keep_stopped(running, step(problem, before), before)
@@ -119,5 +136,6 @@ def solve_batch(
         if not running.any():
             break
     best = state.best
-    state = before = None  # decoding needs the room
+    assert best is not None
+    del state, before  # decoding needs the room
     return finish(problem, best, histories, converged)

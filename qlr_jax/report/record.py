@@ -142,6 +142,8 @@ class Record:
             "bits": 8 * size / (m * n),
             "relative_error": solution.stats["relative_error"],
             "felt_error": final_error(solution),
+            "bound": solution.stats.get("bound"),
+            "bound_note": solution.stats.get("bound_note"),
             "predicted_error": 0.0 if kept else self.sensitivity.error(name, spec),
             "predicted_damage": 0.0 if kept else self.sensitivity.damage(name, spec),
             "sensitivity": self.sensitivity.coefficient(name),

@@ -21,7 +21,8 @@ class Quantizer(Protocol):
     it and can be sliced along columns; `round_block` rounds some columns; `pack` turns one matrix's codes and scales into the
     arrays that are stored, `decode` reads them. A `unit_scale` quantizer stores no scale of its own: it decodes to unit
     variance and the matrix that holds it keeps the scale. Factors are stored one row a component, so L is rounded as the
-    transpose of what is stored: there `round_block` is given transposed=True and transposed qparams.
+    transpose of what is stored: there `round_block` is given transposed=True and transposed qparams. Where a code has a covering
+    radius, `covering_radius(scales, cols)` says how far a tile's nearest value can be, and solutions carry a bound.
     """
 
     @property

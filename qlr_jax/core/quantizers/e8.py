@@ -164,6 +164,14 @@ class Lattice:
     def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return scales
 
+    def covering_radius(self, scales: QParams, cols: int) -> Array:
+        """What 8 weights can be off inside the code: E8's covering radius is 1, that of E8 + ¼ made smaller at 4 bits.
+
+        At 3 bits the second stage leaves no more than the first, since 0 is among its points.
+        """
+        gain, inner = SCALES[self.width]
+        return scales[0] * (gain * inner if self.width == 4 else gain)
+
     def static(self) -> Lattice:
         return self
 

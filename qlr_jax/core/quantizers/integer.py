@@ -95,6 +95,10 @@ class Integer:
     def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return tuple(spread(s, self.group, cols) for s in scales)
 
+    def covering_radius(self, scales: QParams, cols: int) -> Array:
+        """Half a step, (rows, cols): what rounding to nearest can miss inside the grid."""
+        return self.broadcast_qparams(scales, cols)[0] / 2
+
     def static(self) -> Integer:
         return self
 

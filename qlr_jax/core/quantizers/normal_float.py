@@ -93,6 +93,10 @@ class NormalFloat:
     def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
         return (spread(scales[0], self.group, cols),)
 
+    def covering_radius(self, scales: QParams, cols: int) -> Array:
+        """Half of the widest gap, (rows, cols): what rounding to nearest can miss inside the grid."""
+        return self.broadcast_qparams(scales, cols)[0] * float(np.diff(levels(self.width)).max() / 2)
+
     def static(self) -> NormalFloat:
         return self
 
