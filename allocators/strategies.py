@@ -15,22 +15,17 @@ from allocators.table import OptionTable
 
 
 class Role(Enum):
-    """What a strategy's allocation is for, where no strategy was asked for by name."""
+    """What a strategy's allocation is for, where no strategy was asked for by name.
+
+    DELIVERED is solved, refined and delivered, unless a model beside it measures better. BASELINE and CONTROL are solved and
+    measured with it: what is delivered never has a higher KL than the baseline, and the control shows what low-rank factors are worth. Of
+    LISTED the predicted damage is reported beside that of the others.
+    """
 
     DELIVERED = "delivered candidate"
     BASELINE = "baseline"
     CONTROL = "control"
     LISTED = "listed apart"
-
-    @property
-    def explain(self) -> str:
-        """One sentence for people."""
-        return {
-            Role.DELIVERED: "It is solved, refined and delivered, unless a model beside it measures better.",
-            Role.BASELINE: "It is solved and measured beside what is delivered, which is never worse on the calibration text.",
-            Role.CONTROL: "It is solved and measured beside what is delivered, and shows what low-rank factors are worth.",
-            Role.LISTED: "Its predicted damage is listed beside that of the others; it is solved only where it is asked for.",
-        }[self]
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ def allocate_jointly(
 ) -> Allocation:
     """The allocation of least joint damage within a limit; its damage and bound are those of the joint model.
 
-    None and ``Saturating`` are solved exactly. ``Pairwise`` starts from the allocation of least sum and is never worse than it:
+    None and `Saturating` are solved exactly. `Pairwise` starts from the allocation of least sum and is never worse than it:
 
-    1. bound: tangents of the joint damage, each a table that is solved exactly (see ``bounds``); the best of the allocations met
+    1. bound: tangents of the joint damage, each a table that is solved exactly (see `bounds`); the best of the allocations met
        on the way are the starts;
     2. linearise: with the others as they are, a row's option contributes d + 2 √d Σ_{j≠i} ρ_ij √d_j; the exact allocation of that
        table is taken while it does less joint damage, or else that of the convex upper model, which adds Λ (√d − √d_now)²;
@@ -32,19 +32,24 @@ def allocate_jointly(
 
     2 and 3 take turns while they help, and where the gap is not proved all is done a second time from the best.
 
-    table         matrices × options, damages of 0 or more for ``Pairwise``
-    limit         bytes that all rows may take together
-    interactions  ``Pairwise(rows, ρ)``, ``Saturating(ceiling)`` or None for the plain sum
-    gap           relative gap that counts as proved: the status is then WITHIN_GAP, else UNPROVED with the bound that was reached
-    seconds       time after which the best found is returned, a round or two later
-    raises        Infeasible where the limit is below the table's least; AllocationError for interactions that do not fit the table
+    Args:
+        table: matrices × options, damages of 0 or more for `Pairwise`.
+        limit: bytes that all rows may take together.
+        interactions: `Pairwise(rows, ρ)`, `Saturating(ceiling)` or None for the plain sum.
+        gap: relative gap that counts as proved: the status is then WITHIN_GAP, else UNPROVED with the bound that was reached.
+        seconds: time after which the best found is returned, a round or two later.
 
-    >>> from allocators.options import Option, Row
-    >>> options = (Option("int-2", 16, 4.0), Option("int-3", 24, 2.0), Option("int-4", 32, 1.0))
-    >>> table = OptionTable(tuple(Row(name, 64, options) for name in "qkv"))
-    >>> found = allocate_jointly(table, 72, Pairwise("qk", [[1.0, 0.9], [0.9, 1.0]]))
-    >>> dict(found.specs), round(found.damage, 2), found.bound <= found.damage
-    ({'q': 'int-4', 'k': 'int-3', 'v': 'int-2'}, 9.55, True)
+    Raises:
+        Infeasible: where the limit is below the table's least.
+        AllocationError: for interactions that do not fit the table.
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> options = (Option("int-2", 16, 4.0), Option("int-3", 24, 2.0), Option("int-4", 32, 1.0))
+        >>> table = OptionTable(tuple(Row(name, 64, options) for name in "qkv"))
+        >>> found = allocate_jointly(table, 72, Pairwise("qk", [[1.0, 0.9], [0.9, 1.0]]))
+        >>> dict(found.specs), round(found.damage, 2), found.bound <= found.damage
+        ({'q': 'int-4', 'k': 'int-3', 'v': 'int-2'}, 9.55, True)
     """
     start = time.perf_counter()
     if interactions is None:

@@ -22,13 +22,17 @@ class Saturating:
 
     It rises with the sum, so that the allocation of least sum stays the best; only the figures change.
 
-    ceiling  the most damage there can be, in the unit of the table's damages
-    raises   AllocationError where the ceiling is not a positive number
+    Args:
+        ceiling: the most damage there can be, in the unit of the table's damages.
 
-    >>> from allocators.options import Option, Row
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0),)), Row("k", 64, (Option("int-2", 16, 1.0),))))
-    >>> round(Saturating(8.0).damage(table, {"q": "int-2", "k": "int-2"}), 3)
-    3.148
+    Raises:
+        AllocationError: where the ceiling is not a positive number.
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 3.0),)), Row("k", 64, (Option("int-2", 16, 1.0),))))
+        >>> round(Saturating(8.0).damage(table, {"q": "int-2", "k": "int-2"}), 3)
+        3.148
     """
 
     ceiling: float
@@ -56,15 +60,21 @@ class Pairwise:
     is twice its own damage, and ρ the normalised Gram matrix of the v_i. Their directions are taken to stay as measured while
     their sizes follow the options. The identity gives the plain sum.
 
-    rows         names in the order of ρ; rows of a table that are not named are taken to act alone (ρ = 0)
-    correlation  ρ: symmetric, ones on the diagonal, no entry beyond ±1
-    raises       AllocationError where it is not; ``damage`` also for a negative damage, which has no root
-    source       for the metric: Amari, Neural Computation 10 (1998)
+    Args:
+        rows: names in the order of ρ; rows of a table that are not named are taken to act alone (ρ = 0).
+        correlation: ρ, (rows, rows): symmetric, ones on the diagonal, no entry beyond ±1.
 
-    >>> from allocators.options import Option, Row
-    >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 4.0),)), Row("k", 64, (Option("int-2", 16, 1.0),))))
-    >>> Pairwise(("q", "k"), [[1.0, 0.5], [0.5, 1.0]]).damage(table, {"q": "int-2", "k": "int-2"})
-    7.0
+    Raises:
+        AllocationError: where it is not; `damage` also for a negative damage, which has no root.
+
+    Source:
+        for the metric: Amari, Neural Computation 10 (1998)
+
+    Example:
+        >>> from allocators.options import Option, Row
+        >>> table = OptionTable((Row("q", 64, (Option("int-2", 16, 4.0),)), Row("k", 64, (Option("int-2", 16, 1.0),))))
+        >>> Pairwise(("q", "k"), [[1.0, 0.5], [0.5, 1.0]]).damage(table, {"q": "int-2", "k": "int-2"})
+        7.0
     """
 
     rows: tuple[str, ...]

@@ -23,11 +23,15 @@ STEPS = 500  # moves and swaps of one descent
 class JointProblem:
     """A table with pairwise damage, made ready.
 
-    rho     ρ over the table's rows
-    others  ρ without its diagonal
-    size    √damage of every option, one array a row
-    least   below every eigenvalue of ρ
-    convex  Λ, above every eigenvalue of ``others``
+    Args:
+        blocks: the table.
+        rho: ρ over its rows, (rows, rows).
+        others: ρ without its diagonal.
+        size: √damage of every option, one array a row.
+        least: below every eigenvalue of ρ.
+        convex: Λ, above every eigenvalue of `others`.
+        limit: bytes that all rows may take together.
+        end: value of time.perf_counter() at which to stop.
     """
 
     blocks: Blocks
@@ -145,7 +149,12 @@ def bounds(problem: JointProblem, picks: np.ndarray) -> tuple[float, list[np.nda
     ρ is positive). The tangent's reference starts from the picks and moves toward what minimises the bound, by Frank and Wolfe's
     steps, which climb to the best of all tangents.
 
-    source  Frank and Wolfe, Naval Research Logistics Quarterly 3 (1956); McCormick, Mathematical Programming 10 (1976)
+    Args:
+        problem: the table with its interactions.
+        picks: option number by row, of the best allocation known, (rows,).
+
+    Source:
+        Frank and Wolfe, Naval Research Logistics Quarterly 3 (1956); McCormick, Mathematical Programming 10 (1976)
     """
     rho, size = problem.rho, problem.size
     count = len(rho)

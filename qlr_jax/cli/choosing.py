@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, Strategy, TieBackbone, TieSpec
+from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, StrategyName, TieBackbone, TieSpec
 from qlr_jax.cli.shell import app, clear_errors, plain, show
 from qlr_jax.errors import QLRError
 
@@ -22,7 +22,7 @@ def allocate(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
-    strategy: Strategy = None,
+    strategy: StrategyName = None,
     gap: Annotated[float, typer.Option("--gap", help="Stop where no better one can be better by more than this share.")] = 1e-4,
     seconds: Annotated[float, typer.Option("--seconds", help="Time for the search; what is proved by then is reported.")] = 10.0,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="JSON of all allocations with their specs.")] = None,

@@ -17,7 +17,7 @@ from qlr_jax.cli.options import (
     Lock,
     RecipeFile,
     StateBits,
-    Strategy,
+    StrategyName,
     Target,
     TieBackbone,
     TieSpec,
@@ -88,7 +88,7 @@ def compress(
     at_least: AtLeast = None,
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
-    strategy: Strategy = None,
+    strategy: StrategyName = None,
     sequential: Annotated[
         bool | None,
         typer.Option(

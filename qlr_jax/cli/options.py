@@ -57,7 +57,7 @@ Exclude = Annotated[
 StateBits = Annotated[
     int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: more is better, and time grows with 2^bits.")
 ]
-Strategy = Annotated[
+StrategyName = Annotated[
     str | None,
     typer.Option(
         "--strategy",
