@@ -18,8 +18,8 @@ class Role(Enum):
     """What a strategy's allocation is for, where no strategy was asked for by name.
 
     DELIVERED is solved, refined and delivered, unless a model beside it measures better. BASELINE and CONTROL are solved and
-    measured with it: what is delivered never has a higher KL than the baseline, and the control shows what low-rank factors are worth. Of
-    LISTED the predicted damage is reported beside that of the others.
+    measured with it: what is delivered never has a higher KL than the baseline, and the control shows what low-rank factors
+    are worth. Of LISTED the predicted damage is reported beside that of the others.
     """
 
     DELIVERED = "delivered candidate"
