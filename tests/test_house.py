@@ -48,7 +48,6 @@ LONG_FUNCTIONS = {
     "export_compressed_tensors",
     "fit_factors",
     "ldlq_rows",
-    "output_hessians",
     "plan_job",
     "sensitivity",
     "solve_many",

@@ -18,7 +18,7 @@ from qlr_jax.models.llama import HIGHEST, Block, Llama, Top
 from qlr_jax.models.names import layer_of, linear_names, shape_of
 from qlr_jax.models.sites import BY_PATH
 
-# ---- watchers: y itself, and what the probe's "gradient" becomes, so that no gradient of a token need be kept
+# ---- watchers: y itself, and what the probe's "gradient" becomes, so that no gradient of a token is stored
 
 
 @jax.custom_vjp
@@ -132,19 +132,14 @@ def output_hessians(
     sequence: neither the batch nor the number of devices changes them, and on several devices G is that of one up to the order
     in which sums are taken, by less than 2e-6 √(G_ii G_jj) for some thousand tokens (measured).
 
-    A sequence in which a hidden state or a gradient is not finite is left out of the G of that block and of those that come after
-    it in the backward pass (of all, where it happens in the forward pass), and is named in what is returned
-    (`CalibrationResult.left_out`).
+    A sequence in which a hidden state or a gradient is not finite is left out of G from that block of the backward pass on (of all,
+    where it happens in the forward pass), and is named in what is returned (`CalibrationResult.left_out`).
 
     Args:
-        model: the original.
-        tokens: token ids; at least one sequence of two.
+        model, tokens, batch, progress, devices: as of `squared_gradients`.
         names: linear layers; None: all.
         seed: of the labels.
-        batch: sequences at a time, filled up to a multiple of the devices, which they are shared out over.
-        progress: called with the number of blocks that are newly done.
         keep: (name, G) -> what is returned in its place, e.g. the same on disk, called as soon as G is done.
-        devices: how many of this process's devices to use at most; None: all.
 
     Raises:
         QLRError: as `squared_gradients`.

@@ -52,7 +52,7 @@ ROPE_KEYS: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """How the rotary frequencies are stretched: `linear` (all by `factor`) or `llama3` (low frequencies only)."""
+    """How the rotary frequencies are scaled: `linear` (all by `factor`) or `llama3` (low frequencies only)."""
 
     kind: str
     factor: float
@@ -67,8 +67,9 @@ class LlamaConfig:
 
     `family` is a key of `families.FAMILIES`. Of the fields after it, those that the family's config.json has may be set.
 
-    >>> LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4).head_dim
-    4
+    Example:
+        >>> LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4).head_dim
+        4
     """
 
     vocab_size: int
@@ -145,9 +146,10 @@ class LlamaConfig:
     def shape_of(self, kind: str) -> tuple[int, int]:
         """(out, in) of the linear layers of a kind.
 
-        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-        >>> LlamaConfig(**sizes, num_key_value_heads=2).shape_of("k")
-        (8, 16)
+        Example:
+            >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+            >>> LlamaConfig(**sizes, num_key_value_heads=2).shape_of("k")
+            (8, 16)
         """
         site = BY_KIND[kind]
         return getattr(self, site.rows), getattr(self, site.columns)
@@ -156,18 +158,23 @@ class LlamaConfig:
     def biases(self) -> frozenset[str]:
         """The kinds of linear layers that have a bias.
 
-        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-        >>> sorted(LlamaConfig(**sizes, family="qwen2").biases), sorted(LlamaConfig(**sizes, mlp_bias=True).biases)
-        (['k', 'q', 'v'], ['down', 'gate', 'up'])
+        Example:
+            >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+            >>> sorted(LlamaConfig(**sizes, family="qwen2").biases), sorted(LlamaConfig(**sizes, mlp_bias=True).biases)
+            (['k', 'q', 'v'], ['down', 'gate', 'up'])
         """
         switched = (kind for name, kinds in SWITCHES.items() if getattr(self, name) for kind in kinds)
         return frozenset((*self.traits.biases, *switched))
 
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> "LlamaConfig":
-        """Read a config.json (a file, its folder, or the dictionary in it), in the spelling of transformers 4 or 5.
+        """Read a config.json in the spelling of transformers 4 or 5.
 
-        Raises QLRError naming an unknown architecture, an unknown attribute, or a value that is not supported.
+        Args:
+            source: the file, its folder, or the dictionary in it.
+
+        Raises:
+            QLRError: an unknown architecture, an unknown attribute, or a value that is not supported; names it.
         """
         raw = dict(source) if isinstance(source, dict) else _read(Path(source))
         family = find_family(raw)

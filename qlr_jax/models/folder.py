@@ -28,7 +28,11 @@ _REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mo
 
 
 def find_folder(source: str | Path) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub name such as "meta-llama/Llama-3.2-1B"."""
+    """The local folder of a model: `source` itself, or the snapshot of a hub name such as "meta-llama/Llama-3.2-1B".
+
+    Raises:
+        QLRError: neither is there.
+    """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -51,8 +55,14 @@ def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = 
     With `on_disk` the blocks' tensors are read where they are used and not kept (`Llama.block`), so that memory does not grow with
     the number of blocks; what only reading would show is then found there.
 
-    Raises QLRError, in one sentence, for a missing folder or config, an architecture or attribute that is not known, a
-    truncated file, tensors that are missing, unexpected or of another shape, and NaN or infinite weights.
+    Args:
+        source: the folder, or the hub's name.
+        dtype: of weights and activations.
+        on_disk: leave the blocks' tensors in their files.
+
+    Raises:
+        QLRError: in one sentence, for a missing folder or config, an architecture or attribute that is not known, a truncated file,
+            tensors that are missing, unexpected or of another shape, and NaN or infinite weights.
     """
     folder = find_folder(source)
     config = LlamaConfig.from_hf(folder)
@@ -86,7 +96,15 @@ def _checked(folder: Path, name: str, array: np.ndarray, shape: tuple[int, ...])
 
 
 def check_names(folder: Path, found: set[str], expected: set[str]) -> None:
-    """Raise QLRError if tensors are missing or left over."""
+    """Compare a checkpoint's tensors with those that its config asks for.
+
+    Args:
+        folder: for the message.
+        found, expected: names of tensors.
+
+    Raises:
+        QLRError: tensors are missing or left over.
+    """
     found = {name for name in found if not _REDUNDANT.fullmatch(name)}
     for what, names in (("lacks", expected - found), ("has unexpected", found - expected)):
         if names:
@@ -95,7 +113,11 @@ def check_names(folder: Path, found: set[str], expected: set[str]) -> None:
 
 
 def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """For every tensor below `folder` a function that reads it. Files are looked into here, so a damaged one fails early."""
+    """For every tensor below `folder` a function that reads it. Files are opened here, so a damaged one fails early.
+
+    Raises:
+        QLRError: a file that is missing or damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     index = folder / "model.safetensors.index.json"
@@ -138,7 +160,14 @@ def _reader(name: str, path: Path) -> Callable[[], np.ndarray]:
 def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokenizer_from: str | Path | None = None) -> Path:
     """Write a folder of the model's architecture (config.json, generation_config.json, model.safetensors) for transformers.
 
-    Packed weights are written dense. `tokenizer_from` is a folder whose tokenizer files are copied beside the weights.
+    Args:
+        model: packed weights are written dense.
+        folder: where to.
+        dtype: of the stored weights.
+        tokenizer_from: a folder whose tokenizer files are copied beside the weights.
+
+    Returns:
+        The folder.
     """
     from safetensors.numpy import save_file
 
@@ -164,7 +193,11 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """The tokenizer of a model folder (transformers; torch is not needed). Raises QLRError where there is none."""
+    """The tokenizer of a model folder (transformers; torch is not needed).
+
+    Raises:
+        QLRError: there is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = find_folder(source)

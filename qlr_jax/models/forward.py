@@ -19,6 +19,7 @@ def logits(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) -> It
     one compiled function serves all. Memory is one block, and the hidden states of all batches on the host.
 
     Args:
+        model: packed, on disk or in memory.
         batches: token ids, all of one shape.
 
     Example:
@@ -34,14 +35,20 @@ def logits(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) -> It
     states = [np.asarray(model.embed(jnp.asarray(tokens))) for tokens in batches]
     for i in range(model.config.num_hidden_layers):
         block = model.block(i)
-        for j, x in enumerate(states):  # one by one: two sets of hidden states are never held
+        for j, x in enumerate(states):  # one by one: two sets of hidden states are never in memory
             states[j] = np.asarray(through(block, jnp.asarray(x), rope))
     return (headed(top, jnp.asarray(x)) for x in states)
 
 
 @jax.jit
 def through(block: Block, x: Float[Array, "batch time n"], rope: Rope) -> Float[Array, "batch time n"]:
-    """The hidden state that leaves a block."""
+    """The hidden state that leaves a block.
+
+    Args:
+        block: one of the model's, all of its weights in memory.
+        x: the hidden state that enters it.
+        rope: (cos, sin) of the positions.
+    """
     return block(x, rope)
 
 

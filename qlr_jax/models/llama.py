@@ -31,7 +31,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def exact_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[Array, "*batch m"]:
-    """x wᵀ at the highest precision, accumulated in float32; what every linear layer uses unless told otherwise."""
+    """x wᵀ at the highest precision, accumulated in float32; what every linear layer uses by default."""
     return jnp.einsum("...n,mn->...m", x, w, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
@@ -230,12 +230,16 @@ class Top(nnx.Module):
 class Llama(nnx.Module):
     """A causal language model of the Llama family, or of a related one that `config` names.
 
-    Arguments: `config`; `key`, a PRNG key or nnx.Rngs for normal(0, 0.02) weights and zero biases, or None for zeros (weights
-    set later); `dtype`, the type of weights and activations; `product`, another x wᵀ (training trades precision for speed with it).
+    Args:
+        config: shapes, constants, family.
+        key: a PRNG key or nnx.Rngs for normal(0, 0.02) weights and zero biases; None: zeros (weights are set later).
+        dtype: of weights and activations.
+        product: another x wᵀ (training trades precision for speed with it).
 
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
-    >>> Llama(config, jax.random.key(0))(jnp.zeros((2, 5), jnp.int32)).shape
-    (2, 5, 64)
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+        >>> Llama(config, jax.random.key(0))(jnp.zeros((2, 5), jnp.int32)).shape
+        (2, 5, 64)
     """
 
     def __init__(self, config: LlamaConfig, key: Any = None, dtype: Any = jnp.float32, product: Product = exact_product):
@@ -323,14 +327,14 @@ class Llama(nnx.Module):
 
 
 def rotate(x: Float[Array, "batch heads time d"], rope: tuple[Array, Array]) -> Float[Array, "batch heads time d"]:
-    """Turn each pair (x[i], x[i + d/2]) by its angle; in float32, returned in x's type."""
+    """Rotate each pair (x[i], x[i + d/2]) by its angle; in float32, returned in x's type."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
 def frequencies(config: LlamaConfig) -> Float[Array, "half"]:
-    """Rotary frequencies theta^(−2i/d), stretched as `config.rope_scaling` says.
+    """Rotary frequencies theta^(−2i/d), scaled as `config.rope_scaling` says.
 
     llama3: wavelengths up to original/high_freq_factor are kept, those beyond original/low_freq_factor are multiplied by
     `factor`, and frequencies between are blended linearly in original/wavelength.
@@ -341,7 +345,7 @@ def frequencies(config: LlamaConfig) -> Float[Array, "half"]:
         return freq
     if scaling.kind == "linear":
         return freq / scaling.factor
-    turns = scaling.original_max_position_embeddings * freq / (2 * math.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    periods = scaling.original_max_position_embeddings * freq / (2 * math.pi)
+    keep = (periods - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = jnp.clip(keep, 0.0, 1.0)
     return keep * freq + (1 - keep) * freq / scaling.factor

@@ -13,18 +13,23 @@ _LINEAR = re.compile(rf"model\.layers\.(\d+)\.({'|'.join(map(re.escape, BY_PATH)
 def linear_names(config: LlamaConfig) -> list[str]:
     """Every linear layer of the blocks: layer by layer, q, k, v, o, gate, up, down.
 
-    >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
-    >>> linear_names(config)[0], len(linear_names(config))
-    ('model.layers.0.self_attn.q_proj', 14)
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+        >>> linear_names(config)[0], len(linear_names(config))
+        ('model.layers.0.self_attn.q_proj', 14)
     """
     return [f"model.layers.{i}.{site.path}" for i in range(config.num_hidden_layers) for site in SITES]
 
 
 def parts_of(name: str) -> tuple[int, str]:
-    """(layer, kind) of a linear layer's name; QLRError for anything else.
+    """(layer, kind) of a linear layer's name.
 
-    >>> parts_of("model.layers.3.mlp.down_proj")
-    (3, 'down')
+    Raises:
+        QLRError: any other name.
+
+    Example:
+        >>> parts_of("model.layers.3.mlp.down_proj")
+        (3, 'down')
     """
     match = _LINEAR.fullmatch(name)
     if match is None:
@@ -45,8 +50,9 @@ def kind_of(name: str) -> str:
 def input_of(name: str) -> str:
     """The name of the input that a linear layer reads; q, k, v share one, gate and up share one.
 
-    >>> input_of("model.layers.3.self_attn.k_proj"), input_of("model.layers.3.mlp.down_proj")
-    ('model.layers.3.self_attn.qkv', 'model.layers.3.mlp.down_proj')
+    Example:
+        >>> input_of("model.layers.3.self_attn.k_proj"), input_of("model.layers.3.mlp.down_proj")
+        ('model.layers.3.self_attn.qkv', 'model.layers.3.mlp.down_proj')
     """
     layer, kind = parts_of(name)
     return f"model.layers.{layer}.{BY_KIND[kind].input}"
@@ -83,7 +89,9 @@ def tensor_names(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 def parameter_count(config: LlamaConfig) -> int:
     """How many numbers a model of this config holds, a tied head counted once.
 
-    >>> parameter_count(LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
-    236
+    Example:
+        >>> sizes = dict(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+        >>> parameter_count(LlamaConfig(**sizes))
+        236
     """
     return sum(math.prod(shape) for shape in tensor_names(config).values())

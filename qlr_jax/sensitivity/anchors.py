@@ -21,8 +21,8 @@ def probe(offered: Sequence[Spec]) -> str:
     """The spec that stands for all options of a matrix while KL is attributed.
 
     Example:
-        >>> probe([Spec.parse("int-2"), Spec.parse("int-4"), Spec.parse("int-4g32")]), probe([Spec.parse("trellis-3")])
-        ('int-4', 'trellis-2')
+        >>> probe([Spec.parse("int-2"), Spec.parse("int-3")]), probe([Spec.parse("int-2"), Spec.parse("trellis-3")])
+        ('int-3', 'trellis-2')
     """
     if any(spec.quantizer().unit_scale or isinstance(spec.quantizer(), Nothing) for spec in offered):
         return PROBE
