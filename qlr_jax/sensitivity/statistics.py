@@ -13,7 +13,7 @@ from qlr_jax.core.solver import Solution
 Matrix = np.ndarray | Lazy
 """(out, in), in memory or read where it is used."""
 
-Problem = tuple[Matrix, np.ndarray, str, np.ndarray | None, Matrix | None]
+SolveArguments = tuple[Matrix, np.ndarray, str, np.ndarray | None, Matrix | None]
 """(W, H, spec, G, Q) of one solve."""
 
 
@@ -33,7 +33,7 @@ class Statistics:
     outputs: Mapping[str, np.ndarray]
     backbones: Mapping[str, Matrix] = field(default_factory=dict)
 
-    def problem(self, name: str, spec: str) -> Problem:
+    def problem(self, name: str, spec: str) -> SolveArguments:
         """One matrix to solve, as `solve_many` takes it: (W, H, spec, G or None, Q or None)."""
         return self.weights[name], self.hessians[name], spec, self.outputs.get(name), self.backbones.get(name)
 
