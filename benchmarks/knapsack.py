@@ -166,7 +166,7 @@ def main() -> None:
                         record["peer"] = dict(seconds=took, damage=damage, bound=bound)
                         behind = (
                             "no solution"
-                            if damage is None
+                            if damage is None or bound is None
                             else f"gap {(damage - bound) / damage:.1e}, damage /ours {damage / found.damage:.6f}"
                         )
                         print(f"{'':28} {'':8} {'HiGHS':8} {gap:7.0e} {took:8.2f} {behind}", flush=True)

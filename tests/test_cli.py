@@ -103,15 +103,15 @@ def test_compress_passes_everything_on(calls, tmp_path, monkeypatch):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 3\nranks: [0, 16]\ninclude: ['*.mlp.*']\n")
     options = ["--budget", "3bpw", "--calibration", "a.txt", "--calibration", "b.txt", "--recipe", recipe, "--exclude", "*.0.*"]
-    options += ["--include", "*.q_proj", "--evaluate-on", "c.txt", "--state-bits", "10", "--force"]
+    options += ["--include", "*.q_proj", "--evaluate-on", "c.txt", "--state-bits", "10", "--force", "--strategy", "greedy"]
     result = qlr("compress", "model", "out", *options)
     assert result.exit_code == 0, result.output
     assert calls.args == ("model", Path("out"))
     got = calls.kwargs
     assert got["calibration"] == [Path("a.txt"), Path("b.txt")] and got["evaluate_on"] == [Path("c.txt")]
-    assert got["recipe"] == Recipe(
-        budget="3bpw", seed=3, ranks=(0, 16), include=("*.q_proj",), exclude=("*.0.*",), state_bits=10, force=True
-    )
+    patterns = {"include": ("*.q_proj",), "exclude": ("*.0.*",)}
+    wanted = Recipe(budget="3bpw", seed=3, ranks=(0, 16), state_bits=10, force=True, strategy="greedy", **patterns)
+    assert got["recipe"] == wanted
     assert got["budget"] == "3bpw" and got["command"] == "qlr compress 'my model' out"
 
 
@@ -124,6 +124,8 @@ def test_budget_from_the_recipe_or_refused(calls, tmp_path):
     recipe.write_text("seed: 1\n")
     result = qlr("compress", "model", "out", "--recipe", recipe)
     assert result.exit_code == 1 and "no budget is given; pass --budget" in result.stderr
+    result = qlr("compress", "model", "out", "--budget", "2bpw", "--strategy", "best")
+    assert result.exit_code == 1 and "strategy 'best' is not known; give one of allocated, uniform, " in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,16 @@ def test_bad_budgets_name_both_ends(folder):
         assert (result.exit_code, result.stdout) == (1, "") and says in result.stderr and len(result.stderr.splitlines()) == 1
 
 
+def test_allocate_by_another_strategy(folder):
+    found = told("allocate", folder, "--budget", "2.25bpw", "--strategy", "uniform")["allocations"][0]
+    assert found["strategy"] == "uniform" and len(set(found["specs"].values())) == 1 and "uniform" not in found["baselines"]
+    assert found["baselines"]["allocated"]["ratio"] <= 1
+    text = qlr("allocate", folder, "--budget", "2.25bpw", "--strategy", "rank0").stdout
+    assert "rank 0 " in text and "\nallocated " in text and "did rank pay? yes" in text
+    result = qlr("allocate", folder, "--budget", "2.25bpw", "--strategy", "best")
+    assert result.exit_code == 1 and "strategy 'best' is not known; there are allocated, uniform, " in result.stderr
+
+
 def test_allocate_command(folder, tmp_path):
     out = tmp_path / "plans.json"
     result = qlr("allocate", folder, "--budget", "2.25bpw", "--lock", "*v_proj=trellis-4", "--out", out)
