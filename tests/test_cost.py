@@ -1,4 +1,4 @@
-"""What a job will need: exact where it can be counted, held against real jobs where it cannot, and clear where it does not fit."""
+"""What a job will need: exact where it can be counted, compared with real jobs where it cannot, and clear where it does not fit."""
 
 import json
 import re

@@ -1,10 +1,10 @@
-"""What a job will need, told from a configuration and a recipe alone: sizes, memory and seconds by stage, disk.
+"""What a job will need, from a configuration and a recipe alone: sizes, memory and seconds by stage, disk.
 
     memory of a stage   the runtime + what earlier stages keep + what this stage needs for itself
     seconds of a stage  Σ work · rate;  work: products, factorizations, searches, elementwise passes, compilations
 
 Everything is counted as the code does it today, on one device of one process: float32 weights resident from loading to saving, or
-where they would take half of the memory (`preparation.streams`) one block of them, with the Hessians in files. Rates are those of
+where they would take half of the memory (`settings.limits`) one block of them, with the Hessians in files. Rates are those of
 one machine's CPU, fitted to real jobs (`benchmarks/cost.py` runs them again and sets predictions beside them); those of GPU and
 TPU are scaled from makers' figures and have not been measured. No array is made and no JAX backend starts.
 

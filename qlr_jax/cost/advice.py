@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.cost.counted import Counted
-from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages, held, peak
+from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages, peak, resident
 from qlr_jax.models import parameter_count
 from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, WEIGHTS_SHARE
 
@@ -46,10 +46,10 @@ def short(job: Counted, stages: Sequence[Stage]) -> list[str]:
         worst = max(stages, key=lambda stage: getattr(stage, side))
         if getattr(worst, side) <= room:
             continue
-        largest = sorted(held(stages, worst, side, job.machine.kind), key=lambda pair: -pair[1])[:3]
-        told = ", ".join(f"{what} {bytes_ / 1e9:,.1f} GB" for what, bytes_ in largest)
+        largest = sorted(resident(stages, worst, side, job.machine.kind), key=lambda pair: -pair[1])[:3]
+        parts = ", ".join(f"{what} {bytes_ / 1e9:,.1f} GB" for what, bytes_ in largest)
         where = "memory" if side == "host" and job.machine.kind == "cpu" else f"{side} memory"
-        found.append(f"{where}: {worst.name} needs {getattr(worst, side) / 1e9:,.1f} GB of {room / 1e9:,.1f} GB ({told})")
+        found.append(f"{where}: {worst.name} needs {getattr(worst, side) / 1e9:,.1f} GB of {room / 1e9:,.1f} GB ({parts})")
     return found
 
 
@@ -79,7 +79,7 @@ def crowded(disk: Mapping[str, int], out: Path) -> list[str]:
 
 def remedies(job: Counted) -> list[str]:
     """Settings that take the job under the machine's memory, one after another as far as needed; and the machine that it needs."""
-    tried, changes, told = job, {}, []
+    tried, changes, machines = job, {}, []
     steps: list[dict[str, Any]] = [
         {"measure_tokens": max(job.length, REFERENCE_BYTES // (2 * job.length * job.config.vocab_size) * job.length)}
         if 2 * job.measured * job.config.vocab_size > REFERENCE_BYTES
@@ -103,18 +103,18 @@ def remedies(job: Counted) -> list[str]:
     if not short(tried, find_stages(tried)) and not refusals(tried):
         return [f"in the recipe, {text}"]
     if text:
-        told.append(
+        machines.append(
             f"in the recipe, {text}: the peak is {peak(tried) / 1e9:,.1f} GB instead of {peak(job) / 1e9:,.1f} GB, still too much"
         )
     alike = "" if job.streaming else ", all outputs counting alike"
-    told.append(f"a machine of {_needed(job, job.recipe.outputs if job.streaming else 'alike')} for the recipe as it is{alike}")
+    machines.append(f"a machine of {_needed(job, job.recipe.outputs if job.streaming else 'alike')} for the recipe as it is{alike}")
     if job.recipe.outputs == "fisher" and not job.streaming:
-        told.append(f"a machine of {_needed(job, 'fisher')} with output Hessians")
+        machines.append(f"a machine of {_needed(job, 'fisher')} with output Hessians")
     if text:
         alike = "" if tried.streaming else ", all outputs counting alike"
         needed = _needed(tried, tried.recipe.outputs if tried.streaming else "alike")
-        told.append(f"a machine of {needed} with those settings{alike}")
-    return told
+        machines.append(f"a machine of {needed} with those settings{alike}")
+    return machines
 
 
 def _setting(job: Counted, name: str) -> Any:

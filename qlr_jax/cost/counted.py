@@ -113,7 +113,7 @@ class Counted:
         return self.windows * self.length
 
     @property
-    def felt(self) -> int:
+    def output_sequences(self) -> int:
         """Sequences on which output Hessians are measured."""
         return max(1, min(self.recipe.sequences, self.recipe.output_tokens // self.length))
 

@@ -24,7 +24,7 @@ class Machine:
         memory: bytes of one device; of a CPU the machine's own.
         host: bytes of a host's own memory; the same as `memory` of a CPU.
         cores: of a host.
-        hosts: machines that share the solves (`distributed`), a process each; the first does all else.
+        hosts: machines that share the solves (`run.processes`), a process each; the first does all else.
 
     Example:
         >>> Machine.parse("cpu:24GiB,cores=2")
@@ -39,7 +39,11 @@ class Machine:
 
     @classmethod
     def parse(cls, text: str | None = None, hosts: int = 1) -> Machine:
-        """A machine from `[cpu:|gpu:|tpu:]SIZE[,cores=N][,host=SIZE]`; this one where nothing is given.
+        """A machine from a text.
+
+        Args:
+            text: `[cpu:|gpu:|tpu:]SIZE[,cores=N][,host=SIZE]`; this machine where None.
+            hosts: such machines that share the job.
 
         Raises:
             QLRError: a text that is not of that form, naming the part that is wrong.

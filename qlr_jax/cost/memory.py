@@ -20,7 +20,7 @@ class Part:
         stage: in which it is made.
         what: in words.
         host, device: where it lies; a CPU's device is its host.
-        kept: whether later stages hold it too.
+        kept: whether it stays for later stages.
         disk: bytes of it that lie in files: in job/ if kept, else in the temporary folder.
     """
 
@@ -44,7 +44,7 @@ COPIES = {"weights": 14.0, "hessian": 8.0, "output": 7.5}
 
 def memory(job: Counted) -> list[Part]:
     """All parts of all stages."""
-    return [*_load(job), *_inputs(job), *_outputs(job), *_reference(job), *_measure(job), *_solve(job), *_judge(job)]
+    return [*_load(job), *_inputs(job), *_outputs(job), *_reference(job), *_measure(job), *_solve(job), *_comparisons(job)]
 
 
 def temporary(job: Counted) -> int:
@@ -95,7 +95,7 @@ def _outputs(job: Counted) -> Iterator[Part]:
     summed = 4 * sum(m * m for m in sizes) + 3 * job.outputs // job.config.num_hidden_layers
     yield Part(stage, "G of one block while summed", device=summed)
     yield Part(stage, "copies of the largest G in float64 while it is checked", host=24 * max(sizes) ** 2)
-    yield from _backward(job, stage, job.felt)
+    yield from _backward(job, stage, job.output_sequences)
 
 
 def _reference(job: Counted) -> Iterator[Part]:
@@ -132,7 +132,8 @@ def _solve(job: Counted) -> Iterator[Part]:
     yield Part("solve", "the largest batch of a solve", *solving(job))
 
 
-def _judge(job: Counted) -> Iterator[Part]:
+def _comparisons(job: Counted) -> Iterator[Part]:
+    """Comparing compressed models with the original, on calibration text and on held-out text, and refining by that."""
     decoded = 20 * max(m * n for m, n in job.shapes.values())
     what = "one compressed model, decoded"
     if job.streaming:  # a block of it takes the place of the original's
@@ -140,27 +141,27 @@ def _judge(job: Counted) -> Iterator[Part]:
     else:
         decoded += 4 * job.weights
     batch = SCORED * job.length
-    held = ("one layer's activations", _activations(job, batch)), ("logits of a batch of both", 12 * batch * job.config.vocab_size)
+    logits = "logits of a batch of both", 12 * batch * job.config.vocab_size
     yield Part("judge", what, device=decoded)
     yield _states(job, "judge", job.measured)
     yield _larger("judge", *_pass(job))
     yield Part("evaluate", what, device=decoded)
     yield _states(job, "evaluate", 2 * job.recipe.evaluation_tokens)
-    yield _larger("evaluate", *held)
+    yield _larger("evaluate", ("one layer's activations", _activations(job, batch)), logits)
     yield Part("save", "a tensor in bf16", host=4 * job.config.vocab_size * job.config.hidden_size)
-    if job.recipe.refines:  # a trial is solved, and then judged
-        judged = [Part("refine", what, device=decoded), _states(job, "refine", job.measured), _larger("refine", *_pass(job))]
+    if job.recipe.refines:  # a trial is solved, and then compared
+        compared = [Part("refine", what, device=decoded), _states(job, "refine", job.measured), _larger("refine", *_pass(job))]
         solved = [Part("refine", "the largest batch of a solve", *solving(job))]
-        yield from max(judged, solved, key=lambda parts: sum(part.host + part.device for part in parts))
+        yield from max(compared, solved, key=lambda parts: sum(part.host + part.device for part in parts))
 
 
 def _states(job: Counted, stage: str, tokens: int) -> Part:
-    """What `models.forward.logits` holds."""
+    """Hidden states in `models.forward.logits`."""
     return Part(stage, "hidden states of all windows", host=4 * tokens * job.config.hidden_size)
 
 
 def _backward(job: Counted, stage: str, sequences: int) -> Iterator[Part]:
-    """What `calibration.backward` holds."""
+    """Memory of `calibration.backward`."""
     config, batch = job.config, min(BACKWARD, sequences) * job.length
     if job.in_file(sequences):
         yield Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
@@ -178,13 +179,13 @@ def _activations(job: Counted, tokens: int) -> int:
 
 
 def _larger(stage: str, *parts: tuple[str, int]) -> Part:
-    """Of what is never there at the same time: all blocks are gone through before the first logits are made."""
+    """Of what is never there at the same time: all blocks have run before the first logits are made."""
     what, device = max(parts, key=lambda part: part[1])
     return Part(stage, what, device=device)
 
 
 def _pass(job: Counted) -> tuple[tuple[str, int], tuple[str, int]]:
-    """What a forward pass of a batch holds, first and last."""
+    """Memory of a forward pass of a batch, first and last."""
     batch = min(SCORED, job.windows) * job.length
     return ("one layer's activations", _activations(job, batch)), ("logits of a batch", 12 * batch * job.config.vocab_size)
 

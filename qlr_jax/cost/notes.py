@@ -17,7 +17,7 @@ def notes(job: Counted) -> list[str]:
     found = []
     if RATES[job.machine.kind].measured and parameter_count(job.config) > FITTED:
         found.append(
-            f"seconds were held against jobs of up to {FITTED / 1e6:.0f} million parameters, and single matrices of up to 4096 × "
+            f"seconds were compared with jobs of up to {FITTED / 1e6:.0f} million parameters, and single matrices of up to 4096 × "
             "4096: for larger models, more cores or another processor they are extrapolated"
         )
     once = sum(8 * m * m for m, _ in job.shapes.values())
@@ -29,12 +29,12 @@ def notes(job: Counted) -> list[str]:
     found += _on_disk(job)
     if job.recipe.backbone_from:
         found.append(
-            "with backbone_from only factors are solved for: the seconds of its solves have not been held against real jobs"
+            "with backbone_from only factors are solved for: the seconds of its solves have not been compared with real jobs"
         )
     if job.machine.hosts > 1:
         found.append(
             f"{job.machine.hosts} hosts share the solves, as --coordinator, --processes, --process say; the first does all else, "
-            "and its memory is what is told. How evenly they end has not been measured on real machines"
+            "and its memory is what is shown. How evenly they end has not been measured on real machines"
         )
     return found
 

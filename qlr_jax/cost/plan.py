@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,9 @@ def plan_job(
     """What a job needs of a machine.
 
     Args:
+        config: the model's shapes.
+        recipe: of the job.
+        machine: what it is to run on.
         model: its name, to be shown.
         original_bytes: of its files, where they are here; two bytes a parameter where not given.
         out: the folder that the job would write, on this machine; its disk must have the room then. It need not exist.
@@ -110,24 +113,13 @@ def plan_job(
     job = Counted(config, recipe, machine)
     budget, sizes = budget_and_sizes(job)
     stages = find_stages(job)
-    host, device = max(s.host for s in stages), max(s.device for s in stages)
-    rates = RATES[machine.kind]
-    refused = [*([budget["why"]] if not budget["within"] else []), *refusals(job)]
-    lacking = short(job, stages)
-    needed = budget["limit_bytes"] or budget["least_bytes"]
-    plans = 3 * needed + (probed(job) if recipe.target == "qlr" else needed)
-    statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
-    if machine.hosts > 1:
-        statistics = job.hessians + job.outputs  # where all hosts read them
-    original = 2 * parameter_count(config) if original_bytes is None else original_bytes
     disk = {
-        "original": original,
+        "original": 2 * parameter_count(config) if original_bytes is None else original_bytes,
         "output": sizes["whole"]["after"] + BESIDE,
-        "job": plans,
-        "statistics": statistics,
-        "temporary": temporary(job),
+        **_working_files(job, budget, stages),
     }
-    full = crowded(disk, Path(out)) if out is not None else []
+    refused = [*([budget["why"]] if not budget["within"] else []), *refusals(job)]
+    lacking, full = short(job, stages), crowded(disk, Path(out)) if out is not None else []
     return Plan(
         model=model,
         machine=machine,
@@ -137,16 +129,26 @@ def plan_job(
         sizes=sizes,
         budget=budget,
         stages=stages,
-        host=host,
-        device=device,
+        host=max(s.host for s in stages),
+        device=max(s.device for s in stages),
         disk=disk,
         seconds=sum(s.seconds for s in stages),
         cpu_seconds=sum(s.cpu_seconds for s in stages),
         # a trial that is under way is not broken off
         refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refines else 0.0,
-        rates=rates,
+        rates=RATES[machine.kind],
         fits=not (lacking or refused or full),
         problems=(*lacking, *full, *refused),
         remedies=tuple(remedies(job) if lacking or refusals(job) else ()),
         notes=tuple(notes(job)),
     )
+
+
+def _working_files(job: Counted, budget: Mapping[str, Any], stages: Sequence[Stage]) -> dict[str, int]:
+    """Bytes of files while the job lasts: finished matrices in job/, statistics there, the temporary folder."""
+    needed = budget["limit_bytes"] or budget["least_bytes"]
+    statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
+    if job.machine.hosts > 1:
+        statistics = job.hessians + job.outputs  # where all hosts read them
+    plans = 3 * needed + (probed(job) if job.recipe.target == "qlr" else needed)
+    return {"job": plans, "statistics": statistics, "temporary": temporary(job)}

@@ -46,7 +46,7 @@ class Rates:
     Attributes:
         per: by the names of `Work`.
         shared: the part of each that runs on all cores.
-        measured: whether real jobs were held against them; if not, they are scaled.
+        measured: whether they were compared with real jobs; if not, they are scaled.
         error: factor within which the seconds of a whole job have been found (`measured`), or are guessed to lie.
     """
 

@@ -27,6 +27,7 @@ class Stage:
 
 
 def find_stages(job: Counted) -> tuple[Stage, ...]:
+    """The stages of a job in their order, each with its memory and time."""
     parts, amounts, rates = memory(job), work(job), RATES[job.machine.kind]
     found, kept_host, kept_device, compiled = [], RUNTIME, 0, 0.0
     cpu = job.machine.kind == "cpu"
@@ -49,8 +50,15 @@ def find_stages(job: Counted) -> tuple[Stage, ...]:
     return tuple(found)
 
 
-def held(stages: Sequence[Stage], at: Stage, side: str, kind: str) -> list[tuple[str, int]]:
-    """What lies in memory during a stage, with its bytes."""
+def resident(stages: Sequence[Stage], at: Stage, side: str, kind: str) -> list[tuple[str, int]]:
+    """What lies in memory during a stage, with its bytes.
+
+    Args:
+        stages: all of the job, in their order.
+        at: the stage.
+        side: "host" or "device".
+        kind: of the machine; on a CPU both sides are one.
+    """
     found = []
     for stage in stages:
         for part in stage.parts:
@@ -62,5 +70,6 @@ def held(stages: Sequence[Stage], at: Stage, side: str, kind: str) -> list[tuple
 
 
 def peak(job: Counted) -> int:
+    """The most bytes that any stage needs on one side."""
     stages = find_stages(job)
     return max(max(s.host for s in stages), max(s.device for s in stages))

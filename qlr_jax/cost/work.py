@@ -32,8 +32,8 @@ def work(job: Counted) -> dict[str, Work]:
         found["calibrate: gradients"] = Work(products=(3 * body + 2 * head) * tokens, passed=3 * soft * tokens)
     if job.outputs:
         found["calibrate: outputs"] = Work(
-            products=(3 * body + 3 * head + job.outputs / 2) * job.felt * job.length,
-            passed=(3 * soft + 40 * config.vocab_size) * job.felt * job.length + 12 * job.outputs / 4,
+            products=(3 * body + 3 * head + job.outputs / 2) * job.output_sequences * job.length,
+            passed=(3 * soft + 40 * config.vocab_size) * job.output_sequences * job.length + 12 * job.outputs / 4,
             checked=sum(m**3 for m, _ in job.shapes.values()) / 3,
             compiled=COMPILED["calibrate"] / 2,
         )
