@@ -326,6 +326,19 @@ def test_markdown(full):
     assert report_markdown({}).startswith("# Llama model at – bits per weight") and "Not evaluated" in report_markdown({})
 
 
+def test_bounds_stand_beside_the_errors(report):
+    for row, bound, note in zip(report["matrices"], (0.31, None, None, None), (None, "of <U>", "of <U>", None), strict=True):
+        row |= {"bound": bound, "bound_note": note}
+    page, text = words_of(report_html(report)), report_markdown(report)
+    line = "Upper bounds of the relative error: 1 of 4 matrices; none for 2: of <U>."
+    assert line in page and line.replace("<", r"\<") in text
+    assert "relative error upper bound predicted error" in page and "1.9 0.200 0.310 0.180" in page.replace("1.90", "1.9")
+    assert "| relative error | upper bound |" in text
+    for row in report["matrices"]:
+        del row["bound"], row["bound_note"]
+    assert "Upper bounds" not in report_html(report) + report_markdown(report)
+
+
 def test_every_cell_of_the_heat_map_says_its_spec(report):
     page = report_html(report)
     heat = re.search(r'<table class="heat">.*?</table>', page, re.S)[0]

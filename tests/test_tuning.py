@@ -24,6 +24,12 @@ FEW = AdaptConfig(
     train=("norms", "scales", "embeddings"), steps=4, batch=2, vector_rate=3e-2, evaluate_every=2, compute="float32", devices=1
 )
 
+RESULT = {
+    "out": "o", "dest": "d", "tokens": 512, "judged_on": "other.txt", "steps": 7, "verdict": "fine",
+    "before": {"kl": 0.04, "perplexity": 12.0, "agreement": 0.9}, "after": {"kl": 0.03, "perplexity": 11.9, "agreement": 0.91},
+    "bits_per_weight_before": 2.0, "bits_per_weight": 2.0,
+}  # fmt: skip
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
@@ -132,12 +138,7 @@ def test_refusals(folders, tmp_path):
 
 def test_command(folders, tmp_path, monkeypatch):
     seen = {}
-    told = {
-        "out": "o", "dest": "d", "tokens": 512, "judged_on": "other.txt", "steps": 7, "verdict": "fine",
-        "before": {"kl": 0.04, "perplexity": 12.0, "agreement": 0.9}, "after": {"kl": 0.03, "perplexity": 11.9, "agreement": 0.91},
-        "bits_per_weight_before": 2.0, "bits_per_weight": 2.0,
-    }  # fmt: skip
-    monkeypatch.setattr(tuning, "adapt", lambda *args, **kwargs: seen.update(args=args, **kwargs) or told)
+    monkeypatch.setattr(tuning, "adapt", lambda *args, **kwargs: seen.update(args=args, **kwargs) or RESULT)
     result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--text", "t.txt", "--held-out", "other.txt", "--steps", "7"])
     assert result.exit_code == 0, result.output
     assert seen["args"][3].train == ("norms", "scales", "embeddings") and seen["args"][3].steps == 7
@@ -146,3 +147,16 @@ def test_command(folders, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["steps"] == 7 and "factors" in seen["args"][3].train
     result = CliRunner().invoke(cli.app, ["adapt", "o", "d", "--loss", "mse"])
     assert result.exit_code == 1 and "pass text, kl or mix" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "added, hidden, steps",
+    [("--added", "--hidden-states", "--requantize-backbone"), ("--fresh", "--states", "--reround-backbone")],
+)
+def test_settings_have_a_name_for_people_and_keep_their_earlier_one(monkeypatch, added, hidden, steps):
+    seen = {}
+    monkeypatch.setattr(tuning, "adapt", lambda *args, **kwargs: seen.update(config=args[3]) or RESULT)
+    typed = ["adapt", "o", "d", "--text", "t", added, "20kB", hidden, "1.5", steps, "7"]
+    assert CliRunner().invoke(cli.app, typed).exit_code == 0
+    config = seen["config"]
+    assert (config.fresh, config.states, config.reround_backbone) == ("20kB", 1.5, 7)
