@@ -15,8 +15,10 @@ from qlr_jax.core.bounds import (
     nearest_bound,
     rank_constrained_error,
 )
+from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import feedback, ldlq
 from qlr_jax.core.quantizers import parse_quantizer
+from qlr_jax.core.solver import solve, solve_batch
 from qlr_jax.errors import QLRError
 
 SEEDS = 100
@@ -259,3 +261,57 @@ def test_no_hessian_and_no_weight():
     w = np.random.default_rng(0).standard_normal((4, 6))
     assert alternation_bound(w, None, 2, BACKBONE) == alternation_bound(w, np.eye(6), 2, BACKBONE)
     assert alternation_bound(0 * w, None, 2, BACKBONE).relative == np.inf
+
+
+BOUNDED = {  # spec -> settings; how far the bound may be above the error
+    "int-3g16": ({}, 3),
+    "int-2a+r4@int-8": ({}, 8),
+    "int-2/rot+r4@int-4": ({"preset": "paper", "iterations": 2}, 4),
+    "nf-3g16+r4@int-4": ({}, 8),
+    "e8-2+r4@e8-4": ({"preset": "paper", "iterations": 2}, 4),
+}
+
+
+@pytest.mark.parametrize("spec", BOUNDED)
+def test_solutions_never_exceed_their_bound(activations, spec):
+    """On many random problems, of all sizes of W and with singular H, against float64."""
+    given, most = BOUNDED[spec]
+    config = SolverConfig.make({k: v for k, v in given.items() if k != "preset"}, given.get("preset"))
+    rng = np.random.default_rng(7)
+    weights = rng.standard_normal((40, 16, 20)) * np.geomspace(1e-3, 1e3, 40)[:, None, None]
+    weights[::5, :, ::7] *= 20  # outliers, which a grid may not reach
+    hessians = np.stack([activations(20, i, 8 if i % 4 == 0 else 80) for i in range(40)])
+    found = solve_batch(weights.astype(np.float32), hessians.astype(np.float32), spec, config=config)
+    ratios = []
+    for w, h, solution in zip(weights, hessians, found, strict=True):
+        error = np.sqrt(loss(w - np.asarray(solution.value.dense(), np.float64), h) / loss(w, h))
+        assert solution.stats["bound_note"] is None
+        ratios.append(solution.stats["bound"] / error)
+    assert min(ratios) > 1 and np.median(ratios) < most
+
+
+NOTES = {
+    "trellis-2": ({"state_bits": 6}, "trellis-2 has no covering radius"),
+    "none+r4@int-8": ({}, "no backbone is rounded"),
+    "int-4g16": ({"damping": 0.0}, "H is not damped"),
+    "int-3": ({"output_hessian": np.eye(16)}, "errors are weighted by outputs"),
+}
+
+
+@pytest.mark.parametrize("spec", NOTES)
+def test_where_there_is_no_bound_a_word_says_why(activations, spec):
+    given, note = NOTES[spec]
+    stats = solve(np.random.default_rng(0).standard_normal((16, 20)), activations(20), spec, **given).stats
+    assert stats["bound"] is None and stats["bound_note"] == note
+
+
+def test_a_lattice_tile_is_hardly_ever_farther_than_its_radius():
+    """E8 inside the code's range: deep holes are met, and nothing is beyond them, but for the ends of the second stage."""
+    x = np.random.default_rng(0).standard_normal((4096, 8)) * 0.4
+    for name in ("e8-2", "e8-3", "e8-4"):
+        code, scales = parse_quantizer(name), (jnp.ones((1, 1)),)
+        found, _ = code.round_block(jnp.asarray(x, jnp.float32), scales, code.traced(), False)
+        distance, radius = np.linalg.norm(x - np.asarray(found), axis=1), float(code.covering_radius(scales, 8)[0, 0])
+        beyond = np.mean(distance > radius * (1 + 1e-6))
+        assert beyond < 0.05 if name == "e8-4" else beyond == 0
+        assert name == "e8-3" or distance.max() > 0.85 * radius
