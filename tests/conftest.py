@@ -6,6 +6,9 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two test processes share the cores: spinning threads would stop both
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA's older way of emitting code compiles in half the time; most of the suite's time is compiling
+if "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_use_fusion_emitters=false".strip()
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="qlr-tests-")  # until this process ends, for all that it starts
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
@@ -61,7 +64,7 @@ def block_ldl():
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """The folder of a Llama of two blocks with random weights and the bundled model's tokenizer."""
+    """The folder of a Llama of one block with random weights and the bundled model's tokenizer."""
     import jax
 
     from qlr_jax.models import Llama, LlamaConfig, save_model
@@ -71,10 +74,20 @@ def tiny(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
+        intermediate_size=64,
+        num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
     )
     save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=BUNDLED)
     return folder
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory):
+    """A file of calibration text."""
+    from qlr_jax.calibration import standard_library
+
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(standard_library("calibration")[:20000], encoding="utf-8")
+    return path

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlr_jax.calibration import standard_library
 from qlr_jax.core.batch import batches
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.errors import QLRError
@@ -70,12 +69,12 @@ def port():
 
 
 @pytest.fixture(scope="module")
-def inputs(tiny, tmp_path_factory):
+def inputs(tiny, text, tmp_path_factory):
     """A model, a recipe and a text."""
     folder = tmp_path_factory.mktemp("inputs")
     (folder / "tiny").symlink_to(tiny)
     (folder / "recipe.yaml").write_text(RECIPE.to_yaml())
-    (folder / "text.txt").write_text(standard_library("calibration")[:20000], encoding="utf-8")
+    (folder / "text.txt").symlink_to(text)
     return folder
 
 

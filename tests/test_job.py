@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,9 +14,8 @@ import allocators
 import qlr_jax as qlr
 from allocators import AllocationError, OptionTable
 from qlr_jax import job
-from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
-from qlr_jax.models import Llama, LlamaConfig, load_model, save_model
+from qlr_jax.models import load_model
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.pipelines.stages import calibrate
 from qlr_jax.progress import silent
@@ -38,28 +36,6 @@ LIGHT = Recipe(
     factors=("trellis-2",),
     refine=1,
 )
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny")
-    config = LlamaConfig(
-        vocab_size=2048,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
-    save_model(Llama(config, jax.random.key(0)), folder, tokenizer_from=job.BUNDLED)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(standard_library("calibration")[:20000], encoding="utf-8")
-    return path
 
 
 def damaged(tiny, folder, **change):
@@ -137,7 +113,7 @@ def test_sensitivity_writes_a_table_with_pictures(measured, tiny):
     assert table.notes["attribution"] == "path" and table.notes["model"] == str(tiny)
     for row in table.rows:
         note = table.notes["matrices"][row.name]
-        assert all(o.damage >= 0 for o in row.options) and note["coefficient"] >= 0 and 0 < sum(note["spectrum"]) < 1.001
+        assert all(o.damage >= 0 for o in row.options) and note["coefficient"] >= 0 and 0 < sum(note["spectrum"]) < 1.01
         measured_options = [o for o in row.options if o.measured]
         assert {o.spec for o in measured_options} >= {"trellis-2", "trellis-2+r4@trellis-2"}
         by_rate = [o.damage for o in row.options if o.rank == 0]
@@ -152,7 +128,7 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
     if done["delivered"] != "uniform":
         assert specs["v"] == "trellis-3"
         assert qlr.Spec.parse(specs["gate"]).backbone == qlr.Spec.parse(specs["up"]).backbone
-        assert qlr.Spec.parse(specs["down"]).bits((32, 48)) >= 2.5
+        assert qlr.Spec.parse(specs["down"]).bits((32, 64)) >= 2.5
     assert done["seconds"]["stages"]["measure"] < 1 and done["bits_per_weight"] <= 2.25
     assert done["refined"]["tried"] <= LIGHT.refine and done["refined"]["measured"] <= done["refined"]["start"]
     with pytest.raises(AllocationError, match="nothing_proj"):

@@ -11,7 +11,6 @@ import time
 import pytest
 
 from qlr_jax import job
-from qlr_jax.calibration import standard_library
 from qlr_jax.errors import QLRError
 from qlr_jax.run import workspace
 from qlr_jax.settings.recipe import Recipe
@@ -29,13 +28,6 @@ RECIPE = Recipe(
     refine_seconds=1000,
 )
 SAME = ("model.safetensors", "config.json", "recipe.yaml")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(standard_library("calibration")[:20000], encoding="utf-8")
-    return path
 
 
 def ended(out):

@@ -3,18 +3,17 @@
 import json
 import re
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlr_jax as qlr
 from qlr_jax import job
-from qlr_jax.calibration import read_hessians, standard_library
+from qlr_jax.calibration import read_hessians
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.targets import TARGETS, find_target
-from qlr_jax.models import Llama, LlamaConfig, linear_names, load_model, save_model, shape_of
+from qlr_jax.models import LlamaConfig, linear_names, load_model, save_model, shape_of
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.sensitivity import options, price
 from qlr_jax.settings.recipe import Recipe
@@ -79,20 +78,6 @@ def test_options_and_prices_are_those_of_the_target():
     assert recipe.backbones == TARGETS["compressed-tensors"].backbones and recipe.factors == ("bf16",)
     assert Recipe().updated(target="gguf").backbones == TARGETS["gguf"].backbones
     assert Recipe(backbones=("int-4g32",)).updated(target="gguf", ranks=(0,)).backbones == ("int-4g32",)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tiny") / "model"
-    save_model(Llama(CONFIG, jax.random.key(0)), folder, tokenizer_from=job.BUNDLED)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text(standard_library("calibration")[:20000], encoding="utf-8")
-    return path
 
 
 @pytest.mark.parametrize(("name", "budget"), [("gguf", "5.5bpw"), ("compressed-tensors", "5bpw")])
