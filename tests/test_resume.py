@@ -133,7 +133,7 @@ def test_what_was_begun_otherwise_is_refused(tiny, text, begun, tmp_path):
     with pytest.raises(QLRError, match="model was"):
         run(other, text, begun, resume=True)
     (begun / "job" / "begun.json").write_text("{")
-    with pytest.raises(QLRError, match="start anew"):
+    with pytest.raises(QLRError, match="start again"):
         run(tiny, text, begun, resume=True)
 
 
