@@ -39,7 +39,7 @@ ROOMS = (
 )
 
 # What does not hold yet: room -> room, names of modules, of functions, settings of JAX. Only take away from these.
-UPWARD = {"qlr_jax.cost -> qlr_jax.pipelines", "qlr_jax.report -> qlr_jax.pipelines"}
+UPWARD: set[str] = set()
 LONG_MODULES = {"qlr_jax.core.alternation"}
 LONG_FUNCTIONS = {
     "_job",
@@ -48,7 +48,6 @@ LONG_FUNCTIONS = {
     "export_compressed_tensors",
     "fit_factors",
     "ldlq_rows",
-    "plan_job",
     "sensitivity",
     "solve_many",
     "trainer",

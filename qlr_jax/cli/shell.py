@@ -52,7 +52,13 @@ def computing(as_json: bool) -> Iterator[None]:
 
 
 def fail(sentence: str, as_json: bool, status: int) -> None:
-    """End with a status, after a sentence on stderr and, for a program that reads, an object on stdout."""
+    """End the command.
+
+    Args:
+        sentence: what was wrong, for stderr.
+        as_json: also as an object on stdout.
+        status: of the exit.
+    """
     typer.echo(f"qlr: {sentence}", err=True)
     if as_json:
         typer.echo(json.dumps({"error": sentence}))

@@ -37,7 +37,7 @@ def refusals(job: Counted) -> list[str]:
     return found
 
 
-def short(job: Counted, stages: Sequence[Stage]) -> list[str]:
+def memory_shortages(job: Counted, stages: Sequence[Stage]) -> list[str]:
     """For every kind of memory that is too small: how much the highest stage needs, and its largest parts."""
     found = []
     sides = ("host",) if job.machine.kind == "cpu" else ("device", "host")
@@ -53,7 +53,7 @@ def short(job: Counted, stages: Sequence[Stage]) -> list[str]:
     return found
 
 
-def crowded(disk: Mapping[str, int], out: Path) -> list[str]:
+def disk_shortages(disk: Mapping[str, int], out: Path) -> list[str]:
     """The folders whose disk has too little room for what a job puts there, a sentence each.
 
     Args:
@@ -93,14 +93,14 @@ def remedies(job: Counted) -> list[str]:
     ]
     for step in steps:
         new = {name: value for name, value in step.items() if _setting(tried, name) != value}
-        if not new or not (short(tried, find_stages(tried)) or refusals(tried)):
+        if not new or not (memory_shortages(tried, find_stages(tried)) or refusals(tried)):
             continue
         before = peak(tried)
         candidate = replace(tried, recipe=tried.recipe.updated(**(changes | new)))
         if peak(candidate) < WORTH * before or len(refusals(candidate)) < len(refusals(tried)):
             tried, changes = candidate, changes | new
     text = ", ".join(f"{name}: {str(value).lower() if value is True else value}" for name, value in changes.items())
-    if not short(tried, find_stages(tried)) and not refusals(tried):
+    if not memory_shortages(tried, find_stages(tried)) and not refusals(tried):
         return [f"in the recipe, {text}"]
     if text:
         machines.append(

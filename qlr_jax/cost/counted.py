@@ -34,6 +34,7 @@ class Counted:
 
     @property
     def streaming(self) -> bool:
+        """Whether the model's weights stay on disk."""
         return self.settings.streaming
 
     @property
@@ -48,19 +49,21 @@ class Counted:
 
     @cached_property
     def weights(self) -> int:
+        """Weights of the matrices to compress."""
         return sum(m * n for m, n in self.shapes.values())
 
     @cached_property
-    def linears(self) -> frozenset[str]:
+    def linear_names(self) -> frozenset[str]:
+        """Names of all linear layers, compressed or not."""
         return frozenset(linear_names(self.config))
 
     @cached_property
-    def linear(self) -> int:
+    def linear_weights(self) -> int:
         """Weights of all linear layers, compressed or not."""
         return sum(math.prod(shape_of(self.config, name)) for name in linear_names(self.config))
 
     @cached_property
-    def around(self) -> int:
+    def outside_blocks(self) -> int:
         """Parameters outside the blocks: embeddings, last norm, head."""
         tensors = tensor_names(self.config).items()
         return sum(math.prod(shape) for name, shape in tensors if not name.startswith("model.layers."))
@@ -68,12 +71,12 @@ class Counted:
     @cached_property
     def block(self) -> int:
         """Parameters of one block."""
-        return (parameter_count(self.config) - self.around) // self.config.num_hidden_layers
+        return (parameter_count(self.config) - self.outside_blocks) // self.config.num_hidden_layers
 
     @cached_property
     def largest(self) -> int:
         """Weights of the largest linear layer."""
-        return max(math.prod(shape_of(self.config, name)) for name in self.linears)
+        return max(math.prod(shape_of(self.config, name)) for name in self.linear_names)
 
     @cached_property
     def inputs(self) -> list[int]:
@@ -86,6 +89,7 @@ class Counted:
 
     @cached_property
     def hessians(self) -> int:
+        """Bytes of the Hessians of all inputs."""
         return sum(4 * n * n for n in self.inputs)
 
     @cached_property
@@ -97,10 +101,12 @@ class Counted:
 
     @property
     def length(self) -> int:
+        """Tokens of a sequence."""
         return self.settings.sequence_length
 
     @property
     def tokens(self) -> int:
+        """Tokens of calibration text."""
         return self.recipe.sequences * self.length
 
     @property
@@ -110,6 +116,7 @@ class Counted:
 
     @property
     def measured(self) -> int:
+        """Tokens on which KL is measured."""
         return self.windows * self.length
 
     @property
@@ -129,7 +136,8 @@ class Counted:
         return self.boundaries(sequences) > SPILLED
 
     @property
-    def ranked(self) -> bool:
+    def has_factors(self) -> bool:
+        """Whether a rank above 0 is offered."""
         return any(self.recipe.ranks)
 
     @property
@@ -137,11 +145,11 @@ class Counted:
         """trellis, e8 or scalar: what most of the searching is."""
         return next((name for name in ("trellis", "e8") if any(b.startswith(name) for b in self.recipe.backbones)), "scalar")
 
-    def together(self, kind: str, shape: tuple[int, int]) -> int:
+    def batch_size(self, kind: str, shape: tuple[int, int]) -> int:
         """Matrices in the largest batch of this kind: filled up where they are small, those of one input where they are large."""
         m, _ = shape
         size = ROWS_TOGETHER // m if m < SMALL else sum((other, shape) in self.groups for other in siblings(kind))
-        if not self.ranked:
+        if not self.has_factors:
             return size
         widest = bucket(max(self.recipe.ranks), min(shape))
         return max(1, min(size, FACTORED_TOGETHER // widest**2))

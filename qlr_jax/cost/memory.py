@@ -54,7 +54,7 @@ def temporary(job: Counted) -> int:
 
 def _load(job: Counted) -> Iterator[Part]:
     if job.streaming:
-        yield Part("load", "embeddings, last norm and head, float32", device=4 * job.around, kept=True)
+        yield Part("load", "embeddings, last norm and head, float32", device=4 * job.outside_blocks, kept=True)
         # two blocks lie there while one gives way to the next, but then nothing of a batch does
         block = 4 * job.block + 7 * job.largest
         yield Part("load", "one block's weights, float32, and a matrix as it is read", device=block, kept=True)
@@ -62,7 +62,7 @@ def _load(job: Counted) -> Iterator[Part]:
     yield Part("load", "the model's weights, float32", device=4 * parameter_count(job.config), kept=True)
     yield Part("load", "the matrices to compress, a float32 copy", host=4 * job.weights, kept=True)
     if job.recipe.backbone_from:
-        yield Part("load", "the backbones that are given", host=4 * job.linear, kept=True)
+        yield Part("load", "the backbones that are given", host=4 * job.linear_weights, kept=True)
 
 
 def _inputs(job: Counted) -> Iterator[Part]:
@@ -113,7 +113,7 @@ def _measure(job: Counted) -> Iterator[Part]:
     yield Part("measure: probes", "the largest batch of a solve", *solving(job))
     stage, method, layers = "measure: attribution", job.recipe.attribution, job.config.num_hidden_layers
     if method == "path":
-        errors = 4 * job.linear // layers
+        errors = 4 * job.linear_weights // layers
         # two blocks' errors while one gives way to the next; in a pass the moved weights and their gradients, and a copy
         yield Part(stage, "errors of two blocks, and passes' copies of one's", host=2 * errors, device=3 * errors)
         yield from _backward(job, stage, job.windows)
@@ -197,7 +197,7 @@ def solving(job: Counted) -> tuple[int, int]:
     walks = 32 if job.machine.kind == "cpu" else min(2048, 2**23 // max(states, 1))
     viterbi = walks * states * (128 + 24)  # a byte for half of the states at every weight, and some float32 costs
     for kind, (m, n) in job.groups:
-        b = job.together(kind, (m, n))
+        b = job.batch_size(kind, (m, n))
         metrics = b if m < SMALL else 1
         device = 4 * (COPIES["weights"] * b * m * n + COPIES["hessian"] * metrics * n * n)
         device += 4 * COPIES["output"] * b * m * m if job.outputs else 0

@@ -50,7 +50,7 @@ def _on_disk(job: Counted) -> list[str]:
     if job.streaming:
         times = sum(reads(job).values())
         found.append(
-            f"the weights are read about {times} times ({2e-9 * times * job.linear:,.0f} GB of bf16): the seconds hold "
+            f"the weights are read about {times} times ({2e-9 * times * job.linear_weights:,.0f} GB of bf16): the seconds hold "
             "their conversion, but not the disk's own time, which has not been measured"
         )
     return found

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlr_jax.cost.advice import crowded, refusals, remedies, short
+from qlr_jax.cost.advice import disk_shortages, memory_shortages, refusals, remedies
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.machine import Machine
 from qlr_jax.cost.memory import probed, temporary
@@ -119,7 +119,7 @@ def plan_job(
         **_working_files(job, budget, stages),
     }
     refused = [*([budget["why"]] if not budget["within"] else []), *refusals(job)]
-    lacking, full = short(job, stages), crowded(disk, Path(out)) if out is not None else []
+    lacking, full = memory_shortages(job, stages), disk_shortages(disk, Path(out)) if out is not None else []
     return Plan(
         model=model,
         machine=machine,

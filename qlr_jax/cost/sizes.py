@@ -31,13 +31,13 @@ def budget_and_sizes(job: Counted) -> tuple[dict[str, Any], dict[str, dict[str, 
     except allocators.AllocationError as error:
         found |= {"within": False, "why": str(error)}
     found |= {"limit_bytes": limit, "limit_bits": None if limit is None else 8 * limit / weights}
-    kinds = {"linear layers": job.linear, "embeddings": 0, "head": 0, "norms and biases": 0}
+    kinds = {"linear layers": job.linear_weights, "embeddings": 0, "head": 0, "norms and biases": 0}
     for name, shape in tensor_names(job.config).items():
-        if name.removesuffix(".weight") not in job.linears:
+        if name.removesuffix(".weight") not in job.linear_names:
             part = {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norms and biases")
             kinds[part] += math.prod(shape)
     sizes = {part: {"before": 2 * count, "after": 2 * count} for part, count in kinds.items()}
-    kept = 2 * (job.linear - job.weights)
+    kept = 2 * (job.linear_weights - job.weights)
     sizes["linear layers"]["after"] = kept + (least if limit is None else limit)
     sizes["whole"] = {when: sum(part[when] for part in sizes.values()) for when in ("before", "after")}
     return found, sizes

@@ -29,7 +29,7 @@ def probe_solves(job: Counted) -> Work:
     anchored = max(1, ANCHORED // len({kind for kind, _ in job.groups}))
     for (kind, shape), count, kinds in _alike(job):
         found += _solves(job, kind, shape, bits, False, count)
-        if job.ranked:
+        if job.has_factors:
             found += _solves(job, kind, shape, bits, True, min(count, anchored * kinds))
             found += _solves(job, kind, shape, bits, True, kinds) * _again(job)
     return found
@@ -45,7 +45,7 @@ def _again(job: Counted) -> int:
 def plan_solves(job: Counted, name: str) -> Work:
     """The final solves of the allocation of one strategy."""
     strategy = STRATEGIES[name]
-    choices, part = 1, float(strategy.ranks and job.ranked)
+    choices, part = 1, float(strategy.ranks and job.has_factors)
     if strategy.per_matrix:
         choices, part = CHOICES[strategy.ranks], RANKED * part
     found, bits = Work(), job.recipe.state_bits
@@ -70,13 +70,13 @@ def _alike(job: Counted) -> list[tuple[tuple[str, tuple[int, int]], int, int]]:
 def _compiled(job: Counted) -> float:
     """Functions that solves need: of every shape of a batch, with every bucket of ranks."""
     buckets = len({bucket(rank, 10**6) for rank in job.recipe.ranks if rank})
-    shapes = {(shape, job.together(kind, shape)) for kind, shape in job.groups}
+    shapes = {(shape, job.batch_size(kind, shape)) for kind, shape in job.groups}
     return len(shapes) * (COMPILED["solve"] + COMPILED["factors"] * buckets)
 
 
 def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, factors: bool, count: int, choices: int = 1) -> Work:
     """`solve_many` of `count` matrices whose specs are spread over so many choices."""
-    b = job.together(kind, shape)
+    b = job.batch_size(kind, shape)
     if shape[0] >= SMALL and choices > 1:
         b = 1  # siblings seldom get the same spec
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0

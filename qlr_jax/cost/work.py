@@ -19,14 +19,14 @@ def work(job: Counted) -> dict[str, Work]:
     """The amounts of every stage's work."""
     config, attention = job.config, 4 * job.config.num_hidden_layers * job.config.num_attention_heads * job.config.head_dim
     head = 2 * config.vocab_size * config.hidden_size
-    body = 2 * job.linear + attention * job.length  # operations a token
+    body = 2 * job.linear_weights + attention * job.length  # operations a token
     soft = 6 * config.num_hidden_layers * config.num_attention_heads * job.length + 10 * config.num_hidden_layers * (
         config.hidden_size + config.intermediate_size
     )
     tokens, measured = job.tokens, job.measured
     inputs = Work(products=(body + 2 * sum(n * n for n in job.inputs)) * tokens, passed=(soft + 2 * sum(job.inputs)) * tokens)
     inputs += Work(checked=sum(n**3 for n in job.inputs) / 3, passed=12 * job.hessians / 4, compiled=COMPILED["calibrate"] / 2)
-    loaded = job.around if job.streaming else parameter_count(config)
+    loaded = job.outside_blocks if job.streaming else parameter_count(config)
     found = {"load": Work(passed=6 * loaded, compiled=COMPILED["load"]), "calibrate: inputs": inputs}
     if job.recipe.hessians != "plain":
         found["calibrate: gradients"] = Work(products=(3 * body + 2 * head) * tokens, passed=3 * soft * tokens)
@@ -52,7 +52,7 @@ def work(job: Counted) -> dict[str, Work]:
     ) * models
     found["save"] = Work(passed=4 * (parameter_count(config) - job.weights))
     for name, times in reads(job).items():
-        found[name] += Work(passed=6 * times * job.linear)
+        found[name] += Work(passed=6 * times * job.linear_weights)
     return found
 
 

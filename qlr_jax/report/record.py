@@ -56,6 +56,11 @@ class Record:
         return {name: plan.to_dict() for name, plan in self.plans.items()} | {"delivered": self.delivered}
 
     def report(self) -> dict[str, Any]:
+        """The content of report.json.
+
+        Raises:
+            QLRError: where other bytes are stored than the option table has.
+        """
         plan = self.plans[self.delivered]
         rows = [self._matrix(name, spec) for name, spec in plan.specs.items()]
         stored, promised = sum(row["bytes"] for row in rows), plan.bytes

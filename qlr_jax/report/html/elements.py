@@ -55,7 +55,13 @@ def folded(summary: str, content: str) -> str:
 
 
 def meter(value: Any, most: float, colour: str) -> str:
-    """A bar as long as `value` is of `most`, in a colour of the style sheet; empty where there is nothing to show."""
+    """A bar; empty where there is nothing to show.
+
+    Args:
+        value: what the bar stands for.
+        most: the value of a bar of full length.
+        colour: its name in the style sheet.
+    """
     width = 100 * value / most if is_number(value) else 0
     bar = f'<i style="width:{max(width, 1):.0f}%;background:var(--{colour})"></i>'
     return f'<span class="meter">{bar}</span>' if width > 0 else ""

@@ -32,7 +32,7 @@ def allocations_text(plans: Sequence[Mapping[str, Any]]) -> str:
         for plan in plans
     ]
     lines = [columns(header, rows), "damage: predicted KL, nats a token; no allocation within the budget does less than the bound"]
-    lines += [f"{status}: {says}" for status, says in {str(plan["status"]): plan.get("explain") for plan in plans}.items() if says]
+    lines += [f"{status}: {text}" for status, text in {str(plan["status"]): plan.get("explain") for plan in plans}.items() if text]
     for plan in plans:
         lines += ["", allocation_text(plan)]
     return "\n".join(lines)

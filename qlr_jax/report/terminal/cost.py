@@ -87,11 +87,11 @@ def _stages(plan: Plan) -> list[str]:
         return table
     for side in ("device", "host"):
         kept = [part for stage in plan.stages for part in stage.parts if part.kept and getattr(part, side)]
-        table += ["" if side == "device" else None, f"kept on the {side}: " + ", ".join(_said(part, side) for part in kept)]
+        table += ["" if side == "device" else None, f"kept on the {side}: " + ", ".join(_part(part, side) for part in kept)]
     return [line for line in table if line is not None]
 
 
-def _said(part: Part, side: str) -> str:
+def _part(part: Part, side: str) -> str:
     return f"{part.what} {size(getattr(part, side))}"
 
 

@@ -1,4 +1,4 @@
-"""What every drawing of the report room is made of: scales, gridlines, marks, labels; inline SVG, or a file of its own."""
+"""What every drawing is made of: scales, gridlines, marks, labels; inline SVG, or a file of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ LETTER = 6.4  # pixels that a letter of the 12-pixel font takes on average, on t
 
 
 def marker(shape: str, x: float, y: float, colour: str, radius: float = 5.5, title: str = "") -> str:
-    """A mark with the page's colour as outline; shapes differ so that they can be distinguished without colour."""
+    """A mark with the page's colour as outline; shapes differ so that they can be distinguished without colour.
+
+    Args:
+        shape: circle, square, triangle or diamond.
+        x, y: its centre, pixels.
+        colour: its name in the style sheet.
+        radius: pixels.
+        title: shown where the mouse rests.
+    """
     style = f'class="mark" style="fill:var(--{colour})"'
     inner = f"<title>{escape(title)}</title>" if title else ""
     if shape == "circle":
@@ -30,23 +38,42 @@ def marker(shape: str, x: float, y: float, colour: str, radius: float = 5.5, tit
 
 
 def line(points: Iterable[tuple[float, float]], style: str = "", title: str = "") -> str:
-    """A curve through pixels; `style` goes over that of the page's curves, `title` is shown where the mouse rests."""
+    """A curve through points.
+
+    Args:
+        points: (x, y), pixels.
+        style: CSS that goes over that of the page's curves.
+        title: shown where the mouse rests.
+    """
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     own = f' style="{style}"' if style else ""
     return f'<polyline class="curve" points="{path}"{own}>' + (f"<title>{escape(title)}</title>" if title else "") + "</polyline>"
 
 
 def label(text: str, x: float, y: float, anchor: str = "start", kind: str = "label") -> str:
-    """Text at a pixel; `kind` is its class: label (ink, bold) or none."""
+    """Text.
+
+    Args:
+        text: plain.
+        x, y: where its anchor lies, pixels.
+        anchor: start, middle or end.
+        kind: its class: "label" (ink, bold) or none.
+    """
     own = f' class="{kind}"' if kind else ""
     return f'<text{own} x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """The heights nearest to those wanted that keep `gap` from each other within [low, high], in the order given.
+    """The heights nearest to those wanted that keep apart, in the order given.
 
-    >>> apart([10.0, 12.0, 50.0], 10.0, 0.0, 100.0), apart([99.0, 98.0], 10.0, 0.0, 100.0)
-    ([10.0, 20.0, 50.0], [100.0, 90.0])
+    Args:
+        wanted: heights, pixels.
+        gap: the least distance of two.
+        low, high: the ends of the range.
+
+    Example:
+        >>> apart([10.0, 12.0, 50.0], 10.0, 0.0, 100.0), apart([99.0, 98.0], 10.0, 0.0, 100.0)
+        ([10.0, 20.0, 50.0], [100.0, 90.0])
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     placed = list(wanted)
@@ -62,10 +89,16 @@ def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[
 
 
 def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[float]:
-    """Round numbers within [low, high]; on a log scale 1, 2, 5 times powers of ten.
+    """Round numbers for an axis; on a log scale 1, 2, 5 times powers of ten.
 
-    >>> ticks(0.0, 10.0), ticks(0.01, 1.0, log=True)
-    ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.01, 0.1, 1.0])
+    Args:
+        low, high: the ends of the axis.
+        log: whether it is logarithmic.
+        count: about how many, on a linear axis.
+
+    Example:
+        >>> ticks(0.0, 10.0), ticks(0.01, 1.0, log=True)
+        ([0.0, 2.0, 4.0, 6.0, 8.0, 10.0], [0.01, 0.1, 1.0])
     """
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -82,7 +115,7 @@ def ticks(low: float, high: float, log: bool = False, count: int = 5) -> list[fl
 
 
 def ends(values: Sequence[float], log: bool = False) -> tuple[float, float]:
-    """The ends of an axis that holds these values with some room; never below 0 for values that are not."""
+    """The ends of an axis that these values fit into, with some room; never below 0 for values that are not."""
     low, high = min(values), max(values)
     if log:
         stretch = max((high / low) ** 0.06, 1.08)
@@ -95,9 +128,10 @@ def ends(values: Sequence[float], log: bool = False) -> tuple[float, float]:
 class Plane:
     """Data to pixels, with gridlines, ticks and axis titles.
 
-    x, y           the ends of the axes
-    log_x, log_y   whether an axis is logarithmic
-    box            left, top, right and bottom of the area in pixels
+    Attributes:
+        x, y: the ends of the axes.
+        log_x, log_y: whether an axis is logarithmic.
+        box: left, top, right and bottom of the area, pixels.
     """
 
     x: tuple[float, float]
@@ -108,7 +142,13 @@ class Plane:
 
     @classmethod
     def around(cls, x: Sequence[float], y: Sequence[float], log_x: bool = False, log_y: bool = False, **more: tuple) -> Plane:
-        """The plane that holds these values with some room."""
+        """The plane that these values fit into, with some room.
+
+        Args:
+            x, y: values.
+            log_x, log_y: whether an axis is logarithmic.
+            more: other fields, such as `box`.
+        """
         return cls(ends(x, log_x), ends(y, log_y), log_x, log_y, **more)
 
     @staticmethod
@@ -131,7 +171,12 @@ class Plane:
         x_ticks: Sequence[float] | None = None,
         y_ticks: Sequence[float] | None = None,
     ) -> list[str]:
-        """Gridlines with their values, and the horizontal axis."""
+        """Gridlines with their values, and the horizontal axis.
+
+        Args:
+            x_text, y_text: how a value is written.
+            x_ticks, y_ticks: where the lines are; at round numbers where None.
+        """
         left, top, right, bottom = self.box
         out = []
         for value in ticks(*self.y, log=self.log_y) if y_ticks is None else y_ticks:

@@ -27,7 +27,11 @@ MEANING = (
 
 
 def step_of(value: Any, low: float, high: float) -> int:
-    """The colour of a cell: its place between the least and the most bits per weight, in steps of the ramp.
+    """The colour of a cell, as a step of the ramp.
+
+    Args:
+        value: bits per weight of the matrix.
+        low, high: the least and the most of all matrices.
 
     >>> step_of(1.5, 1.5, 4.0), step_of(4.0, 1.5, 4.0), step_of(16.0, 1.5, 4.0)
     (0, 6, 6)
