@@ -27,6 +27,7 @@ LEADING = 8  # components that the text speaks of: about the rank that an alloca
 KIND_HEADS = ("kind", "bits per weight", "rank", "relative error", "upper bound", "sensitivity", f"share of {LEADING} components")
 ERRORS = ("relative error", "upper bound", "predicted error", "predicted damage")
 MATRIX_HEADS = ("matrix", "shape", "spec", "stored", "bits per weight", *ERRORS)
+REASONS = 3  # that a line names, the most frequent ones
 FULL = 12.0  # matrices of so many bits a weight and more were left as they are: they do not stretch the scales
 
 
@@ -138,7 +139,10 @@ def bound_line(matrices: Iterable[Mapping[str, Any]]) -> str:
     if len(without) == len(matrices) and not why:
         return ""
     line = f"upper bounds of the relative error: {len(matrices) - len(without)} of {len(matrices)} matrices"
-    return line + "".join(f"; none for {count}: {note}" for note, count in why.items())
+    common = why.most_common(REASONS)
+    line += "".join(f"; none for {count}: {note}" for note, count in common)
+    rest = why.total() - sum(count for _, count in common)
+    return line + (f"; none for {rest} for reasons of their own" if rest else "")
 
 
 def kind_rows(report: Mapping[str, Any]) -> list[tuple[str, ...]]:
