@@ -72,7 +72,7 @@ def noise_gain(factor: Float[Array, "*b n n"]) -> Float[Array, "*b"]:
     return jnp.sum(jnp.square(probes - solved), axis=(-2, -1)) / (n * probe.shape[1])
 
 
-def variance_gain(error: float, gain: np.ndarray) -> np.ndarray:
+def variance_gain(error: float, gain: np.ndarray | float) -> np.ndarray:
     """1 / (1 − φ D): variance of what is rounded over that of W, for a grid of mean squared error D on a unit Gaussian."""
     return 1.0 / (1.0 - np.minimum(error * np.asarray(gain, np.float64), 0.7))
 
