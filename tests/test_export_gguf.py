@@ -20,6 +20,7 @@ from qlr_jax.formats import check_files, load, read_matrices, save_packed
 from qlr_jax.formats.gguf import export as exporter
 from qlr_jax.formats.gguf.blocks import fold_scale, pack_blocks
 from qlr_jax.formats.gguf.export import export_gguf, model_tensors
+from qlr_jax.formats.gguf.names import LINEARS, gguf_name
 from qlr_jax.formats.gguf.tokenizer import LLAMA3
 from qlr_jax.formats.targets import GGUF_BLOCKS
 from qlr_jax.models import KINDS, Llama, LlamaConfig, load_model, parts_of, save_model, shape_of
@@ -146,7 +147,7 @@ def test_every_tensor_equals_dense(exported, name):
     types = set()
     for linear, matrix in matrices.items():
         layer, kind = parts_of(linear)
-        key = f"blk.{layer}.{exporter.LINEARS[kind]}.weight"
+        key = f"blk.{layer}.{LINEARS[kind]}.weight"
         quantized, rows = base.pop(key)
         types.add(quantized)
         backbone = natural_rows(rows, kind, model.config)
@@ -164,7 +165,7 @@ def test_every_tensor_equals_dense(exported, name):
     assert types == {*GGUF_BLOCKS, "BF16"} and not adapter
     rest = {n: np.asarray(p.get_value()) for n, p in model.tensors().items() if n.removesuffix(".weight") not in matrices}
     for tensor, value in rest.items():
-        quantized, numbers = base.pop(exporter.gguf_name(tensor))
+        quantized, numbers = base.pop(gguf_name(tensor))
         assert quantized == ("F32" if value.ndim == 1 else "BF16")
         np.testing.assert_array_equal(numbers, value, strict=True)
     assert set(base) == ({"rope_freqs.weight"} if name == "tied" else set())
@@ -204,7 +205,7 @@ def test_bytes_are_what_the_target_says(exported):
         layer, kind = parts_of(linear)
         spec = matrix.spec
         if not spec.rank or spec.grids == "bf16":
-            size = sum(n for key, n in stored.items() if key.startswith(f"blk.{layer}.{exporter.LINEARS[kind]}."))
+            size = sum(n for key, n in stored.items() if key.startswith(f"blk.{layer}.{LINEARS[kind]}."))
             assert size == exporter.TARGETS["gguf"].nbytes(spec, matrix.shape), str(spec)
 
 

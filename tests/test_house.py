@@ -45,7 +45,6 @@ LONG_FUNCTIONS = {
     "_job",
     "adapt",
     "compress",
-    "export_compressed_tensors",
     "fit_factors",
     "ldlq_rows",
     "sensitivity",

@@ -1,4 +1,4 @@
-"""The LoRA adapter that L and R are: what of a model it holds, at which ranks, and its two files.
+"""L and R as a LoRA adapter: which matrices have one, at which ranks, and its two files.
 
 lora_B = B = g Uᵀ L diag(s)  (out, rank)      lora_A = A = R V  (rank, in)      lora_alpha / r = 1
 """
@@ -21,22 +21,26 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def with_rank(values: Mapping[str, Any]) -> dict[str, QLRMatrix]:
-    """Linear layer's name -> its matrix, of those tensors that have factors."""
+    """Linear layer's name -> its matrix, for those tensors that have factors."""
     return {name.removesuffix(".weight"): v for name, v in values.items() if isinstance(v, QLRMatrix) and v.spec.rank}
 
 
 def backbone(value: Any) -> Any:
-    """What a base holds of a tensor: Q' of a matrix with factors (zeros where it is factors alone), else the tensor itself."""
+    """A tensor as the base model has it: Q' of a matrix with factors (zeros where it is factors only), else the tensor itself."""
     if not isinstance(value, QLRMatrix) or not value.spec.rank:
         return value
     return np.broadcast_to(np.float32(0), value.shape) if value.spec.backbone == "none" else value.without_factors()
 
 
 def common_rank(ranked: Mapping[str, QLRMatrix], uniform: bool) -> int:
-    """The least of UNIFORM_RANKS that holds every matrix's rank; 0 where ranks stay as they are.
+    """The least of UNIFORM_RANKS that no matrix's rank exceeds; 0 where ranks stay as they are.
+
+    Args:
+        ranked: linear layer's name -> its matrix, each with a rank.
+        uniform: whether one rank is wanted for all.
 
     Raises:
-        QLRError: none does.
+        QLRError: a rank exceeds the largest of them.
     """
     if not uniform or not ranked:
         return 0
@@ -47,13 +51,13 @@ def common_rank(ranked: Mapping[str, QLRMatrix], uniform: bool) -> int:
 
 
 def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, common: int = 0) -> int:
-    """Write adapter_config.json and adapter_model.safetensors: the bytes of its tensors.
+    """Write adapter_config.json and adapter_model.safetensors; returns the bytes of the tensors.
 
     Args:
         folder: an existing folder.
         ranked: linear layer's name -> its matrix, each with a rank.
         dtype: of the tensors.
-        common: the rank to which zeros pad; 0 for each its own.
+        common: the rank that all are padded to with zeros; 0 leaves each its own.
     """
     import ml_dtypes  # noqa: F401  numpy learns bfloat16
     from safetensors.numpy import save_file
@@ -104,9 +108,9 @@ def adapter_config(ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def rank_note(ranked: Mapping[str, QLRMatrix], common: int) -> str:
-    """What the card says of the adapter's ranks."""
+    """A sentence for the card on the adapter's ranks."""
     ranks = sorted({matrix.spec.rank for matrix in ranked.values()})
     if common:
         return f"Every rank is padded with zeros to {common}: vLLM takes it with `--max-lora-rank {common}`."
-    said = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks of {ranks[0]} to {ranks[-1]}"
-    return f"The adapter holds {said} on {len(ranked)} matrices; LoRA's scale is 1 on each of them."
+    span = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks of {ranks[0]} to {ranks[-1]}"
+    return f"The adapter has {span} on {len(ranked)} matrices; LoRA's scale is 1 on each of them."

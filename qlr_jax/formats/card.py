@@ -1,4 +1,4 @@
-"""The model card: README.md of a folder that is given away, with what is known of the model and nothing else."""
+"""The model card: README.md of a folder that is passed on, with the facts recorded of the model and nothing else."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import yaml
 
@@ -27,10 +27,10 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def card_text(out: str | Path, *, target: str, snippet: str, notes: Sequence[str] = (), size: int | None = None) -> str:
-    """The card of a packed folder's export: `card_of` with what config.json and report.json of `out` say.
+    """The card of a packed folder's export: `card_of` with the facts in config.json and report.json of `out`.
 
     Args:
-        out: the packed folder; where it says nothing (no config of ours, no readable report) the card says less.
+        out: the packed folder; facts that it lacks (no config of ours, no readable report) the card leaves out.
         target: the export's format, one of FORMATS.
         snippet: Python that loads the export.
         notes: sentences on this export, one a list item.
@@ -65,13 +65,16 @@ def card_of(
     size: int | None = None,
     version: str = "",
 ) -> str:
-    """The card of a model with this report. What is not in the report is not on the card.
+    """The card of a model with this report; what the report lacks the card leaves out.
 
     Args:
         report: what report.json holds, or None.
         base: folder or hub name of the original; the report's "model" where None.
-        target, snippet, notes, size: as in `card_text`.
-        version: of the qlr-jax that compressed it, where the report does not say.
+        target: as in `card_text`, and so are `snippet`, `notes` and `size`.
+        snippet: Python that loads the model.
+        notes: sentences on this export.
+        size: bytes of its weights.
+        version: of the qlr-jax that compressed it, where the report has none.
 
     Returns:
         Markdown with a YAML head.
@@ -126,33 +129,34 @@ def _quality(report: Mapping[str, Any]) -> str:
     mine = report.get("delivered") or DEFAULT
     perplexity, evaluation = _part(report, "perplexity"), _part(report, "evaluation")
     agreement = _part(report, "agreement").get(mine)
+    same = f"{100 * agreement:.1f} %" if _is_number(agreement) else None
     rows = {
         "Perplexity": (_number(perplexity.get("original"), 4), _number(perplexity.get(mine), 4)),
         "KL(original ‖ compressed), nats a token": ("0", _number(_part(report, "kl").get(mine), 3)),
-        "Same most likely token": ("100 %", f"{100 * agreement:.1f} %" if _is_number(agreement) else None),
+        "Same most likely token": ("100 %", same),
     }
     lines = [f"| {key} | {a or '–'} | {b} |" for key, (a, b) in rows.items() if b]
     if lines:
         units = {"tokens": "tokens", "window": "a window"}
         counts = [f"{evaluation[key]} {unit}" for key, unit in units.items() if evaluation.get(key)]
         on = f"on {_cell(evaluation['text'])}" if evaluation.get("text") else "on held-out text"
-        said = f"Measured on the packed model, in float32, {on}" + (f" ({', '.join(counts)})" if counts else "") + "."
-        return "\n".join([said, "", "| | original | this model |", "| --- | --- | --- |", *lines])
+        how = f"Measured on the packed model, in float32, {on}" + (f" ({', '.join(counts)})" if counts else "") + "."
+        return "\n".join([how, "", "| | original | this model |", "| --- | --- | --- |", *lines])
     kl = _number(_part(report, "calibration_kl").get(mine), 3)
     return f"KL(original ‖ compressed) is {kl} nats a token on the calibration text; held-out text was not measured." if kl else ""
 
 
 def _made(report: Mapping[str, Any], target: str, version: str) -> str:
     by = _part(report, "versions").get("qlr-jax") or version
-    said = [f"Compressed with qlr-jax {by}"] if by else []
-    said += [f"written as {target} with qlr-jax {qlr_jax.__version__}"] if target != "qlr" else []
-    text = (", ".join(said) or f"qlr-jax {qlr_jax.__version__}").strip()
+    steps = [f"Compressed with qlr-jax {by}"] if by else []
+    steps += [f"written as {target} with qlr-jax {qlr_jax.__version__}"] if target != "qlr" else []
+    text = (", ".join(steps) or f"qlr-jax {qlr_jax.__version__}").strip()
     command = report.get("command")
     return f"{text[0].upper()}{text[1:]}." + (f"\n\n{_fenced(command, 'sh')}" if command else "")
 
 
 def _on_hub(base: str | None) -> bool:
-    """Whether this reads as owner/name and is no folder of this machine."""
+    """Whether this has the form owner/name and is no folder of this machine."""
     return bool(base and _HUB_NAME.fullmatch(base) and not Path(base).exists())
 
 
@@ -165,7 +169,7 @@ def _part(of: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -187,7 +191,7 @@ def _cell(text: Any) -> str:
 
 
 def _fenced(text: str, language: str) -> str:
-    """A code block; its fence is longer than any that the text holds."""
+    """A code block; its fence is longer than any in the text."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{text.strip()}\n{fence}"

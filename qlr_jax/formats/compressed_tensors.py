@@ -1,4 +1,4 @@
-"""The compressed-tensors folder: integer backbones as packed int32, for vLLM and transformers; factors as an adapter in it.
+"""The compressed-tensors folder: integer backbones as packed int32, for vLLM and transformers; factors as an adapter inside it.
 
     weight_packed  int32 (out, ⌈in·b / 32⌉)   u of every weight, a little-endian bit stream along a row
     weight_scale   (out, groups)              g · scale, in float16 where that is exact, else in float32
@@ -19,24 +19,14 @@ from typing import Any
 import numpy as np
 
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.quantizers import Integer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
-from qlr_jax.formats.card import CARD, card_text
-from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, dense_entries, with_type
-from qlr_jax.formats.files import (
-    SHARD_BYTES,
-    Entry,
-    copy_companions,
-    refuse_occupied,
-    staged,
-    write_checksums,
-    write_json,
-    write_tensors,
-)
+from qlr_jax.formats.checksums import write_checksums
+from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, complete, dense_entries, with_type
+from qlr_jax.formats.files import SHARD_BYTES, Entry, refuse_occupied, staged, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
-from qlr_jax.formats.targets import find_target
+from qlr_jax.formats.targets import CT_INTEGERS, Target, find_target
 from qlr_jax.models import kind_of, layer_of
 
 FORMAT = "pack-quantized"
@@ -74,7 +64,7 @@ def export_compressed_tensors(
         `dest`.
 
     Raises:
-        QLRError: a backbone that the format cannot hold, with those that it can; no integer at all; and all that
+        QLRError: a backbone that the format cannot represent, with those that it can; no integer at all; and all that
             `export_dense` raises. Nothing is then written.
     """
     check_type(dtype)
@@ -82,16 +72,17 @@ def export_compressed_tensors(
     raw, _ = read_config(out)
     refuse_occupied(dest)
     values = {name: param.get_value() for name, param in load(out).tensors().items()}
-    matrices = {name.removesuffix(".weight"): v for name, v in values.items() if isinstance(v, QLRMatrix)}
     target = find_target("compressed-tensors")
-    for name, matrix in matrices.items():
-        target.check(name, matrix.spec, matrix.shape)
-    packed = {name: matrix for name, matrix in matrices.items() if isinstance(matrix.spec.quantizer(), Integer)}
+    packed = _integers(values, target)
     if not packed:
         raise QLRError(f"no matrix of {out} holds integers, so there is nothing to pack; export it as dense")
     ranked = with_rank(values)
     common = common_rank(ranked, uniform_rank)
     arrays = {name: pack(matrix) for name, matrix in packed.items()}
+    schemes = {name: matrix.spec.backbone for name, matrix in packed.items()}
+    linears = [name.removesuffix(".weight") for name in values if name.endswith("_proj.weight")]
+    plain = [name for name in linears if name not in packed]
+    config = with_type(raw, dtype) | {"quantization_config": quantization_config(schemes, plain)}
 
     with staged(dest) as folder:
         entries: dict[str, Entry] = {}
@@ -104,19 +95,20 @@ def export_compressed_tensors(
             (folder / ADAPTER).mkdir()
             size += write_adapter(folder / ADAPTER, ranked, dtype, common)
             write_checksums(folder / ADAPTER)
-        copy_companions(out, folder)
-        linears = [name.removesuffix(".weight") for name in values if name.endswith("_proj.weight")]
-        schemes, plain = {n: matrix.spec.backbone for n, matrix in packed.items()}, [n for n in linears if n not in packed]
-        config = {"quantization_config": quantization_config(schemes, plain)}
-        write_json(folder / "config.json", with_type(raw, dtype) | config)
         wide = sum(own["weight_scale"].dtype == np.float32 for own in arrays.values())
         notes = _integer_notes(dtype, schemes, wide) + (_adapter_notes(ranked, common) if ranked else [])
         notes += _tie_notes({**schemes, **dict.fromkeys(plain, dtype)}, target.ties)
         snippet = ADAPTER_SNIPPET if ranked else SNIPPET
-        card = card_text(out, target="compressed-tensors", snippet=snippet, notes=notes, size=size)
-        (folder / CARD).write_text(card, encoding="utf-8")
-        write_checksums(folder)
+        complete(folder, out, config, target="compressed-tensors", snippet=snippet, notes=notes, size=size)
     return dest
+
+
+def _integers(values: Mapping[str, Any], target: Target) -> dict[str, QLRMatrix]:
+    """Linear layer's name -> its matrix, for those with an integer backbone; QLRError for one that the format cannot represent."""
+    matrices = {name.removesuffix(".weight"): v for name, v in values.items() if isinstance(v, QLRMatrix)}
+    for name, matrix in matrices.items():
+        target.check(name, matrix.spec, matrix.shape)
+    return {name: matrix for name, matrix in matrices.items() if matrix.spec.backbone in CT_INTEGERS}
 
 
 def pack(matrix: QLRMatrix) -> dict[str, np.ndarray]:
@@ -129,7 +121,7 @@ def pack(matrix: QLRMatrix) -> dict[str, np.ndarray]:
         {'weight_packed': ('int32', (32, 3)), 'weight_scale': ('float16', (32, 1)), 'weight_shape': ('int64', (2,))}
     """
     part = matrix.part("backbone")
-    # The same bit stream as ours, in whole words; a row's unused bits are zero.
+    # the bit stream of the packed folder in whole words; a row's unused bits are zero
     codes = np.asarray(part["codes"])
     words = np.ascontiguousarray(np.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))).view("<i4")
     exact = np.asarray(part["scales"]).astype(np.float32) * np.asarray(matrix.arrays["scale"])
@@ -140,7 +132,7 @@ def pack(matrix: QLRMatrix) -> dict[str, np.ndarray]:
 
 
 def packed_entries(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, Entry]:
-    """What is written of an integer matrix: the arrays that `pack` made."""
+    """Tensors to write for an integer matrix: the arrays that `pack` made."""
     return {f"{name}.{key}": (array.nbytes, lambda array=array: array) for key, array in arrays.items()}
 
 
@@ -185,14 +177,17 @@ def weight_arguments(scheme: str) -> dict[str, Any]:
         >>> weight_arguments("int-3g64")["strategy"], weight_arguments("int-8")["strategy"]
         ('group', 'channel')
     """
-    grid = Spec.parse(scheme).quantizer()
-    assert isinstance(grid, Integer)
-    spread = {"strategy": "group", "group_size": grid.group} if grid.group else {"strategy": "channel", "group_size": None}
-    return {"num_bits": grid.width, "type": "int", "symmetric": True, **spread, "dynamic": False, "actorder": None}
+    width, group = CT_INTEGERS[str(Spec.parse(scheme))]
+    spread = {"strategy": "group", "group_size": group} if group else {"strategy": "channel", "group_size": None}
+    return {"num_bits": width, "type": "int", "symmetric": True, **spread, "dynamic": False, "actorder": None}
 
 
 def split_ties(schemes: Mapping[str, str], ties: Sequence[Sequence[str]]) -> list[str]:
     """The tied matrices of a layer whose schemes differ, a sentence each.
+
+    Args:
+        schemes: linear layer's name -> its scheme, integer or not.
+        ties: groups of patterns of names that must share one.
 
     Example:
         >>> names = {f"model.layers.3.self_attn.{kind}_proj": "int-8" for kind in "qkv"}
@@ -225,8 +220,8 @@ def _integer_notes(dtype: str, schemes: Mapping[str, str], wide: int) -> list[st
 
 
 def _adapter_notes(ranked: Mapping[str, QLRMatrix], common: int) -> list[str]:
-    alone = "`from_pretrained` alone loads the integers, which is another and worse model: attach the adapter as above."
-    return [alone, rank_note(ranked, common)]
+    attach = "`from_pretrained` alone loads the integers, which is another and worse model: attach the adapter as above."
+    return [attach, rank_note(ranked, common)]
 
 
 def _tie_notes(schemes: Mapping[str, str], ties: Sequence[Sequence[str]]) -> list[str]:

@@ -1,6 +1,5 @@
-"""Writing model folders: all or nothing, sharded safetensors, checksums."""
+"""Writing model folders: all or nothing, sharded safetensors, JSON and text that are never half written."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -8,14 +7,11 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from qlr_jax.errors import QLRError
 
-CHECKSUMS = "checksums.json"
-SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"  # set to 1, a load compares nothing
 SHARD_BYTES = 4_000_000_000
 
 Entry = tuple[int, Callable[[], np.ndarray]]
@@ -28,6 +24,7 @@ def staged(out: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
 
     Args:
         out: what is to be written; it may exist if it is empty but for entries named in `keep`.
+        keep: names of those entries; they stay where they are.
 
     Raises:
         QLRError: if `out` is a file or holds anything else; nothing is then touched.
@@ -62,16 +59,19 @@ def refuse_occupied(out: Path, keep: Collection[str] = ()) -> None:
     """Raise QLRError if `out` is a file, or a folder with anything in it that is not named in `keep`."""
     if out.exists() and not out.is_dir():
         raise QLRError(f"{out} is a file; give a folder to write to")
-    held = sorted(p.name for p in out.iterdir() if p.name not in keep) if out.is_dir() else []
-    if held:
-        more = f" and {len(held) - 1} more" if len(held) > 1 else ""
-        raise QLRError(f"{out} already holds {held[0]}{more}; give a new or empty folder")
+    others = sorted(p.name for p in out.iterdir() if p.name not in keep) if out.is_dir() else []
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        raise QLRError(f"{out} already holds {others[0]}{more}; give a new or empty folder")
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
     """Write model.safetensors, or shards and their index where the tensors' bytes exceed `shard_bytes`.
 
-    One shard is in memory at a time.
+    Args:
+        folder: an existing folder.
+        entries: name -> tensor, in the order of the files; a shard's are made when it is written, so one is in memory at a time.
+        shard_bytes: the most that a shard has, unless a single tensor is larger.
     """
     import ml_dtypes  # noqa: F401  numpy learns bfloat16
     from safetensors.numpy import save_file
@@ -96,12 +96,29 @@ def write_tensors(folder: Path, entries: Mapping[str, Entry], shard_bytes: int =
         write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
 
 
-def write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def write_json(path: Path, value: object, *, indent: int = 2, allow_nan: bool = True) -> Path:
+    """Write a value as JSON, a line break at the end, as `replace_text` writes.
+
+    Args:
+        path: of the file.
+        value: of what JSON has.
+        indent: of nested lines.
+        allow_nan: False refuses NaN and infinities, which strict readers do not take.
+
+    Raises:
+        QLRError: where the place cannot be written.
+        TypeError, ValueError: for what is no JSON; nothing is then written.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     write_json(Path(folder) / "a.json", {"x": 1}).read_text()
+        '{\\n  "x": 1\\n}\\n'
+    """
+    return replace_text(path, json.dumps(value, indent=indent, allow_nan=allow_nan) + "\n")
 
 
 def replace_text(path: Path, text: str) -> Path:
-    """Write a file under a temporary name beside it and rename it, so that no half of it is ever seen; returns the path.
+    """Write a file under a temporary name beside it and rename it, so that no half-written file is ever seen; returns the path.
 
     Raises:
         QLRError: where the place cannot be written.
@@ -125,70 +142,3 @@ def copy_companions(source: Path, folder: Path) -> None:
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
-
-
-def write_checksums(folder: Path) -> None:
-    """Write checksums.json: the sha256 of every file in `folder` and below, and of what a packed folder's config.json says."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != CHECKSUMS)
-    listed: dict[str, Any] = {"algorithm": "sha256", "files": {p.relative_to(folder).as_posix(): _digest(p) for p in files}}
-    config = folder / "config.json"
-    if config.is_file() and "quantization_config" in json.loads(config.read_text(encoding="utf-8")):
-        listed["config"] = _config_digest(config)
-    write_json(folder / CHECKSUMS, listed)
-
-
-def check_weights(folder: str | Path) -> None:
-    """Compare what a load reads (weights, their index, config.json but for `dequantize`) with checksums.json.
-
-    A folder without a list passes, and so does everything where the environment has QLR_SKIP_CHECKSUMS=1.
-
-    Raises:
-        QLRError: naming the file that has changed; or if the list is unreadable.
-    """
-    folder = Path(folder)
-    if os.environ.get(SKIP_CHECKSUMS) == "1" or not (folder / CHECKSUMS).is_file():
-        return
-    try:
-        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-        sums = {name: digest for name, digest in listed["files"].items() if ".safetensors" in name and (folder / name).is_file()}
-        config = listed.get("config")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise QLRError(f"{folder / CHECKSUMS} is damaged; get the folder again") from None
-    changed = [name for name, digest in sums.items() if _digest(folder / name) != digest]
-    if config and _config_digest(folder / "config.json") != config:
-        changed.append("config.json")
-    if changed:
-        again = f"get it again, or delete {CHECKSUMS} if the change is meant"
-        raise QLRError(f"{folder / changed[0]} has changed since it was written (its sha256 differs); {again}")
-
-
-def check_files(folder: str | Path) -> int:
-    """Compare every file with checksums.json: how many were compared.
-
-    Raises:
-        QLRError: naming the first file that is missing or differs; or if there is no list.
-    """
-    folder = Path(folder)
-    try:
-        listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise QLRError(f"{folder} has no readable {CHECKSUMS} ({type(error).__name__}), so its files cannot be checked") from None
-    for name, digest in listed.items():
-        if not (folder / name).is_file():
-            raise QLRError(f"{folder / name} is missing; get the folder again")
-        if _digest(folder / name) != digest:
-            raise QLRError(f"{folder / name} has changed since it was written (its sha256 differs); get it again")
-    return len(listed)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _config_digest(path: Path) -> str:
-    """sha256 of what config.json says; `dequantize`, a wish of the PyTorch runtime's user, is no part of it."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if isinstance(config.get("quantization_config"), dict):
-        config["quantization_config"].pop("dequantize", None)
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""L and R as a LoRA adapter beside their backbones: two halves of one model, for PEFT and for what reads its adapters.
+"""Backbones as a base model, L and R as its LoRA adapter: for PEFT, and for other readers of its adapters.
 
     W ≈ Q' + B A      Q' = g Uᵀ Q V      lora_B = B = g Uᵀ L diag(s)  (out, rank)      lora_A = A = R V  (rank, in)
 
-No rotation is left in any of them, and LoRA's own scale, lora_alpha / r, is 1 for every matrix.
+All three are in the basis of W, without rotations, and LoRA's own scale, lora_alpha / r, is 1 for every matrix.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from pathlib import Path
 
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
-from qlr_jax.formats.card import CARD, card_text
 from qlr_jax.formats.compressed_tensors import export_compressed_tensors
-from qlr_jax.formats.dense import bytes_of, check_type, dense_entries, with_type
-from qlr_jax.formats.files import SHARD_BYTES, copy_companions, refuse_occupied, staged, write_checksums, write_json, write_tensors
+from qlr_jax.formats.dense import bytes_of, check_type, complete, dense_entries, with_type
+from qlr_jax.formats.files import SHARD_BYTES, refuse_occupied, staged, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 
 BASES = ("dense", "compressed-tensors")
@@ -43,14 +42,14 @@ def export_peft(
     """Write a packed folder as a base model, Q alone, and a LoRA adapter, L and R, both in one folder.
 
     With the dense base, `AutoModelForCausalLM.from_pretrained(dest)` loads both. With the compressed-tensors base the adapter
-    lies in `adapter/`, to be attached as the card says (`export_compressed_tensors`, which this then is).
+    lies in `adapter/`, to be attached as the card shows: that is what `export_compressed_tensors` writes.
 
     Args:
         out: a packed folder.
         dest: the folder to write; new or empty.
-        base: "dense" (Q decoded), or "compressed-tensors" (Q as packed integers, where it can hold them).
+        base: "dense" (Q decoded), or "compressed-tensors" (Q as packed integers, where all backbones are such).
         dtype: of the base's plain weights and of the adapter: bfloat16, float16 or float32.
-        uniform_rank: pad every rank with zeros to one of UNIFORM_RANKS, for readers that know one rank for all.
+        uniform_rank: pad every rank with zeros to one of UNIFORM_RANKS, for readers that take one rank for all.
         shard_bytes: tensors of more bytes than this are split into shards.
 
     Returns:
@@ -81,11 +80,7 @@ def export_peft(
             weights = {"weight_map": dict.fromkeys(entries, "model.safetensors")}
             write_json(folder / INDEX, {"metadata": {"total_size": bytes_of(entries)}, **weights})
         size = bytes_of(entries) + write_adapter(folder, ranked, dtype, common)
-        copy_companions(out, folder)
-        write_json(folder / "config.json", with_type(raw, dtype))
         notes = [f"Base and adapter are in {dtype}. The base alone, without peft, is another and worse model.", HUB_NOTE]
         notes += [rank_note(ranked, common)]
-        card = card_text(out, target="peft", snippet=SNIPPET, notes=notes, size=size)
-        (folder / CARD).write_text(card, encoding="utf-8")
-        write_checksums(folder)
+        complete(folder, out, with_type(raw, dtype), target="peft", snippet=SNIPPET, notes=notes, size=size)
     return dest

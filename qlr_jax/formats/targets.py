@@ -1,10 +1,10 @@
-"""What other formats can hold: which specs, in how many bytes, and which matrices must agree.
+"""What other formats can represent: which specs, in how many bytes, and which matrices must share a backbone.
 
-A target holds a backbone exactly, or not at all; factors become an adapter in bf16 beside it.
+A target represents a backbone exactly, or not at all; factors become an adapter in bf16 beside it.
 
     compressed-tensors   int codes of 2, 3, 4, 8 bits, unrotated; a scale a group of 32, 64, 128 or a row      vLLM, transformers
     gguf                 int-4g32 = Q4_0, int-8g32 = Q8_0, int-3g256 = Q3_K, int-2g256 = Q2_K                  llama.cpp
-    adapter              factors of any grid on a given backbone, whose own bytes are not counted              qlr_jax, peft
+    adapter              factors of any quantizer on a given backbone, whose own bytes are not counted         qlr_jax, peft
     qlr                  every spec; the packed folder                                                         qlr_jax, transformers
 """
 
@@ -13,14 +13,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qlr_jax.core.quantizers import Integer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models.sites import BY_KIND, shared_inputs
 
 Shape = tuple[int, int]
 
-# By GGUF's name: the backbone that its blocks hold exactly, weights a block, bytes a block.
+# By GGUF's name: the backbone that its blocks represent exactly, weights a block, bytes a block.
 GGUF_BLOCKS = {
     "Q8_0": ("int-8g32", 32, 34),
     "Q4_0": ("int-4g32", 32, 18),
@@ -28,7 +27,9 @@ GGUF_BLOCKS = {
     "Q2_K": ("int-2g256", 256, 84),
 }
 CT_BITS, CT_GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
-ADAPTER = "bf16"  # the factors' grid that an adapter holds exactly in two bytes a number
+# The backbones that compressed-tensors packs -> (bits, group).
+CT_INTEGERS = {f"int-{b}" + (f"g{group}" if group else ""): (b, group) for b in CT_BITS for group in CT_GROUPS}
+ADAPTER = "bf16"  # the factors' quantizer that an adapter represents exactly, in two bytes a number
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Target:
         name: as `--target` and `--to` take it.
         backbones, factors: what is offered by default, as a recipe writes them.
         ties: groups of patterns of matrices that must share a backbone.
-        fault: (spec, (out, in)) -> why the backbone cannot be held exactly, or "".
+        fault: (spec, (out, in)) -> why the backbone cannot be represented exactly, or "".
         nbytes: (spec, (out, in)) -> bytes in this format, its adapter's included.
 
     Example:
@@ -57,16 +58,25 @@ class Target:
     nbytes: Callable[[Spec, Shape], int]
 
     def holds(self, spec: Spec, shape: Shape) -> bool:
-        """Whether a matrix of `shape` (out, in) with this spec, factors too, is held exactly in the bytes that `nbytes` says."""
+        """Whether a matrix of `shape` (out, in) is represented exactly, factors included, in the bytes that `nbytes` returns."""
         exact = self.name in ("qlr", "adapter") or not spec.rank or (spec.left == ADAPTER and spec.right == ADAPTER)
         return exact and not self.fault(spec, shape)
 
     def check(self, name: str, spec: Spec, shape: Shape) -> None:
-        """Raise QLRError, with what could be held instead, unless the backbone can be held."""
+        """Refuse a backbone that the format cannot represent.
+
+        Args:
+            name: of the matrix, for the error.
+            spec: of the matrix.
+            shape: (out, in).
+
+        Raises:
+            QLRError: naming the backbones that the format can represent.
+        """
         if fault := self.fault(spec, shape):
-            held = ", ".join(self.backbones)
+            offered = ", ".join(self.backbones)
             raise QLRError(
-                f"{name}: {self.name} cannot hold {spec}: {fault}; it holds the backbones {held} (qlr compress --target)"
+                f"{name}: {self.name} cannot hold {spec}: {fault}; it holds the backbones {offered} (qlr compress --target)"
             )
 
 
@@ -78,7 +88,12 @@ def find_target(name: str) -> Target:
 
 
 def gguf_type(spec: Spec) -> str:
-    """GGUF's name of the blocks that hold this backbone; "" where none does."""
+    """GGUF's name of the blocks that represent this backbone; "" where none does.
+
+    Example:
+        >>> gguf_type(Spec.parse("int-4g32+r8@bf16")), gguf_type(Spec.parse("int-4g64"))
+        ('Q4_0', '')
+    """
     if spec.rotated:
         return ""
     return {backbone: name for name, (backbone, _, _) in GGUF_BLOCKS.items()}.get(
@@ -113,25 +128,20 @@ def _ct_fault(spec: Spec, shape: Shape) -> str:
         return "a rotated backbone is no plain integer"
     if _plain(spec):
         return ""
-    grid = spec.quantizer()
-    if not isinstance(grid, Integer) or grid.asymmetric or grid.width not in CT_BITS or grid.group not in CT_GROUPS:
+    _, group = CT_INTEGERS.get(spec.backbone, (0, 0))
+    if spec.backbone not in CT_INTEGERS:
         return f"{spec.backbone} is no symmetric integer of 2, 3, 4 or 8 bits with groups of 32, 64, 128 or a row"
-    return (
-        f"{spec.backbone} needs inputs in whole groups, and this matrix has {shape[1]}"
-        if grid.group and shape[1] % grid.group
-        else ""
-    )
+    return f"{spec.backbone} needs inputs in whole groups, and this matrix has {shape[1]}" if group and shape[1] % group else ""
 
 
 def _ct_bytes(spec: Spec, shape: Shape) -> int:
-    (rows, cols), grid = shape, spec.quantizer()
-    if not isinstance(grid, Integer):
+    rows, cols = shape
+    if spec.backbone not in CT_INTEGERS:
         return 2 * rows * cols + _adapter_bytes(spec, shape)
-    codes, groups = 4 * rows * -(-cols * grid.width // 32), cols // grid.group if grid.group else 1
+    width, group = CT_INTEGERS[spec.backbone]
+    codes, groups = 4 * rows * -(-cols * width // 32), cols // group if group else 1
     return codes + 2 * rows * groups + 16 + _adapter_bytes(spec, shape)  # int32 codes, 16-bit scales, and the shape as two int64
 
-
-_GROUPED = tuple(f"int-{bits}" + (f"g{group}" if group else "") for bits in CT_BITS for group in CT_GROUPS)
 
 TARGETS = {
     target.name: target
@@ -146,7 +156,7 @@ TARGETS = {
         ),
         Target(
             "compressed-tensors",
-            _GROUPED,
+            tuple(CT_INTEGERS),
             (ADAPTER,),
             tuple(tuple(f"*{BY_KIND[kind].name}" for kind in group) for group in shared_inputs()),  # vLLM runs each as one matrix
             _ct_fault,

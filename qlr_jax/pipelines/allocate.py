@@ -14,7 +14,7 @@ import allocators
 from allocators import AllocationError, Infeasible, OptionTable
 from allocators.strategies import CONTROL, DEFAULT, compared, solved_strategies
 from qlr_jax.errors import QLRError
-from qlr_jax.formats.files import replace_text
+from qlr_jax.formats.files import replace_text, write_json
 
 TABLE = "table.json"
 GAP, SECONDS, POINTS = 1e-4, 10.0, 200
@@ -204,11 +204,7 @@ def write_plans(path: str | Path, plans: Sequence[Mapping[str, Any]]) -> Path:
     Raises:
         QLRError: where the place cannot be written.
     """
-    return replace_text(Path(path).expanduser(), _as_json(plans))
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    return write_json(Path(path).expanduser(), plans, indent=1, allow_nan=False)
 
 
 def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
@@ -232,4 +228,5 @@ def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
     except OSError as error:
         raise QLRError(f"folder {path} cannot be made: {error.strerror or error}; pass another") from None
     drawing = standalone(frontier_svg(found, found.get("measured") or ()))
-    return [replace_text(path / "frontier.json", _as_json(found)), replace_text(path / "frontier.svg", drawing)]
+    data = write_json(path / "frontier.json", found, indent=1, allow_nan=False)
+    return [data, replace_text(path / "frontier.svg", drawing)]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.errors import QLRError
-from qlr_jax.formats.files import check_files
+from qlr_jax.formats.checksums import check_files
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.progress import Progress, silent

@@ -1,1 +1,6 @@
-"""GGUF: the blocks that hold our integers exactly, the container file, the tokenizer's metadata, and the export."""
+"""GGUF, llama.cpp's format: integers that its blocks represent exactly, everything else as plain numbers.
+
+export       model.gguf and adapter.gguf of a packed folder
+blocks       codes and scales -> blocks               names        tensors and rows -> GGUF's
+tokenizer    a tokenizer -> metadata                  writer       metadata and tensors -> a file
+"""

@@ -1,6 +1,6 @@
-"""Integers as GGUF blocks, to the bit: Q4_0, Q8_0, Q2_K and Q3_K hold codes and one fp16 scale a block.
+"""Integers as GGUF blocks, to the bit: codes and one fp16 scale a block of Q4_0, Q8_0, Q2_K or Q3_K.
 
-The K types have a small scale for every 16 weights beside the block's own d; here it is 1 everywhere, so that d is our scale.
+The K types have a small scale for every 16 weights beside the block's own d; here it is 1 everywhere, so that d is the scale.
 Layouts: ggml's `block_q4_0`, `block_q8_0`, `block_q2_K`, `block_q3_K` (github.com/ggml-org/ggml, src/ggml-common.h).
 """
 

@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer as GGUF metadata: byte-level BPE as `gpt2`, BPE with byte fallback as `llama` (SentencePiece).
 
-What llama.cpp cannot split as the original does is not written at all: a vocabulary that is nearly right misleads in silence.
+A vocabulary that llama.cpp would not split as the original does is not written at all: nearly right, it would mislead silently.
 Keys: github.com/ggml-org/ggml, docs/gguf.md; algorithms: github.com/ggml-org/llama.cpp, src/llama-vocab.cpp.
 """
 
@@ -25,20 +25,20 @@ LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^
 PRE_TOKENIZERS = {("gpt2",): ("gpt-2", False), ("digit", "gpt2"): ("smollm", False), (LLAMA3, "bytes"): ("llama-bpe", True)}
 
 
-class _CannotSay(Exception):
+class _Unsupported(Exception):
     """Why llama.cpp cannot have this tokenizer."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What GGUF says of a tokenizer.
+    """A tokenizer as GGUF describes it.
 
     Attributes:
         model: "gpt2", "llama", or "no_vocab".
         tokens, types: by id, one for every row of the embedding.
         merges: of gpt2, "left right", the earliest first.
         scores: of llama, by id: the pair whose whole has the highest is merged first.
-        pre: of gpt2, llama.cpp's name of the pre-tokenizer.
+        pre: of gpt2, the pre-tokenizer's name in llama.cpp.
         flags, ids: further keys below "tokenizer.ggml.", e.g. add_bos_token, bos_token_id.
         template: chat template, or "".
         notes: sentences for people.
@@ -76,15 +76,15 @@ class Vocabulary:
 
 
 def read_vocabulary(folder: Path, config: LlamaConfig) -> Vocabulary:
-    """The vocabulary of a model folder's tokenizer; `no_vocab`, with a note that says why, where GGUF has no room for it."""
+    """The vocabulary of a model folder's tokenizer; `no_vocab`, with the reason as a note, where GGUF cannot describe it."""
     try:
         try:
             tokenizer = load_tokenizer(folder)
             description = json.loads(tokenizer.backend_tokenizer.to_str())
         except (QLRError, AttributeError, ValueError) as error:
-            raise _CannotSay(str(error)) from None
+            raise _Unsupported(str(error)) from None
         return _vocabulary(tokenizer, description, config)
-    except _CannotSay as why:
+    except _Unsupported as why:
         return Vocabulary(
             "no_vocab",
             notes=(
@@ -97,7 +97,7 @@ def read_vocabulary(folder: Path, config: LlamaConfig) -> Vocabulary:
 def _vocabulary(tokenizer: Any, description: dict[str, Any], config: LlamaConfig) -> Vocabulary:
     model, added = description["model"], description.get("added_tokens") or []
     if model.get("type") != "BPE":
-        raise _CannotSay(f"its tokenizer is {model.get('type')}, and llama.cpp merges pairs for this architecture")
+        raise _Unsupported(f"its tokenizer is {model.get('type')}, and llama.cpp merges pairs for this architecture")
     tokens, types, notes = _tokens(model["vocab"], added, model.get("unk_token"), bool(model["byte_fallback"]), config.vocab_size)
     merges = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     flags, ids = _special(tokenizer, config)
@@ -149,7 +149,7 @@ def _pre_tokenizer(description: dict[str, Any]) -> tuple[str, list[str]]:
     """(llama.cpp's name, notes) of what cuts a text before pairs are merged."""
     steps = _steps(description.get("pre_tokenizer"))
     if not {"gpt2", "bytes"} & set(steps):
-        raise _CannotSay("its tokenizer works neither on bytes nor with byte fallback")
+        raise _Unsupported("its tokenizer works neither on bytes nor with byte fallback")
     name, whole_words = PRE_TOKENIZERS.get(steps, ("default", False))
     if steps not in PRE_TOKENIZERS or description.get("normalizer") is not None:
         return name, [
@@ -185,7 +185,7 @@ def _space_prefix(description: dict[str, Any]) -> tuple[bool, list[str]]:
     if pre is None and "Replace" in kinds and set(kinds) <= {"Prepend", "Replace"} and kinds["Replace"]["content"] == SPACE:
         return "Prepend" in kinds, []
     if pre is None or pre.get("type") != "Metaspace" or pre.get("split") or pre["replacement"] != SPACE or parts:
-        raise _CannotSay("its tokenizer has byte fallback, but cuts text unlike SentencePiece")
+        raise _Unsupported("its tokenizer has byte fallback, but cuts text unlike SentencePiece")
     scheme = pre["prepend_scheme"]
     if scheme == "never":
         return False, []
@@ -207,5 +207,5 @@ def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[tuple[
         for cut in range(1, len(text)):
             pair = text[:cut], text[cut:]
             if pair[0] in plain and pair[1] in plain and pair not in known:
-                raise _CannotSay(f"its tokenizer does not merge {pair[0]!r} and {pair[1]!r}, and SentencePiece would")
+                raise _Unsupported(f"its tokenizer does not merge {pair[0]!r} and {pair[1]!r}, and SentencePiece would")
     return tuple(-float(ranks.get(text, len(merges))) if text in plain else 0.0 for text in tokens)

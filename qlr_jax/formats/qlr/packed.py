@@ -1,4 +1,4 @@
-"""The packed folder: what a job delivers, and its way back into JAX."""
+"""The packed folder in JAX: writing the one that a job delivers, and loading it."""
 
 import json
 import math
@@ -19,16 +19,8 @@ from qlr_jax.core.quantizers import e8 as lattice
 from qlr_jax.core.quantizers import trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.formats.files import (
-    SHARD_BYTES,
-    Entry,
-    check_weights,
-    copy_companions,
-    staged,
-    write_checksums,
-    write_json,
-    write_tensors,
-)
+from qlr_jax.formats.checksums import check_weights, write_checksums
+from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
@@ -73,7 +65,7 @@ def save_packed(
         model: the original, whose other tensors (embeddings, norms, head, linear layers not in `matrices`) are kept in bf16.
         matrices: linear layer's name -> its compressed weight. One whose spec is `bf16` is stored as a plain weight.
         source: the original folder: its config, tokenizer, chat template and generation config are taken over.
-        settings: anything JSON, kept under "settings" in config.json's quantization_config, for people.
+        settings: of what JSON has, recorded under "settings" in config.json's quantization_config, for people.
         extra_config: further top-level entries of config.json, e.g. {"base_model": …}.
         files: further text files, name -> content (report.json, recipe.yaml, …).
         shard_bytes: tensors of more bytes than this are split into shards with an index.
@@ -82,7 +74,7 @@ def save_packed(
         The folder.
 
     Raises:
-        QLRError: `out` holds something else, a name in `matrices` that the model does not have, a shape that differs.
+        QLRError: `out` has other files in it; a name in `matrices` that the model does not have; a shape that differs.
     """
     out, source = Path(out).expanduser(), find_folder(source)
     with staged(out, keep=(JOB,)) as folder:
@@ -109,7 +101,7 @@ def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
 
     Raises:
         QLRError: not a qlr folder, a newer format, a missing shard or tensor, a truncated file, or one that differs from
-            checksums.json. That reads all weights once more; QLR_SKIP_CHECKSUMS=1 in the environment leaves it out.
+            checksums.json. Comparing reads all weights once more; QLR_SKIP_CHECKSUMS=1 in the environment skips it.
     """
     folder, config, layouts = _open(out)
     readers = open_tensors(folder)
@@ -130,7 +122,7 @@ def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
 
 
 def read_matrices(out: str | Path) -> dict[str, QLRMatrix]:
-    """Every compressed matrix of a packed folder by its linear layer's name; those stored as plain bf16 as well.
+    """Every compressed matrix of a packed folder by its linear layer's name, those stored as plain bf16 among them.
 
     Raises:
         QLRError: as `load`.
@@ -175,7 +167,12 @@ def read_config(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def runtime_class(architecture: str) -> str:
-    """The class of the PyTorch runtime that stands for transformers' own of this name."""
+    """The class of the PyTorch runtime that stands in for transformers' own.
+
+    Example:
+        >>> runtime_class("LlamaForCausalLM"), runtime_class("MistralForCausalLM")
+        ('QLRForCausalLM', 'QLRMistralForCausalLM')
+    """
     return RUNTIME_CLASS if architecture == "LlamaForCausalLM" else f"QLR{architecture}"
 
 

@@ -23,8 +23,8 @@ def use_kernels(model: torch.nn.Module) -> int:
 
     Experimental: the kernels were checked in Triton's interpreter only and never ran on a GPU, so their speed is not known.
     More tokens, gradients, torch.compile, and quantizers without a kernel (nf, e8, and groups of integers that a word of codes
-    does not divide) go on as before. To be called once the model is where it stays and holds what it is to hold: a model that is
-    moved goes on as before, and changed signs are not seen, until it is called again.
+    does not divide) are served by the layers' own forward, as before. Call it after loading and moving the model: a model that is
+    moved afterwards falls back to its own forward, and changed signs are not seen, until it is called again.
 
     Args:
         model: with QLRLinear layers, from `from_pretrained`, on a GPU; or on a processor with TRITON_INTERPRET=1 set before
@@ -36,10 +36,11 @@ def use_kernels(model: torch.nn.Module) -> int:
     Raises:
         QLRError: where Triton is missing, the model has no packed layer, or one lies neither on a GPU nor is interpreted.
 
-    >>> use_kernels(torch.nn.Linear(2, 2))
-    Traceback (most recent call last):
-        ...
-    qlr_jax.errors.QLRError: this model has no packed layers, so kernels have nothing to do; load a qlr folder without dequantize
+    Example:
+        >>> use_kernels(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+            ...
+        qlr_jax.errors.QLRError: this model has no packed layers
     """
     try:
         import triton
@@ -52,7 +53,8 @@ def use_kernels(model: torch.nn.Module) -> int:
         raise QLRError("this model has no packed layers, so kernels have nothing to do; load a qlr folder without dequantize")
     for name, linear in linears.items():
         device = next(linear.buffers()).device.type
-        if device != "cuda" and not (device == "cpu" and triton.knobs.runtime.interpret):
+        interpreted = triton.knobs.runtime.interpret  # pyright: ignore[reportAttributeAccessIssue]  triton sets it as it is imported
+        if device != "cuda" and not (device == "cpu" and interpreted):
             raise QLRError(
                 f"{name} lies on {device}, but kernels need a GPU; move the model there first (to try them on a processor, set "
                 "TRITON_INTERPRET=1 before Python starts)"

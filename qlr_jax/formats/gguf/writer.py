@@ -1,4 +1,4 @@
-"""GGUF files: what a llama and its adapter say of themselves, and tensors written one at a time.
+"""Writing GGUF files: the metadata of a llama and of its adapter, and tensors one at a time.
 
 Keys: github.com/ggml-org/ggml, docs/gguf.md; those of the architecture: github.com/ggml-org/llama.cpp, src/llama-arch.cpp.
 """
@@ -21,7 +21,7 @@ from qlr_jax.models import LlamaConfig
 from qlr_jax.progress import Progress
 
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
-# What GGUF calls a file whose weights are mostly of this type.
+# GGUF's name of a file most of whose weights are of this type.
 FILE_TYPES = {
     "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0", "Q3_K": "MOSTLY_Q3_K_M", "Q2_K": "MOSTLY_Q2_K",
 }  # fmt: skip
@@ -37,6 +37,7 @@ class Tensor:
 
     @property
     def row_bytes(self) -> int:
+        """Bytes of a row."""
         _, block, size = GGUF_BLOCKS.get(self.kind, ("", 1, PLAIN_BYTES.get(self.kind, 0)))
         return self.shape[-1] // block * size
 
@@ -44,10 +45,24 @@ class Tensor:
 def model_keys(
     config: LlamaConfig, tensors: Mapping[str, Tensor], vocabulary: Vocabulary, name: str, base: str | None
 ) -> Callable[[Any], None]:
-    """A function that gives a `gguf.GGUFWriter` the metadata of model.gguf."""
+    """The metadata of model.gguf.
+
+    Args:
+        config: of the model.
+        tensors: of model.gguf, which name the type of most weights.
+        vocabulary: of its tokenizer.
+        name: of the model.
+        base: of the original, or None.
+
+    Returns:
+        A function that adds all of it to a `gguf.GGUFWriter`.
+
+    Raises:
+        QLRError: from that function, for a kind of rope scaling that GGUF does not have.
+    """
 
     def add(writer: Any) -> None:
-        library, scaling = package(), config.rope_scaling
+        library, scaling = gguf_package(), config.rope_scaling
         writer.add_type("model")
         _add_names(writer, name, base)
         writer.add_file_type(library.LlamaFileType[FILE_TYPES[_main_type(tensors)]])
@@ -77,7 +92,7 @@ def model_keys(
 
 
 def adapter_keys(name: str, base: str | None) -> Callable[[Any], None]:
-    """As `model_keys`, of adapter.gguf."""
+    """The metadata of adapter.gguf, as `model_keys` returns it."""
 
     def add(writer: Any) -> None:
         writer.add_type("adapter")
@@ -96,8 +111,15 @@ def _add_names(writer: Any, name: str, base: str | None) -> None:
 
 
 def write_gguf(path: Path, keys: Callable[[Any], None], tensors: Mapping[str, Tensor], progress: Progress) -> None:
-    """Write one GGUF file of the llama architecture; one tensor is in memory at a time."""
-    library = package()
+    """Write one GGUF file of the llama architecture; one tensor is in memory at a time.
+
+    Args:
+        path: of the file.
+        keys: adds its metadata to a `gguf.GGUFWriter`.
+        tensors: by GGUF's names, in the order of the file.
+        progress: takes the progress of writing.
+    """
+    library = gguf_package()
     writer = library.GGUFWriter(path, "llama")
     keys(writer)
     for name, tensor in tensors.items():
@@ -125,7 +147,7 @@ def _main_type(tensors: Mapping[str, Tensor]) -> str:
     return weights.most_common(1)[0][0]
 
 
-def package() -> Any:
+def gguf_package() -> Any:
     """The gguf package; QLRError where it is not installed."""
     try:
         import gguf
