@@ -151,7 +151,9 @@ def watched(name: str, folder: Path) -> dict[str, Any]:
 
     watch = Watch()
     jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: watch.compiled.append(seconds) if event.endswith("backend_compile_duration") else None
+        lambda event, duration_secs, **_: (
+            watch.compiled.append(duration_secs) if event.endswith("backend_compile_duration") else None
+        )
     )
 
     class Clock(session.Clock):

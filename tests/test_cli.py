@@ -295,3 +295,17 @@ def test_plan_and_dry_run(calls):
     assert set(told) == set(dry) and calls.args is None  # nothing was run
     assert "Llama-2-7B" in qlr("plan", "Llama-2-7B", "--budget", "2.25bpw").stdout
     assert "is below the table's range" in qlr("plan", "Llama-2-7B", "--budget", "0.01bpw").stdout.replace("\n", " ")
+
+
+def test_commands_that_compute_run_one_loop_at_a_time(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("qlr_jax.settings.host.one_loop_at_a_time", lambda: seen.append(True))
+    computing = (
+        ["evaluate", "nowhere"],
+        ["verify", "nowhere"],
+        ["adapt", "o", "d", "--loss", "mse"],
+        ["export", "o", "d", "--to", "no"],
+    )
+    for count, typed in enumerate(computing, start=1):
+        assert CliRunner().invoke(cli.app, typed).exit_code == 1 and len(seen) == count
+    assert CliRunner().invoke(cli.app, ["allocate", "nowhere", "--budget", "2bpw"]).exit_code == 1 and len(seen) == len(computing)
