@@ -40,9 +40,8 @@ def main() -> None:
         print(f"{spec:<24} {solution.bits:6.3f} {solution.stats['relative_error']:7.4f} {shown:>7}  {text}")
         assert bound is None or solution.stats["relative_error"] <= bound
     # what the model computes with: the matrix as it is stored, decoded
-    print(
-        f"\n{solution.verdict.name.lower()}: {solution.verdict}\ndecoded: {solution.value.dense().shape}, {solution.value.nbytes} bytes"
-    )
+    print(f"\n{solution.verdict.name.lower()}: {solution.verdict}")
+    print(f"decoded: {solution.value.dense().shape}, from {solution.value.nbytes} bytes")
 
 
 if __name__ == "__main__":

@@ -40,15 +40,12 @@ ROOMS = (
 
 # What does not hold yet: room -> room, names of modules, of functions, settings of JAX. Only take away from these.
 UPWARD: set[str] = set()
-LONG_MODULES = {"qlr_jax.core.alternation"}
+LONG_MODULES: set[str] = set()
 LONG_FUNCTIONS = {
     "_job",
     "adapt",
     "compress",
-    "fit_factors",
-    "ldlq_rows",
     "sensitivity",
-    "solve_many",
     "trainer",
 }
 CONFIG_AT_IMPORT = {"jax_cpu_enable_async_dispatch"}

@@ -128,7 +128,7 @@ def step(problem: MatrixProblem, state: State) -> State:
         state = improve_backbone(problem, state)
         trail = (state.error,)
     warm = problem.config.warm_start
-    basis = state.basis if warm else _random_basis(problem)
+    basis = state.basis if warm and state.basis is not None else _random_basis(problem)
     factors, basis, error = _fit(problem, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
     state = _evaluated(replace(state, basis=basis), replace(state.now, factors=factors), error)
     return replace(state, trail=(*trail, state.error))
@@ -220,7 +220,12 @@ def _evaluated(state: State, candidate: Candidate, error: Array) -> State:
 
 
 def keep_stopped(running: np.ndarray, new: State, old: State) -> State:
-    """The new state, with what the old one had best for the matrices that have stopped."""
+    """The new state, with what the old one had best for the matrices that have stopped.
+
+    Args:
+        running: (b,), which matrices still iterate.
+        new, old: states after and before a step.
+    """
     if running.all():
         return new
     best = _chosen(running, new.best, old.best)

@@ -25,6 +25,7 @@ FACTORED_TOGETHER = 2**15
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
 
+# one piece: its inner functions share what is solved, what is done and whose metric is current
 def solve_many(
     problems: Problems[Key],
     *,
@@ -47,6 +48,8 @@ def solve_many(
 
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
+        seed: of the rotations' signs.
+        config: settings of the solver; None: the defaults.
         on_done: called as soon as a matrix is finished.
         into: where each solution goes as soon as it is found, e.g. onto a disk; None: a dict. It may hold those of an earlier
             run: a batch of which all are there is not solved again; any other is solved whole, because matrices of one batch
@@ -68,9 +71,10 @@ def solve_many(
     whole, problems = problems, _residuals(problems)
 
     def finish(key: Key, solution: Solution | None) -> None:
-        weight, hessian, _, output, backbone = (*whole[key], None, None)[:5]
+        backbone = whole[key][4] if len(whole[key]) > 4 else None
         if backbone is not None:
-            solution = with_backbone(backbone, solution, weight, hessian, output)
+            weight, hessian = whole[key][:2]
+            solution = with_backbone(backbone, solution, weight, hessian, _output(whole[key]))
         assert solution is not None
         done.add(key)
         if key not in solved:  # of an earlier run: the same
@@ -81,14 +85,16 @@ def solve_many(
     def read(keys: list[Key]) -> bool:
         if any(key not in solved for key in keys):
             return False
-        for key in keys if on_done is not None else ():
-            on_done(key, solved[key])
+        if on_done is not None:
+            for key in keys:
+                on_done(key, solved[key])
         return True
 
     def run(units: list[list[Key]], hessians: np.ndarray | Metric) -> None:
         keys = [key for unit in units for key in unit]
         weights, spec = np.stack([problems[k][0] for k in keys]), problems[keys[0]][2]
-        outputs = None if _output(problems[keys[0]]) is None else np.stack([_output(problems[k]) for k in keys])
+        given = [output for k in keys if (output := _output(problems[k])) is not None]  # of one kind: all have one, or none
+        outputs = np.stack(given) if given else None
         groups = [len(unit) for unit in units]
         found = solve_batch(weights, hessians, spec, outputs=outputs, seed=seed, config=config, groups=groups, devices=devices)
         for key, solution in zip(keys, found, strict=True):

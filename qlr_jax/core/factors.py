@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ class Factors:
     right_scales: QParams
 
     def product(self) -> Array:
+        """L diag(s) R, (b, m, n)."""
         return jnp.matmul(self.left, self.right, precision="highest")
 
     def of(self, i: int) -> Factors:
@@ -48,6 +50,7 @@ def no_factors(count: int) -> Factors:
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 
+# one piece: two nested loops over one set of fixed arguments
 @partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("statics", "inner", "plain", "one_scale"))
 def fit_factors(
@@ -73,9 +76,11 @@ def fit_factors(
 
     Args:
         weight, backbone: W and Q, (b, m, n).
+        hessian: H, damped, (b, n, n) or (1, n, n).
         right_feedback: F of H at R's column block.
         basis: (b, m, k') to start the subspace iteration from.
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
+        steps: of the subspace iteration.
         traced, statics: of the quantizers of L and R.
         output: (G, C), the metric of the outputs; None is the identity.
         inner: rounds.
@@ -132,6 +137,10 @@ def round_right(
     """R on its grid: values (unit rows where the grid has no scale: L takes it up), codes, own scales.
 
     Args:
+        wanted: R before rounding, (b, k, n).
+        factor: F of H, at the quantizer's column block, (b, n', n') with n' whole tiles.
+        static, traced: the quantizer.
+        one_scale: one scale for all rows, where the grid has none of its own.
         size: (b, k, 1) of the rows, for a grid that has no scale; None: their root mean square.
     """
     cols = wanted.shape[-1]
@@ -168,6 +177,13 @@ def round_left(
     """L on its grid, rounded by components in the metric R H Rᵀ: values, component scales, codes, own scales.
 
     Args:
+        wanted: L before rounding, (b, m, k).
+        metric: R H Rᵀ, (b, k, k).
+        mask: (k,), 1 for the components that exist.
+        static, traced: the quantizer of Lᵀ.
+        own_scales: whether the grids of both factors have scales of their own: then components need none.
+        plain: round without feedback.
+        one_scale: one scale for all components.
         size: (b, 1, k), the component scales; None: the components' root mean squares, or 1 where both grids have scales.
     """
     m, k = wanted.shape[-2:]
@@ -197,17 +213,24 @@ def round_left(
 
 
 def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: float) -> dict[str, np.ndarray]:
-    """The stored arrays of one matrix's factors, with g = backbone_scale (in the solver's units) taken out of L."""
+    """The stored arrays of one matrix's factors, by name, with g taken out of L.
+
+    Args:
+        factors: of one matrix (`Factors.of`).
+        spec: how it is stored.
+        state_bits: of trellis codes.
+        backbone_scale: g, in the solver's units.
+    """
     left, right = spec.factor_quantizers(state_bits)
     rank = spec.rank
     component = np.asarray(factors.component)[:rank] / (backbone_scale or 1.0)  # 0: all is zero
 
-    def rows(codes: np.ndarray, quantizer: Quantizer) -> np.ndarray:
+    def rows(codes: Array, quantizer: Quantizer) -> np.ndarray:
         height = quantizer.tile[0]
         return np.asarray(codes)[: -(-rank // height)]
 
     arrays: dict[str, np.ndarray] = {}
-    left_scales = tuple(np.asarray(s)[:rank] for s in factors.left_scales)
+    left_scales: tuple[Any, ...] = tuple(np.asarray(s)[:rank] for s in factors.left_scales)
     left_codes = rows(factors.left_codes, left)
     if spec.component_scales:
         arrays["component_scale"] = component.astype(np.float16)
@@ -216,5 +239,5 @@ def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: 
     else:  # bf16: into the values
         left_codes = (left_codes.astype(np.float32) * component[:, None]).astype(left_codes.dtype)
     arrays |= {f"left.{k}": v for k, v in left.pack(left_codes, left_scales).items()}
-    right_scales = tuple(np.asarray(s)[:rank] for s in factors.right_scales)
+    right_scales: tuple[Any, ...] = tuple(np.asarray(s)[:rank] for s in factors.right_scales)
     return arrays | {f"right.{k}": v for k, v in right.pack(rows(factors.right_codes, right), right_scales).items()}

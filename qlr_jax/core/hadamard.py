@@ -17,6 +17,11 @@ def signs(seed: int, salt: int, size: int) -> np.ndarray:
 
     A hash rather than a generator, so that JAX, numpy and PyTorch agree to the bit with nothing stored.
 
+    Args:
+        seed: of the matrix.
+        salt: `INPUT` or `OUTPUT`.
+        size: how many.
+
     Example:
         >>> signs(0, INPUT, 4).tolist() == signs(0, INPUT, 4).tolist()
         True
@@ -72,22 +77,49 @@ def transform(x: Array, block: int) -> Array:
 
 
 def rotate(x: Array, sign: Array | np.ndarray, block: int) -> Array:
-    """V x along the last axis, V = K diag(sign)."""
+    """V x along the last axis, V = K diag(sign).
+
+    Args:
+        x: (..., n).
+        sign: (n,), of `signs`.
+        block: a divisor of n, of `block_size`.
+    """
     return transform(x * sign, block)
 
 
 def unrotate(x: Array, sign: Array | np.ndarray, block: int) -> Array:
-    """Vᵀ x along the last axis: the inverse of `rotate`."""
+    """Vᵀ x along the last axis: the inverse of `rotate`.
+
+    Args:
+        x: (..., n).
+        sign, block: as for `rotate`.
+
+    Example:
+        >>> x, sign = jnp.arange(6.0), signs(0, INPUT, 6)
+        >>> bool(jnp.allclose(unrotate(rotate(x, sign, 6), sign, 6), x, atol=1e-5))
+        True
+    """
     return transform(x, block) * sign
 
 
 def rotate_hessian(hessian: Array, sign: Array | np.ndarray, block: int) -> Array:
-    """V H Vᵀ, symmetric to the last bit."""
+    """V H Vᵀ, symmetric to the last bit.
+
+    Args:
+        hessian: H, (*b, n, n).
+        sign, block: of V, as for `rotate`.
+    """
     rotated = rotate(jnp.swapaxes(rotate(hessian, sign, block), -1, -2), sign, block)
     return (rotated + jnp.swapaxes(rotated, -1, -2)) / 2
 
 
 def rotations(shape: tuple[int, int], seed: int, block: int) -> tuple[tuple[np.ndarray, int], tuple[np.ndarray, int]]:
-    """(signs, block) of U (outputs) and of V (inputs) for a matrix (out, in)."""
+    """(signs, block) of U (outputs) and of V (inputs) for a matrix.
+
+    Args:
+        shape: (out, in).
+        seed: of the signs.
+        block: 0 for full-width rotations, or a power of two.
+    """
     m, n = shape
     return (signs(seed, OUTPUT, m), block_size(m, block)), (signs(seed, INPUT, n), block_size(n, block))

@@ -25,10 +25,12 @@ class Lazy:
 
     @property
     def ndim(self) -> int:
+        """Axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
+        """Elements."""
         return int(np.prod(self.shape))
 
     def __len__(self) -> int:

@@ -151,6 +151,7 @@ def row_group(rows: int, height: int) -> int:
     return next((g for g in range(height, rows, height) if rows % g == 0 and g >= least), rows)
 
 
+# one piece: what the inner functions slice belongs to one schedule of row groups and column groups
 @partial(jax.jit, static_argnames=("static",))
 def ldlq_rows(
     weight: Float[Array, "b m n"],
@@ -173,6 +174,7 @@ def ldlq_rows(
         weight: whole tiles of the quantizer.
         factor: F, one a matrix or one for all.
         rows: F_G at `row_group` columns a block, padded to the rows of `weight`.
+        qparams, traced, static: the quantizer, as for `ldlq`.
 
     Returns:
         as `ldlq`.
@@ -270,7 +272,16 @@ def _column_group(n: int, width: int, count: int) -> int:
 
 
 def pad_to_tiles(array: Array, height: int, width: int) -> Array:
-    """Zeros to whole tiles on the last two axes."""
+    """Zeros to whole tiles on the last two axes.
+
+    Args:
+        array: (..., rows, cols).
+        height, width: of a tile.
+
+    Example:
+        >>> pad_to_tiles(jnp.ones((3, 5)), 2, 4).shape
+        (4, 8)
+    """
     rows, cols = array.shape[-2:]
     return jnp.pad(array, [(0, 0)] * (array.ndim - 2) + [(0, -rows % height), (0, -cols % width)])
 

@@ -22,7 +22,12 @@ def bucket(rank: int, limit: int) -> int:
 
 
 def start_basis(rows: int, columns: int, seed: int) -> np.ndarray:
-    """A random orthonormal (rows, columns) to start the iteration from."""
+    """A random orthonormal matrix to start the iteration from.
+
+    Args:
+        rows, columns: its shape, columns at most rows.
+        seed: what it is drawn from.
+    """
     basis, _ = np.linalg.qr(np.random.default_rng(seed).standard_normal((rows, columns)))
     return basis.astype(np.float32)
 
@@ -42,6 +47,20 @@ def top_subspace(
 
     U_rU_rᵀA with the first r of them minimises tr((A − X) H (A − X)ᵀ) over rank-r X (rank-constrained regression; Halko,
     Martinsson, Tropp, arXiv 0909.4061, for the iteration). Columns beyond the rank are oversampling.
+
+    Args:
+        matrix: A, (*b, m, n).
+        hessian: H, (*b, n, n).
+        basis: orthonormal, (*b, m, k).
+        steps: of the power iteration.
+
+    Returns:
+        eigenvectors (*b, m, k), eigenvalues (*b, k).
+
+    Example:
+        >>> vectors, values = top_subspace(jnp.diag(jnp.array([1.0, 3.0])), jnp.eye(2), jnp.eye(2), 2)
+        >>> [round(float(v), 4) for v in values]
+        [9.0, 1.0]
     """
 
     def power(_: Array, basis: Array) -> Array:
@@ -61,7 +80,19 @@ def top_subspace(
 def refit_left(
     matrix: Float[Array, "*b m n"], right: Float[Array, "*b k n"], hessian: Float[Array, "*b n n"], mask: Float[Array, "k"]
 ) -> tuple[Float[Array, "*b m k"], Float[Array, "*b k k"]]:
-    """L = A H Rᵀ (R H Rᵀ)⁻¹ on the masked components, and their metric R H Rᵀ (the identity elsewhere)."""
+    """L = A H Rᵀ (R H Rᵀ)⁻¹ on the masked components, and their metric R H Rᵀ (the identity elsewhere).
+
+    Args:
+        matrix: A, (*b, m, n).
+        right: R, (*b, k, n).
+        hessian: H, (*b, n, n).
+        mask: (k,), 1 for the components that exist.
+
+    Returns:
+        L (*b, m, k), R H Rᵀ (*b, k, k).
+
+    Source: LPLR, arXiv 2310.11028, in the metric H.
+    """
     weighted = _mm(right, hessian)
     metric = _mm(weighted, jnp.swapaxes(right, -1, -2))
     return _solve(metric, _mm(weighted, jnp.swapaxes(matrix, -1, -2)), mask)
@@ -74,7 +105,19 @@ def refit_right(
     mask: Float[Array, "k"],
     output: Float[Array, "*b m m"] | None = None,
 ) -> tuple[Float[Array, "*b n k"], Float[Array, "*b k k"]]:
-    """Rᵀ of R = (LᵀGL)⁻¹ LᵀG A on the masked components, and their metric LᵀGL (the identity elsewhere); G = I if not given."""
+    """Rᵀ of R = (LᵀGL)⁻¹ LᵀG A on the masked components, and their metric LᵀGL (the identity elsewhere).
+
+    Args:
+        matrix: A, (*b, m, n).
+        left: L, (*b, m, k).
+        mask: (k,), 1 for the components that exist.
+        output: G, (*b, m, m); None is the identity.
+
+    Returns:
+        Rᵀ (*b, n, k), LᵀGL (*b, k, k).
+
+    Source: LPLR, arXiv 2310.11028, in the metric G.
+    """
     transposed = jnp.swapaxes(left if output is None else _mm(output, left), -1, -2)
     return _solve(_mm(transposed, left), _mm(transposed, matrix), mask)
 

@@ -61,10 +61,12 @@ class QLRMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(out, in)."""
         return self.layout.shape
 
     @property
     def spec(self) -> Spec:
+        """How it is stored."""
         return Spec.parse(self.layout.spec)
 
     @property
@@ -126,10 +128,12 @@ class QLRMatrix:
         return QLRMatrix(kept, replace(self.layout, spec=text))
 
     def tree_flatten_with_keys(self) -> tuple[Any, Any]:
+        """For JAX: a pytree of its arrays."""
         names = tuple(sorted(self.arrays))
         return [(jax.tree_util.DictKey(n), self.arrays[n]) for n in names], (names, self.layout)
 
     @classmethod
     def tree_unflatten(cls, aux: Any, leaves: Any) -> QLRMatrix:
+        """The inverse of `tree_flatten_with_keys`."""
         names, layout = aux
         return cls(dict(zip(names, leaves, strict=True)), layout)

@@ -44,6 +44,15 @@ class Metric:
 
     @classmethod
     def make(cls, hessians: np.ndarray, seed: int, config: SolverConfig, rotated: bool, side: int = hadamard.INPUT) -> Metric:
+        """The metric of the matrices given.
+
+        Args:
+            hessians: H of each, (b, n, n), or one for all, (1, n, n).
+            seed: of the rotation's signs.
+            config: of which `damping` and `rotation_block` count.
+            rotated: whether it is rotated.
+            side: `hadamard.INPUT` for H of the inputs, `hadamard.OUTPUT` for G of the outputs.
+        """
         n = hessians.shape[-1]
         peak = np.abs(hessians).max(axis=(1, 2))
         original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
@@ -110,7 +119,13 @@ _cholesky = sharded(jax.jit(jnp.linalg.cholesky), factors=True)
 @partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("width",))
 def ldl(hessian: Array, damping: float, width: int) -> Array:
-    """F of the damped H, padded to whole blocks."""
+    """F of the damped H, padded to whole blocks (`feedback`).
+
+    Args:
+        hessian: H, (*b, n, n).
+        damping: fraction of the mean diagonal that is added.
+        width: columns a block.
+    """
     return feedback(pad_metric(damped(hessian, damping), width), width)[0]
 
 

@@ -12,14 +12,28 @@ from qlr_jax.errors import QLRError
 def quadratic(
     error: Float[Array, "*b m n"], hessian: Float[Array, "*b n n"], output: Float[Array, "*b m m"] | None = None
 ) -> Float[Array, "*b"]:
-    """tr(E H Eᵀ), or tr(G E H Eᵀ) with the metric G of the outputs, for each matrix of a batch."""
+    """tr(E H Eᵀ), or tr(G E H Eᵀ) with the metric G of the outputs, for each matrix of a batch.
+
+    Args:
+        error: E, (*b, m, n).
+        hessian: H, (*b, n, n).
+        output: G, (*b, m, m); None is the identity.
+
+    Example:
+        >>> float(quadratic(jnp.ones((2, 3)), jnp.eye(3), 2 * jnp.eye(2)))
+        12.0
+    """
     weighted = jnp.matmul(error, hessian, precision="highest")
     output_weighted = error if output is None else jnp.matmul(output, error, precision="highest")
     return jnp.sum(weighted * output_weighted, axis=(-2, -1))
 
 
 def quadratic_by_rows(error: Array, hessian: Array, output: Array | None = None) -> Array:
-    """`quadratic` inside a function that is `sharded`: products by rows, the sum over all rows at once, as on one device."""
+    """`quadratic` inside a function that is `sharded`: products by rows, the sum over all rows at once, as on one device.
+
+    Args:
+        error, hessian, output: as for `quadratic`, of a batch.
+    """
     weighted = product_by_rows(error, hessian)
     output_weighted = error if output is None else product_by_rows(output, error)
     return jnp.sum(weighted * output_weighted, axis=(-2, -1))
@@ -40,6 +54,11 @@ def relative_error(
     output: Float[Array, "*b m m"] | None = None,
 ) -> Float[Array, "*b"]:
     """√(tr(E H Eᵀ) / tr(W H Wᵀ)), E = W − Ŵ; 0 where both are 0. With G: √(tr(G E H Eᵀ) / tr(G W H Wᵀ)).
+
+    Args:
+        weight, approximation: W and Ŵ, (*b, m, n).
+        hessian: H, (*b, n, n).
+        output: G, (*b, m, m); None is the identity.
 
     Example:
         >>> w = jnp.eye(2); float(relative_error(w, 0.5 * w, jnp.eye(2)))
@@ -74,7 +93,9 @@ def checked_hessian(hessian: object, size: int, side: str = "inputs") -> np.ndar
     """The Hessian as a finite, symmetric, positive semi-definite float32 (n, n), or QLRError saying what is wrong.
 
     Args:
+        hessian: H, or None for the identity.
         size: n, the weight's inputs or (`side`) outputs.
+        side: what the weight has `size` of, for messages.
     """
     if hessian is None:
         return np.eye(size, dtype=np.float32)

@@ -87,6 +87,9 @@ def with_backbone(
     Args:
         backbone: of `checked_backbone`.
         factors: of a solve of W − Q with `factors_only(spec)`; None for rank 0.
+        weight: W, (out, in).
+        hessian: H, (in, in).
+        output: G, (out, out); None is the identity.
     """
     weight, backbone = np.asarray(weight), np.asarray(backbone)
     if factors is None:

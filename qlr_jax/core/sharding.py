@@ -124,6 +124,11 @@ def _line(devices: list[Any]) -> Placement:
 def shares(matrices: int, rows: int, devices: int) -> tuple[int, int]:
     """(devices along the batch, devices a matrix) that leave the least work to each device.
 
+    Args:
+        matrices: of the batch.
+        rows: of each matrix.
+        devices: that there are.
+
     Example:
         >>> shares(16, 256, 8), shares(2, 4096, 8), shares(3, 4096, 8), shares(1, 1024, 8)
         ((8, 1), (2, 4), (3, 2), (1, 2))
@@ -145,7 +150,16 @@ def available(devices: int | None = None) -> int:
 
 
 def matrix_placement(matrices: int, rows: int, devices: int | None = None) -> Placement:
-    """Devices for a batch of matrices of so many rows, at most so many (`available`); `HERE` where one does it all."""
+    """Devices for a batch of matrices; `HERE` where one does it all.
+
+    Args:
+        matrices: of the batch.
+        rows: of each matrix.
+        devices: how many of this process's to use at most; None: all.
+
+    Raises:
+        QLRError: `devices` below 1.
+    """
     along, each = shares(matrices, rows, available(devices))
     return Placement(_mesh(along, each)) if along * each > 1 else HERE
 

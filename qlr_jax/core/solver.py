@@ -71,6 +71,7 @@ def solve(
     return solve_batch(weight[None], matrix[None], spec, outputs=output, seed=seed, config=config)[0]
 
 
+# one piece: the alternation, and when which matrix leaves it
 @one_blas_thread()
 def solve_batch(
     weights: np.ndarray,
@@ -108,7 +109,7 @@ def solve_batch(
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
     metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
     output = None if outputs is None else Metric.make(outputs, seed, config, spec.rotated, hadamard.OUTPUT)
-    placement = matrix_placement(*weights.shape[:2], devices)
+    placement = matrix_placement(weights.shape[0], weights.shape[1], devices)
     problem = MatrixProblem.make(weights, metric, output, spec, seed, config, placement)
     del metric, output  # on several devices the problem has its own
     if spec.rank == 0:
