@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class Lazy:
-    """An array that `read` makes anew at every use; nothing is kept.
+    """An array that `read` makes again at every use; nothing is kept.
 
     Example:
         >>> lazy = Lazy((2, 2), lambda: np.eye(2, dtype=np.float32))
@@ -45,7 +45,7 @@ class Lazy:
 
 
 class LazyMap(MutableMapping[Key, Value]):
-    """key -> value, made anew at every access; the keys are known beforehand, and those of another such map can be added.
+    """key -> value, made again at every access; the keys are known beforehand, and those of another such map can be added.
 
     Example:
         >>> squares = LazyMap([1, 2], lambda i: i * i)

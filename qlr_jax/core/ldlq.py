@@ -254,7 +254,7 @@ def ldlq_rows(
 
     nothing = jnp.zeros_like(own)
     _, (values, codes) = lax.scan(advance, (nothing, nothing), jnp.arange(ahead + count - 1))
-    # group i came to its j-th columns, from the last, at step i + j; both orders are turned round
+    # group i came to its j-th columns, from the last, at step i + j; both orders are reversed
     group, column = jnp.arange(count)[::-1, None], jnp.arange(ahead)[None, ::-1]
     values = values[group + column, :, group]  # (count, ahead, b, high, wide)
     values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)

@@ -24,7 +24,7 @@ class Metric:
 
     Attributes:
         original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
-        hessian: the same in the rotated basis: what results are judged in.
+        hessian: the same in the rotated basis: what results are evaluated in.
         regular: the same, damped: what factors are fitted in.
         rotation: signs and block of the rotation of this side; None where there is none.
         damping: fraction of the mean diagonal that is added before H is factored.

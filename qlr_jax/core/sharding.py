@@ -278,7 +278,7 @@ def by_rows(function: Callable[..., Any], arrays: tuple[Array, ...], unit: int =
 
 
 def _devices_a_matrix() -> int:
-    """Along the axis of rows, inside a function that is `sharded`; JAX compiles anew where that axis is another one."""
+    """Along the axis of rows, inside a function that is `sharded`; JAX compiles again where that axis is another one."""
     try:
         return lax.axis_size(ROWS)
     except NameError:

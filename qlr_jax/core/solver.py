@@ -129,8 +129,8 @@ def solve_batch(
             histories[i] += state.trail
         gained = 1.0 - state.best_error / np.maximum(before.best_error, 1e-30)
         # factors that hold what Q leaves worse than Q's own result will not help the next Q either
-        hopeless = state.error > 1.2 * state.best_error
-        settled = (gained < config.tolerance) | hopeless
+        worse = state.error > 1.2 * state.best_error
+        settled = (gained < config.tolerance) | worse
         converged = np.where(running, [settled[members == group].all() for group in members], converged)
         if config.tolerance > 0:
             running = ~converged

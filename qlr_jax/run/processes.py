@@ -369,6 +369,6 @@ class WorkerGroup:
 
 
 def _devices() -> int:
-    import jax
+    from qlr_jax.core.sharding import available
 
-    return jax.local_device_count()
+    return available()

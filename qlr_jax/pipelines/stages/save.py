@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
-
+from qlr_jax.core.sharding import device_kind
 from qlr_jax.formats.qlr.packed import save_packed
 from qlr_jax.pipelines.run import Outcome, Run
 from qlr_jax.pipelines.texts import Texts
@@ -45,7 +44,7 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
         started=clock.started,
         peak_rss=peak_rss(),
         problem=outcome.problem,
-        device=jax.devices()[0].device_kind,
+        device=device_kind(),
         left_out={"inputs": getattr(statistics.hessians, "left_out", {}), "outputs": getattr(statistics.outputs, "left_out", {})},
     )
     with run.progress.stage("saving"), enough_space(out):
