@@ -222,7 +222,13 @@ class Stored(nn.Module):
         return self
 
     def store(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        """Register a buffer of zeros."""
+        """Register a buffer of zeros.
+
+        Args:
+            name: of the buffer, as in the file.
+            shape: of it.
+            dtype: that it keeps.
+        """
         self.register_buffer(name, torch.zeros(shape, dtype=dtype))
 
 
@@ -238,7 +244,15 @@ class Part(Stored):
         self.rows, self.cols = rows, cols
 
     def decode(self, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-        """Rows start … stop − 1, decoded in float32 and rounded to `dtype`: (stop − start, cols)."""
+        """Some rows, decoded in float32 and rounded to `dtype`.
+
+        Args:
+            start, stop: rows start … stop − 1; `start` is a multiple of `height`.
+            dtype: of the result.
+
+        Returns:
+            (stop − start, cols).
+        """
         raise NotImplementedError
 
     def tiles(self, dtype: torch.dtype = torch.float32):
