@@ -10,6 +10,8 @@ import typer
 from qlr_jax.cli.options import (
     AsJson,
     AtLeast,
+    BudgetText,
+    Calibration,
     Exclude,
     Force,
     HessiansFrom,
@@ -57,10 +59,8 @@ def demo(
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, or its name on the hub.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed model; new or empty.")],
-    budget: Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")] = None,
-    calibration: Annotated[
-        list[Path] | None, typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat.")
-    ] = None,
+    budget: BudgetText = None,
+    calibration: Calibration = None,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -162,11 +162,11 @@ def compress(
             model,
             out,
             budget=chosen.budget,
-            calibration=list(calibration) if calibration else None,
+            calibration=calibration or None,
             recipe=chosen,
             progress=progress.choose(as_json),
             command=command(),
-            evaluate_on=list(evaluate_on) if evaluate_on else None,
+            evaluate_on=evaluate_on or None,
             table=saved,
             constraints=Constraints.parse(lock, at_least, tie, tie_spec),
             resume=resume,
@@ -182,7 +182,7 @@ def plan(
         str,
         typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, 'bundled', or a known name such as Llama-2-70B."),
     ],
-    budget: Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")] = None,
+    budget: BudgetText = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -224,10 +224,7 @@ def sensitivity(
         str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, its name on the hub, or 'bundled'.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
-    calibration: Annotated[
-        list[Path] | None,
-        typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat. 'bundled' needs none."),
-    ] = None,
+    calibration: Calibration = None,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -245,7 +242,8 @@ def sensitivity(
 ) -> None:
     """Measure how much the error of every matrix matters, and write the table of all options that allocations are made from.
 
-    OUT holds table.json, for qlr allocate and qlr frontier, sensitivity.html and its pictures. Nothing is compressed.
+    OUT holds table.json, for qlr allocate and qlr frontier, sensitivity.html and its pictures. Nothing is compressed. 'bundled'
+    needs no --calibration.
 
     \b
     Example:
@@ -274,7 +272,7 @@ def sensitivity(
         result = job.sensitivity(
             model,
             out,
-            calibration=list(calibration) if calibration else None,
+            calibration=calibration or None,
             recipe=chosen,
             matrix=matrix,
             progress=progress.choose(as_json),

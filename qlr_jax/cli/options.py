@@ -9,6 +9,11 @@ import typer
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 Saved = Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")]
+BudgetText = Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")]
+Calibration = Annotated[
+    list[Path] | None,
+    typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat."),
+]
 Lock = Annotated[
     list[str] | None,
     typer.Option("--lock", metavar="PATTERN=SPEC", help="Such matrices keep this spec, e.g. '*v_proj=trellis-4'; may repeat."),

@@ -56,7 +56,7 @@ def evaluate(
 
         result = job.evaluate(
             out,
-            text=list(text) if text else None,
+            text=text or None,
             original=original,
             progress=progress.choose(as_json),
             windows=windows,
@@ -100,7 +100,7 @@ def verify(
 
         verdict = gate.verify(
             out,
-            text=list(text) if text else None,
+            text=text or None,
             original=original,
             thresholds=thresholds,
             windows=windows,
@@ -266,10 +266,10 @@ def adapt(
         result = tuning.adapt(
             out,
             dest,
-            list(text) if text else None,
+            text or None,
             config,
             original=original,
-            held_out=list(held_out) if held_out else None,
+            held_out=held_out or None,
             resume=resume,
             progress=progress.choose(as_json),
             command=command(),
