@@ -12,12 +12,33 @@ if "xla_cpu_use_fusion_emitters" not in os.environ.get("XLA_FLAGS", ""):
 if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     compiled = tempfile.TemporaryDirectory(prefix="qlr-tests-")  # until this process ends, for all that it starts
     os.environ["JAX_COMPILATION_CACHE_DIR"] = compiled.name
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+# Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
+SLOW = [
+    "demo",
+    "core_devices",
+    "adaptation",
+    "export",
+    "distributed",
+    "job",
+    "core_quantizers",
+    "core_solver",
+    "resume",
+    "kernels",
+    "streaming",
+    "targets",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {f"test_{name}": at for at, name in enumerate(SLOW)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,0 +1,59 @@
+"""A whole model: compressed under a budget, loaded again in JAX, and asked to go on with a text.
+
+    python examples/compress_and_load.py                 about a minute on a CPU
+    python examples/compress_and_load.py --quick         one block of the model, integers only
+    python examples/compress_and_load.py --out DIR       keeps the folder, which PyTorch loads too
+
+The model is the small Llama that comes with this library; its calibration text is the standard library's source of this machine.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+
+import qlr_jax as qlr
+from qlr_jax import job
+from qlr_jax.evaluation import GenerationSettings, stream_text
+from qlr_jax.models import load_tokenizer
+
+SMALL = qlr.Recipe(
+    budget="3bpw",
+    backbones=("int-2g32", "int-3g32", "int-4g32"),
+    factors=("int-4",),
+    ranks=(0, 8),  # rank 0 is always an option: the allocation decides where L R is worth its bytes
+    iterations=1,
+    sequences=16,
+    measure_tokens=512,
+    evaluation_tokens=2048,
+    refine=0,
+)
+QUICK = SMALL.updated(
+    include=("model.layers.0.*",), backbones=("int-2g32", "int-4g32"), ranks=(0,), outputs="alike", measure_tokens=128, force=True,
+    sequences=8, sequence_length=64, evaluation_tokens=256,
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help="folder to write; a temporary one where not given")
+    parser.add_argument("--quick", action="store_true", help="one block, integers only")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = asked.out or Path(scratch) / "out"
+        report = job.demo(out, recipe=QUICK if asked.quick else SMALL).report
+        size, delivered = report["bytes"], report["delivered"]
+        print(
+            f"{size['before'] / 1e6:.2f} MB before, {size['after'] / 1e6:.2f} MB after; {report['bits_per_weight']:.3f} bits a weight"
+        )
+        print(f"KL on held-out text: {report['kl'][delivered]:.4f} nats a token ({delivered})")
+
+        model = qlr.load(out)  # Q, L and R stay packed; decoded as they are used
+        print("logits:", model(jnp.arange(12)[None]).shape)
+        settings = GenerationSettings(max_new_tokens=12)
+        print("".join(stream_text(model, load_tokenizer(out), "def main(", settings)))
+
+
+if __name__ == "__main__":
+    main()
