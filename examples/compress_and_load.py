@@ -44,9 +44,8 @@ def main() -> None:
         out = asked.out or Path(scratch) / "out"
         report = job.demo(out, recipe=QUICK if asked.quick else SMALL).report
         size, delivered = report["bytes"], report["delivered"]
-        print(
-            f"{size['before'] / 1e6:.2f} MB before, {size['after'] / 1e6:.2f} MB after; {report['bits_per_weight']:.3f} bits a weight"
-        )
+        print(f"{size['before'] / 1e6:.2f} MB before, {size['after'] / 1e6:.2f} MB after")
+        print(f"{report['bits_per_weight']:.3f} bits a weight of the compressed matrices")
         print(f"KL on held-out text: {report['kl'][delivered]:.4f} nats a token ({delivered})")
 
         model = qlr.load(out)  # Q, L and R stay packed; decoded as they are used
