@@ -1,7 +1,7 @@
 """A whole model: compressed under a budget, loaded again in JAX, and asked to go on with a text.
 
     python examples/compress_and_load.py                 about a minute on a CPU
-    python examples/compress_and_load.py --quick         one block of the model, integers only
+    python examples/compress_and_load.py --quick         the attention of one block, integers only
     python examples/compress_and_load.py --out DIR       keeps the folder, which PyTorch loads too
 
 The model is the small Llama that comes with this library; its calibration text is the standard library's source of this machine.
@@ -30,7 +30,7 @@ SMALL = qlr.Recipe(
     refine=0,
 )
 QUICK = SMALL.updated(
-    include=("model.layers.0.*",), backbones=("int-2g32", "int-4g32"), ranks=(0,), outputs="alike", measure_tokens=128, force=True,
+    include=("model.layers.0.self_attn.*",), backbones=("int-2g32", "int-4g32"), ranks=(0,), outputs="alike", measure_tokens=128, force=True,
     sequences=8, sequence_length=64, evaluation_tokens=256,
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ QUICK = SMALL.updated(
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="folder to write; a temporary one where not given")
-    parser.add_argument("--quick", action="store_true", help="one block, integers only")
+    parser.add_argument("--quick", action="store_true", help="the attention of one block, integers only")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = asked.out or Path(scratch) / "out"
