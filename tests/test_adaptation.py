@@ -223,22 +223,22 @@ MOVES = {
 
 
 @pytest.mark.parametrize("train", list(MOVES))
-def test_only_what_is_named_moves(packed, original, tokens, train):
+def test_only_what_is_named_moves(few, original, tokens, train):
     # every norm moves by more than half of what bf16 resolves at 1
     more = {"reround": 2, "backbone_rate": 0.02} if train == "backbone" else {}
-    found = fine_tune(packed, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02, **more), teacher=original)
+    found = fine_tune(few, tokens, settings(train=(train,), steps=5, batch=12, vector_rate=0.02, **more), teacher=original)
     assert found.verdict is not AdaptationVerdict.NOT_IMPROVED
     moved = set()
-    for name, matrix in packed_matrices(packed).items():
+    for name, matrix in packed_matrices(few).items():
         for key, array in found.matrices[name].arrays.items():
             if key not in matrix.arrays or np.asarray(array).tobytes() != np.asarray(matrix.arrays[key]).tobytes():
                 moved.add(key if key == "backbone.scales" else key.split(".")[0])
     assert moved == MOVES[train]
-    same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.norms.items()]
+    same = [np.array_equal(a, few.tensors()[n].get_value()) for n, a in found.norms.items()]
     assert not any(same) if train == "norms" else all(same)
-    kept = packed.tensors()[f"{LAYER}mlp.down_proj.weight"].get_value()
+    kept = few.tensors()[f"{LAYER}mlp.down_proj.weight"].get_value()
     np.testing.assert_array_equal(found.value.tensors()[f"{LAYER}mlp.down_proj.weight"].get_value(), kept)
-    same = [np.array_equal(a, packed.tensors()[n].get_value()) for n, a in found.embeddings.items()]
+    same = [np.array_equal(a, few.tensors()[n].get_value()) for n, a in found.embeddings.items()]
     assert len(same) == 2 and (not any(same) if train == "embeddings" else all(same))
 
 
@@ -348,8 +348,8 @@ def test_first_components_alone(packed, original, tokens):
 
 
 @pytest.mark.parametrize("grid", ["bf16", "int-8"])
-def test_another_grid_for_all_factors(packed, original, tokens, grid):
-    found = fine_tune(packed, tokens, settings(factors=grid, steps=5, batch=12), teacher=original)
+def test_another_grid_for_all_factors(few, original, tokens, grid):
+    found = fine_tune(few, tokens, settings(factors=grid, steps=5, batch=12), teacher=original)
     assert found.stats["after"] < found.stats["before"]
     for name, matrix in found.matrices.items():
         spec = Spec.parse(SMALL[name])
@@ -402,7 +402,7 @@ def test_what_does_not_move_is_requantized_to_itself(spec):
 
 @pytest.mark.parametrize("kind", ["self_attn.v_proj", "self_attn.q_proj", "self_attn.o_proj"])
 def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
-    """Against float64: what is found lies on the grid, and is felt no more than what plain rounding to it would give."""
+    """Against float64: what is found lies on the grid, and its weighted error is less than that of plain rounding."""
     matrix, rng = packed_matrices(packed)[LAYER + kind], np.random.default_rng(0)
     m, n = matrix.shape
     h, g = (np.cov(rng.standard_normal((size, 4 * size))) + 0.1 * np.eye(size) for size in (n, m))
@@ -415,16 +415,16 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
     again = QLRMatrix(arrays, matrix.without_factors().layout)
     np.testing.assert_allclose(again.dense(), found * grid.scale, atol=1e-5)
     assert not np.array_equal(arrays["backbone.codes"], matrix.arrays["backbone.codes"])
-    felt = lambda e: np.trace(g @ e @ h @ e.T)  # noqa: E731
+    weighted = lambda e: np.trace(g @ e @ h @ e.T)  # noqa: E731
     plain = made(np.eye(n), np.eye(m)).round(jnp.asarray(wanted, jnp.float32))[0]
-    ours, others, still = (felt(wanted - np.asarray(x, np.float64)) for x in (found, plain, body))
-    assert ours < 0.98 * others and ours < still
+    ours, others, still = (weighted(wanted - np.asarray(x, np.float64)) for x in (found, plain, body))
+    assert ours < 0.99 * others and ours < still  # the integers' gain is small, as many are clipped
     again, _ = grid.round(jnp.asarray(wanted, jnp.float32), grid.seams(codes))  # of a trellis: every walk closes where it did
     np.testing.assert_allclose(again, found, atol=1e-5)
     if (seams := grid.seams(grid.round(jnp.asarray(body, jnp.float32))[1])) is not None:  # where it did before it moved
         near, codes = grid.round(jnp.asarray(wanted, jnp.float32), seams)
         np.testing.assert_array_equal(grid.seams(codes), seams)
-        assert felt(wanted - np.asarray(near, np.float64)) < 1.2 * ours
+        assert weighted(wanted - np.asarray(near, np.float64)) < 1.2 * ours
 
 
 @pytest.mark.parametrize("train", [("factors",), ("factors", "backbone")])
