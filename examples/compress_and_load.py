@@ -30,9 +30,16 @@ SMALL = qlr.Recipe(
     refine=0,
 )
 QUICK = SMALL.updated(
-    include=("model.layers.0.self_attn.*",), backbones=("int-2g32", "int-4g32"), ranks=(0,), outputs="alike", measure_tokens=128, force=True,
-    sequences=8, sequence_length=64, evaluation_tokens=256,
-)  # fmt: skip
+    include=("model.layers.0.self_attn.*",),
+    backbones=("int-2g32", "int-4g32"),
+    ranks=(0,),
+    outputs="alike",
+    sequences=8,
+    sequence_length=64,
+    measure_tokens=128,
+    evaluation_tokens=256,
+    force=True,
+)
 
 
 def main() -> None:

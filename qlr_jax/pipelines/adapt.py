@@ -26,6 +26,7 @@ STOPPING = 20  # every so many sequences one is for early stopping
 KEPT_FILES = ("recipe.yaml", "allocation.json")
 
 
+# what the command does, one line a step; most of the lines say what the arguments are
 def adapt(
     out: str | Path,
     dest: str | Path,
