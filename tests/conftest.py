@@ -21,7 +21,8 @@ import pytest
 
 # Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
 SLOW = """
-    demo core_devices adaptation export distributed job core_quantizers core_solver resume kernels streaming targets
+    demo core_sharding adaptation formats run_processes job core_quantizers core_solver run_workspace formats_kernels
+    job_streaming formats_targets examples
 """
 
 

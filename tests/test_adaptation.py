@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_export import random_matrix
+from test_formats import random_matrix
 
 from qlr_jax import calibration
 from qlr_jax.adaptation import AdaptationVerdict, AdaptConfig, TeacherLogits, checkpoint, fine_tune, loop, teacher_logits
@@ -597,7 +597,7 @@ TWO = """
 import json, sys, jax
 jax.config.update("jax_num_cpu_devices", 2)
 import numpy as np
-from test_export import random_matrix
+from test_formats import random_matrix
 from qlr_jax.adaptation import AdaptConfig, adapt
 from qlr_jax.models import Llama, LlamaConfig
 config = LlamaConfig(vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)

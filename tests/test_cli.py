@@ -27,7 +27,7 @@ REPORT = {
     ],
 }
 COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt", "plan")
-PLANNERS = ("allocate", "frontier")  # tests/test_planning.py says more of them
+PLANNERS = ("allocate", "frontier")  # tests/test_pipelines_allocate.py says more of them
 FOUND = {
     "out": Path("measured"),
     "table": Path("measured/table.json"),
@@ -190,7 +190,7 @@ def test_verify_and_generate(monkeypatch):
     assert json.loads(qlr("generate", "o", "--prompt", "a", "--json").stdout) == {"prompt": "a", "text": "bc"}
 
 
-def test_export(calls):
+def test_formats(calls):
     assert qlr("export", "o", "d", "--to", "dense", "--dtype", "float32").exit_code == 0
     assert calls.args == (Path("o"), Path("d")) and calls.kwargs == {"dtype": "float32"}
     for options, settings in (

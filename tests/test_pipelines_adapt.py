@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from test_export import random_matrix
+from test_formats import random_matrix
 from typer.testing import CliRunner
 
 import qlr_jax as qlr

@@ -9,7 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_export import random_matrix
+from test_formats import random_matrix
 
 import qlr_jax
 from qlr_jax import report

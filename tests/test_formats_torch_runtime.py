@@ -8,7 +8,7 @@ import weakref
 from pathlib import Path
 
 import pytest
-from test_export import TOKENS, change_config, logits, make_folder, random_matrix, relative, to_torch
+from test_formats import TOKENS, change_config, logits, make_folder, random_matrix, relative, to_torch
 
 from qlr_jax.errors import QLRError
 from qlr_jax.formats import check_files, load, read_matrices

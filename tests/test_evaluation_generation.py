@@ -141,7 +141,7 @@ def test_one_compilation_serves_all_prompts_and_settings(model):
 
 
 def test_packed_weights_generate_as_their_dense_ones(model):
-    from test_export import random_matrix
+    from test_formats import random_matrix
 
     packed, dense = built(GQA), built(GQA)
     for name, linear in packed.linears().items():

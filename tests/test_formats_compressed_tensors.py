@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from test_export import dense_in_place, logits, random_matrix, relative
-from test_export_peft import packed_folder, rounded_halves, run_card, torch_logits
+from test_formats import dense_in_place, logits, random_matrix, relative
+from test_formats_peft import packed_folder, rounded_halves, run_card, torch_logits
 
 from qlr_jax.core.quantizers import Integer
 from qlr_jax.errors import QLRError

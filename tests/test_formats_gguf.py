@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_export import random_matrix
+from test_formats import random_matrix
 
 import qlr_jax
 from qlr_jax.core.matrix import QLRMatrix

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from safetensors.numpy import load_file
-from test_export import TOKENS, dense_in_place, logits, random_matrix, relative
+from test_formats import TOKENS, dense_in_place, logits, random_matrix, relative
 
 from qlr_jax.errors import QLRError
 from qlr_jax.formats import check_files, export_dense, save_packed
