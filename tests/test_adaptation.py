@@ -29,7 +29,7 @@ from qlr_jax.adaptation.trainer import learning_rates, make_trainer, row_trust
 from qlr_jax.core import hadamard
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.requantize import Regrid
+from qlr_jax.core.requantize import Requantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
@@ -382,7 +382,7 @@ def test_shifted_factors_are_the_quantized_ones(zoo, tokens):
 def requantized(matrix, h, g):
     """(its description, its parameters, the matrix packed again) with factors and backbone re-quantized as they are."""
     student, values, _ = split_matrix("", matrix, ("factors", "backbone"))
-    grid = Regrid.of(matrix, backbone_metric(h, None, matrix.layout, INPUT), backbone_metric(g, None, matrix.layout, OUTPUT))
+    grid = Requantizer.of(matrix, backbone_metric(h, None, matrix.layout, INPUT), backbone_metric(g, None, matrix.layout, OUTPUT))
     rounded, right = quantize_right(student, values, h)
     rounded, left = quantize_left(student, rounded, h)
     return student, values, pack_matrix(matrix, student, rounded, {**right, **left}, grid)
@@ -406,7 +406,11 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
     matrix, rng = packed_matrices(packed)[LAYER + kind], np.random.default_rng(0)
     m, n = matrix.shape
     h, g = (np.cov(rng.standard_normal((size, 4 * size))) + 0.1 * np.eye(size) for size in (n, m))
-    made = lambda *metrics: Regrid.of(matrix, *(backbone_metric(a, None, matrix.layout, side) for side, a in enumerate(metrics)))  # noqa: E731
+
+    def made(*metrics):
+        rotated = (backbone_metric(a, None, matrix.layout, side) for side, a in enumerate(metrics))
+        return Requantizer.of(matrix, *rotated)
+
     grid = made(h, g)
     body = np.asarray(matrix.without_factors().dense(), np.float64) / float(grid.scale)
     wanted = body + 0.3 * body.std() * rng.standard_normal((m, n))
@@ -419,11 +423,11 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
     plain = made(np.eye(n), np.eye(m)).round(jnp.asarray(wanted, jnp.float32))[0]
     ours, others, still = (weighted(wanted - np.asarray(x, np.float64)) for x in (found, plain, body))
     assert ours < 0.99 * others and ours < still  # the integers' gain is small, as many are clipped
-    again, _ = grid.round(jnp.asarray(wanted, jnp.float32), grid.seams(codes))  # of a trellis: every walk closes where it did
+    again, _ = grid.round(jnp.asarray(wanted, jnp.float32), grid.warm_start(codes))  # of a trellis: its tail-biting states are kept
     np.testing.assert_allclose(again, found, atol=1e-5)
-    if (seams := grid.seams(grid.round(jnp.asarray(body, jnp.float32))[1])) is not None:  # where it did before it moved
-        near, codes = grid.round(jnp.asarray(wanted, jnp.float32), seams)
-        np.testing.assert_array_equal(grid.seams(codes), seams)
+    if (warm := grid.warm_start(grid.round(jnp.asarray(body, jnp.float32))[1])) is not None:  # those before it moved
+        near, codes = grid.round(jnp.asarray(wanted, jnp.float32), warm)
+        np.testing.assert_array_equal(grid.warm_start(codes), warm)
         assert weighted(wanted - np.asarray(near, np.float64)) < 1.2 * ours
 
 

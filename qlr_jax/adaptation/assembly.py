@@ -13,7 +13,7 @@ from qlr_jax.adaptation.rounding import QuantizedFactors
 from qlr_jax.adaptation.student import SIGNS, ParameterTree, Student, StudentMatrix, embedding
 from qlr_jax.core.factors import Factors, pack_factors
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.requantize import Regrid
+from qlr_jax.core.requantize import Requantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 from qlr_jax.models.llama import Llama
@@ -24,7 +24,7 @@ def assemble_model(
     student: Student,
     values: ParameterTree,
     quantized: QuantizedFactors,
-    requantizers: Mapping[str, Regrid],
+    requantizers: Mapping[str, Requantizer],
     train: tuple[str, ...],
 ) -> Llama:
     """A copy of the compressed model with what was trained in it.
@@ -57,7 +57,7 @@ def pack_matrix(
     matrix: StudentMatrix,
     values: Mapping[str, Array],
     quantized: Mapping[str, Array],
-    requantizer: Regrid | None = None,
+    requantizer: Requantizer | None = None,
 ) -> QLRMatrix:
     """One matrix as it is saved: Q's codes, byte for byte where it was not trained, new scales, and the quantized factors.
 
@@ -73,8 +73,10 @@ def pack_matrix(
         arrays |= requantizer.pack(requantizer.round(values["body"])[1])
     arrays["scale"] = np.array([scale * float(values["gain"])], np.float32)
     if matrix.groups:
-        scales = np.asarray(before.arrays["backbone.scales"], np.float32) * np.asarray(values["groups"])
-        arrays["backbone.scales"] = scales.astype(np.float16)
+        quantizer = before.spec.quantizer()
+        key = f"backbone.{quantizer.scales}"
+        scales = np.asarray(before.arrays[key], np.float32) * np.asarray(values["groups"])
+        arrays[key] = np.asarray(quantizer.cast_scales(scales))
     if matrix.layout.signs:
         for name, relaxed, (sign, _) in zip(("output_signs", "input_signs"), SIGNS, matrix.rotations, strict=True):
             arrays[name] = (sign * np.asarray(values[relaxed])).astype(np.float16)

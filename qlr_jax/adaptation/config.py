@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from qlr_jax.core.quantizers import Nothing, parse_quantizer
+from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.errors import QLRError
 
 TRAINABLE = ("factors", "norms", "scales", "signs", "embeddings", "backbone")
@@ -130,7 +130,7 @@ class AdaptConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise QLRError(f"{name} {value} is too small; pass at least 1, or leave it out")
         for name, grid in (("factors", self.factors), ("fresh_grid", self.fresh_grid)):
-            if grid != "same" and isinstance(parse_quantizer(grid), Nothing):
+            if grid != "same" and parse_quantizer(grid).empty:
                 raise QLRError(f"{name} cannot be stored as none; pass same, bf16, or a grid such as trellis-4")
         if self.states and self.loss == "text":
             raise QLRError(f"states {self.states:g} compares with the original model; choose loss 'kl' or 'mix', or pass 0")

@@ -18,7 +18,7 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.hadamard import INPUT, OUTPUT
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.metric import Metric
-from qlr_jax.core.requantize import Regrid
+from qlr_jax.core.requantize import Requantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import SITES, Llama, input_of
@@ -38,7 +38,7 @@ class TrainingMetrics:
     """
 
     factors: Mapping[str, np.ndarray] = field(default_factory=dict)
-    backbones: Mapping[str, Regrid] = field(default_factory=dict)
+    backbones: Mapping[str, Requantizer] = field(default_factory=dict)
     states: tuple[jax.Array, ...] = ()
 
 
@@ -84,7 +84,7 @@ def measure_metrics(
         with progress.stage("metrics: outputs", total=model.config.num_hidden_layers) as stage:
             names = list(dict.fromkeys((*backbones, *last)))
             outputs = calibration.output_hessians(dense, rows, names, seed=config.seed, progress=stage.advance)
-    requantizers: dict[str, Regrid] = {}
+    requantizers: dict[str, Requantizer] = {}
     shared: dict[Any, Metric] = {}
     for name in backbones:
         layout, own, of = matrices[name].layout, values[name], input_of(name)
@@ -92,7 +92,7 @@ def measure_metrics(
         if key not in shared:
             shared[key] = backbone_metric(inputs[of], own.get("columns"), layout, INPUT)
         output = backbone_metric(outputs[name], own.get("rows"), layout, OUTPUT)
-        requantizers[name] = Regrid.of(matrices[name], shared[key], output)
+        requantizers[name] = Requantizer.of(matrices[name], shared[key], output)
     return TrainingMetrics(
         {name: inputs[input_of(name)] for name in factors},
         requantizers,

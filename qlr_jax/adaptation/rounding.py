@@ -17,7 +17,7 @@ from qlr_jax.core.factors import round_left, round_right
 from qlr_jax.core.ldlq import column_block
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import ldl, rotated_hessian
-from qlr_jax.core.requantize import Regrid
+from qlr_jax.core.requantize import Requantizer
 from qlr_jax.core.typing import Array
 
 QuantizedFactors = dict[str, dict[str, Array]]
@@ -109,7 +109,7 @@ def factor_shifts(
     return {"right.shift": right["right"] * size - plain["right"], "left.shift": target - plain["left"]}
 
 
-def backbone_shift(values: Mapping[str, Array], requantizer: Regrid, from_scratch: bool) -> dict[str, Array]:
+def backbone_shift(values: Mapping[str, Array], requantizer: Requantizer, from_scratch: bool) -> dict[str, Array]:
     """What quantization adds to a trained backbone B / g as it is now, to be fixed over some steps as `factor_shifts` are.
 
     Args:
@@ -118,11 +118,11 @@ def backbone_shift(values: Mapping[str, Array], requantizer: Regrid, from_scratc
         from_scratch: search all sequences of a trellis with free tail-biting states; else each keeps the state that it had at the
             quantization before, which takes half of the time.
     """
-    states: Any = None if from_scratch else values.get("body.seams")
+    states: Any = None if from_scratch else values.get("body.warm")
     quantized, codes = requantizer.round(values["body"], states)
     shift: dict[str, Any] = {"body.shift": quantized - values["body"]}
-    if (seams := requantizer.seams(codes)) is not None:
-        shift["body.seams"] = seams
+    if (warm := requantizer.warm_start(codes)) is not None:
+        shift["body.warm"] = warm
     return shift
 
 

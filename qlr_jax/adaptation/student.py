@@ -160,13 +160,15 @@ def split_matrix(
         QLRError: `rank` cuts the components that the grid stores together.
     """
     layout, spec = matrix.layout, matrix.spec
+    quantizer = spec.quantizer()
+    coded = not (quantizer.plain or quantizer.empty)
     # a scale of 0: the matrix is zero
-    trained = "backbone" in train and spec.backbone not in ("bf16", "none") and float(matrix.arrays["scale"][0]) != 0
+    trained = "backbone" in train and coded and float(matrix.arrays["scale"][0]) != 0
     # factors that stay beside a trained backbone are multiplied out: a step need not go through them
     factored = 0 if trained and "factors" not in train else _factored_rank(name, spec, rank)
     if added is not None or (grid and spec.rank):
         layout = with_factors(layout, spec.rank + (0 if added is None else len(added)), grid)
-    groups = "scales" in train and "backbone.scales" in matrix.arrays and not trained  # codes are found for scales as they are
+    groups = "scales" in train and quantizer.scales is not None and not trained  # codes are found for scales as they are
     values: dict[str, Array] = {"gain": jnp.ones(())}
     if spec.rotated and ("signs" in train or layout.signs):
         layout = replace(layout, signs=True)
@@ -178,7 +180,8 @@ def split_matrix(
         if factored:
             if added is None and Spec.parse(layout.spec).factor_quantizers() == spec.factor_quantizers():
                 on_left, on_right = spec.factor_quantizers()
-                on_grid = (on_left.unit_scale, on_right.unit_scale)
+                # with scales of its own a grid is fitted again
+                on_grid = (on_left.unit_scale and not on_left.scales, on_right.unit_scale and not on_right.scales)
             values |= _factor_parameters(matrix, left[:, :factored], right[:factored], on_grid)
         if spec.rank > factored:
             rest = left[:, factored:] @ right[factored:]
@@ -192,7 +195,7 @@ def split_matrix(
         return student, values, _unrotate(matrix.backbone() + rest, student)
     values["rest"] = _unrotate(rest, student) if rest.ndim else rest
     if groups:
-        values |= {"groups": jnp.ones(matrix.arrays["backbone.scales"].shape)}
+        values |= {"groups": jnp.ones(matrix.arrays[f"backbone.{quantizer.scales}"].shape)}
         values |= {f"backbone.{k}": jnp.asarray(v) for k, v in matrix.part("backbone").items()}
         values["scale"] = jnp.asarray(matrix.arrays["scale"], jnp.float32)
     else:
@@ -273,8 +276,8 @@ def backbone(matrix: StudentMatrix, values: Mapping[str, Array], base: Array) ->
     if not matrix.groups:
         return base
     arrays = {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith("backbone.")}
-    arrays["scales"] = arrays["scales"].astype(jnp.float32) * values["groups"]
     quantizer = Spec.parse(matrix.layout.spec).quantizer(matrix.layout.state_bits, matrix.layout.shape)
+    arrays[quantizer.scales] = arrays[quantizer.scales].astype(jnp.float32) * values["groups"]
     return _unrotate(values["scale"][0] * quantizer.decode(arrays, *matrix.layout.shape), matrix) + values["rest"]
 
 

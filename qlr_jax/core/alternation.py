@@ -23,7 +23,6 @@ from qlr_jax.core.low_rank import start_basis
 from qlr_jax.core.metric import ldl, outlier_channels, rotated_hessian
 from qlr_jax.core.objective import normalised, quadratic_by_rows
 from qlr_jax.core.problem import MatrixProblem
-from qlr_jax.core.quantizers import Nothing
 from qlr_jax.core.sharding import placement_of, sharded
 from qlr_jax.core.typing import Array
 
@@ -82,7 +81,7 @@ def first_step(problem: MatrixProblem) -> State:
     if start != "race":
         return step(problem, init(problem, start))
     state = step(problem, init(problem, "weight"))
-    if problem.output is None or isinstance(problem.backbone, Nothing):
+    if problem.output is None or problem.backbone.empty:
         return state
     other = step(problem, init(problem, "backbone"))
     better = other.best_error < state.best_error
@@ -104,7 +103,7 @@ def init(problem: MatrixProblem, start: str) -> State:
     if not problem.spec.rank:
         return state
     basis, steps, config = _random_basis(problem), problem.config.subspace_steps, problem.config
-    if isinstance(problem.backbone, Nothing):  # the factors alone: a candidate already
+    if problem.backbone.empty:  # the factors alone: a candidate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
         return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
@@ -124,7 +123,7 @@ def init(problem: MatrixProblem, start: str) -> State:
 def step(problem: MatrixProblem, state: State) -> State:
     """One alternation: Q on what the factors leave, then the factors on what Q leaves; each result evaluated."""
     trail: tuple[np.ndarray, ...] = ()
-    if not isinstance(problem.backbone, Nothing):
+    if not problem.backbone.empty:
         state = improve_backbone(problem, state)
         trail = (state.error,)
     warm = problem.config.warm_start

@@ -114,7 +114,7 @@ def round_backbone(
         else by_rows(lambda w: static.fit_qparams(w, per_row=False), (residual,))
     )
     if static.unit_scale:
-        scales = (scales[0] * correction[:, None, None],)
+        scales = (scales[0] * correction[:, None, None], *scales[1:])
     padded, qparams = pad_to_tiles(residual, *static.tile), static.broadcast_qparams(scales, n)
     if rows is None:
         q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, traced, static), (padded, *qparams), static.tile[0])
@@ -122,7 +122,7 @@ def round_backbone(
         q, codes = ldlq_rows(padded, factor, rows, qparams, traced, static)
     q, scale = q[:, :m, :n], jnp.ones(q.shape[:1])
     if static.unit_scale:
-        scale, scales = scales[0][:, 0, 0], ()
+        scale, scales = scales[0][:, 0, 0], scales[1:]
         if refit:  # one scale for all of Q costs nothing to refit: the best multiple of Q in the metric
             weighted = product_by_rows(q, hessian)
             weighted = weighted if output is None else product_by_rows(output, weighted)

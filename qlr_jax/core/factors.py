@@ -144,16 +144,16 @@ def round_right(
         size: (b, k, 1) of the rows, for a grid that has no scale; None: their root mean square.
     """
     cols = wanted.shape[-1]
-    scales = static.fit_qparams(wanted, per_row=True) if size is None else (size,)
+    scales = static.fit_qparams(wanted, per_row=True, unit=size)
     if static.unit_scale and one_scale:
-        scales = (_common(scales[0], -2),)
+        scales = static.fit_qparams(wanted, per_row=True, unit=_common(scales[0], -2))
     padded = pad_to_tiles(wanted, 1, static.tile[1])
     values, codes = ldlq(padded, factor, static.broadcast_qparams(scales, cols), traced, static)
     values = values[..., :cols]
     if not static.unit_scale:
         return values, codes, scales
     size = scales[0]
-    return values / jnp.where(size > 0, size, 1.0), codes, ()
+    return values / jnp.where(size > 0, size, 1.0), codes, scales[1:]
 
 
 def _common(sizes: Array, axis: int) -> Array:
@@ -201,15 +201,14 @@ def round_left(
         size = _common(size, -1) if one_scale and not own_scales else size
     size = jnp.where(size > 0, size, 1.0)
     scaled = wanted / size
-    scales = () if static.unit_scale else static.fit_qparams(jnp.swapaxes(scaled, -1, -2), per_row=True)
-    qparams = (
-        (jnp.ones((1, 1, 1)),) if static.unit_scale else tuple(jnp.swapaxes(g, -1, -2) for g in static.broadcast_qparams(scales, m))
-    )
+    unit = jnp.ones((1, 1, 1)) if static.unit_scale else None
+    scales = static.fit_qparams(jnp.swapaxes(scaled, -1, -2), per_row=True, unit=unit)
+    qparams = tuple(jnp.swapaxes(g, -1, -2) for g in static.broadcast_qparams(scales, m))
     padded = pad_to_tiles(scaled, static.tile[1], 1)
     # F is for L itself: for components in units of their size it turns into diag(size) F diag(size)⁻¹
     scaled_feedback = factor * jnp.swapaxes(size, -1, -2) / size
     values, codes = ldlq(padded, scaled_feedback, qparams, traced, static, transposed=True)
-    return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales
+    return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales[1:] if static.unit_scale else scales
 
 
 def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: float) -> dict[str, np.ndarray]:

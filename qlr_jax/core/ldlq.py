@@ -95,6 +95,7 @@ def ldlq(
     traced: Traced,
     static: Quantizer,
     transposed: bool = False,
+    warm: Array | None = None,
 ) -> tuple[Float[Array, "*b m n"], Array]:
     """Round `weight` on a grid with feedback F (from `feedback`, at `column_block` columns a block).
 
@@ -104,12 +105,14 @@ def ldlq(
         qparams: scale and zero point of every weight, broadcastable to `weight`.
         traced, static: parameters of the quantizer, and its static configuration: one compilation serves all that share it.
         transposed: the quantizer stores the transpose of `weight`.
+        warm: of every weight what the search for its code may start from (`Quantizer.warm_start`); None: nothing is known.
 
     Returns:
         values on the grid, and the codes as `pack` takes them.
     """
     n, lead = weight.shape[-1], weight.ndim - 1
-    width = column_block(static, transposed)
+    width, count = column_block(static, transposed), len(qparams)
+    given = qparams if warm is None else (*qparams, warm)
     group = next(w for w in range(width * max(GROUP // width, 1), 0, -width) if n % w == 0)
 
     def round_group(error: Array, number: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -119,13 +122,14 @@ def ldlq(
         # `error` is still zero in this group and before it
         target = original + jnp.matmul(error, into, precision="highest")
         within = lax.dynamic_slice_in_dim(into, start, group, axis=-2)
-        local = tuple(_columns(g, start, group) for g in qparams)
+        local = tuple(_columns(g, start, group) for g in given)
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             at = block * width
             part = lax.dynamic_slice_in_dim(within, at, width, axis=-1)
             aim = lax.dynamic_slice_in_dim(target, at, width, axis=-1) + jnp.matmul(missed, part, precision="highest")
-            value, code = static.round_block(aim, tuple(_columns(g, at, width) for g in local), traced, transposed)
+            own = tuple(_columns(g, at, width) for g in local)
+            value, code = static.round_block(aim, own[:count], traced, transposed, *own[count:])
             new = lax.dynamic_slice_in_dim(original, at, width, axis=-1) - value
             return lax.dynamic_update_slice_in_dim(missed, new, at, axis=-1), (value, code)
 
@@ -160,6 +164,7 @@ def ldlq_rows(
     qparams: QParams,
     traced: Traced,
     static: Quantizer,
+    warm: Array | None = None,
 ) -> tuple[Float[Array, "b m n"], Array]:
     """`ldlq` with feedback among the rows as well: for tr(G E H Eᵀ), G = (I + F_G) D_G (I + F_G)ᵀ.
 
@@ -182,7 +187,7 @@ def ldlq_rows(
     (b, m, n), width = weight.shape, column_block(static)
     high = row_group(m, static.tile[0])
     if high == m:
-        return ldlq(weight, factor, qparams, traced, static)
+        return ldlq(weight, factor, qparams, traced, static, warm=warm)
     count, wide = m // high, _column_group(n, width, m // high)
     ahead = n // wide  # groups of columns
 
@@ -192,7 +197,7 @@ def ldlq_rows(
             return array[:, None]
         return array.reshape(len(array), count, high, array.shape[-1])[:, ::-1]
 
-    own, scales = grouped(weight), tuple(grouped(g) for g in qparams)
+    own, scales = grouped(weight), tuple(grouped(g) for g in (qparams if warm is None else (*qparams, warm)))
     # F_G[r, i] for every group i, its rows r in the order of `own`
     into = jnp.moveaxis(grouped(rows).reshape(len(rows), m, count, high)[:, :, ::-1], 2, 1)
 
@@ -222,7 +227,8 @@ def ldlq_rows(
             sizes = tuple(
                 jnp.broadcast_to(_columns(g, here, width), (b, groups, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
             )
-            value, code = static.round_block(flat, tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes), traced, False)
+            given = tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes)
+            value, code = static.round_block(flat, given[: len(qparams)], traced, False, *given[len(qparams) :])
             value = value.reshape(aim.shape)
             new = lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value
             return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)

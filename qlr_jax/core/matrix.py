@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 

@@ -16,7 +16,6 @@ from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.objective import relative_error
 from qlr_jax.core.problem import MatrixProblem
-from qlr_jax.core.quantizers import Nothing
 
 
 class Verdict(enum.Enum):
@@ -76,7 +75,7 @@ def finish(
     """
     spec, solutions = problem.spec, []
     best = jax.tree.map(np.asarray, candidate)
-    half_steps = 2 if spec.rank and not isinstance(problem.backbone, Nothing) else 1  # errors recorded in one iteration
+    half_steps = 2 if spec.rank and not problem.backbone.empty else 1  # errors recorded in one iteration
     for i in range(len(problem.original)):  # the weights on several devices are filled up
         value, original = _packed(problem, best, i), problem.original[i]
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
@@ -108,10 +107,12 @@ def _packed(problem: MatrixProblem, best: Candidate, i: int) -> QLRMatrix:
 def _bound(problem: MatrixProblem, best: Candidate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
     """(bound on the relative error, None), or (None, why there is none)."""
     backbone, energy, metric = problem.backbone, float(problem.energy[i]), problem.metric
-    covering_radius = getattr(backbone, "covering_radius", None)
-    if isinstance(backbone, Nothing):
+    n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
+    own = tuple(s[i] for s in best.scales)
+    radius = backbone.covering_radius((best.scale[i].reshape(1, 1), *own) if backbone.unit_scale else own, n)
+    if backbone.empty:
         return None, "no backbone is rounded"
-    if covering_radius is None:
+    if radius is None:
         return None, f"{backbone.name} has no covering radius"
     if problem.output is not None:
         return None, "errors are weighted by outputs"
@@ -119,7 +120,6 @@ def _bound(problem: MatrixProblem, best: Candidate, value: QLRMatrix, i: int) ->
         return None, "H is not damped"
     if energy <= 0:
         return None, "the weight is zero"
-    n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
     error = np.asarray(problem.weight[i], np.float64)
     if problem.spec.rank or backbone.unit_scale:  # as it is stored: scales of components are rounded, too
         stored = np.asarray(value.backbone(), np.float64)
@@ -130,8 +130,7 @@ def _bound(problem: MatrixProblem, best: Candidate, value: QLRMatrix, i: int) ->
     else:
         error = error - best.q[i]
     rounding = error + error @ np.asarray(metric.factor(width)[at], np.float64)[:n, :n]  # what each rounding missed its target by
-    scales = (best.scale[i].reshape(1, 1),) if backbone.unit_scale else tuple(s[i] for s in best.scales)
-    squared = covering_bound(rounding, np.asarray(covering_radius(scales, n)), metric.block_norms(at, width), width)
+    squared = covering_bound(rounding, np.asarray(radius), metric.block_norms(at, width), width)
     return float(np.sqrt(squared / energy)), None
 
 

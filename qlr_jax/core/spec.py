@@ -7,14 +7,12 @@ trellis-2.25      trellis-2+r32@trellis-4      e8-2+r256@e8-4      int-4g32+r16@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from qlr_jax.core.quantizers import Nothing, Quantizer, parse_quantizer, stored_bytes
-from qlr_jax.core.quantizers.trellis import DEFAULT_STATE_BITS, HEIGHTS, walk_height
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer, stored_bytes
 from qlr_jax.errors import QLRError
 
 _PATTERN = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
@@ -50,23 +48,23 @@ class Spec:
         if not match:
             raise QLRError(f"{text!r} is not a spec; pass <backbone>[/rot][+r<rank>@<factors>], e.g. trellis-2+r32@trellis-4")
         backbone = parse_quantizer(match["backbone"])
-        always = backbone.unit_scale
+        always = backbone.always_rotated
         if always and match["rot"]:
             raise QLRError(f"{text!r}: {backbone.name} is rotated always; leave /rot out")
         rank = int(match["rank"] or 0)
         if match["rank"] and rank == 0:
             raise QLRError(f"{text!r}: rank 0 is written by leaving +r out")
         if rank == 0:
-            if isinstance(backbone, Nothing):
+            if backbone.empty:
                 raise QLRError(f"{text!r} keeps nothing of the matrix; give it factors, e.g. none+r64@int-8")
             return cls(backbone.name, always or bool(match["rot"]))
         left, right = parse_quantizer(match["left"]), parse_quantizer(match["right"] or match["left"])
-        if isinstance(left, Nothing) or isinstance(right, Nothing):
+        if left.empty or right.empty:
             raise QLRError(f"{text!r}: factors cannot be none; leave +r out for rank 0")
         return cls(backbone.name, always or bool(match["rot"]), rank, left.name, right.name)
 
     def __str__(self) -> str:
-        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().unit_scale else "")
+        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().always_rotated else "")
         if self.rank:
             text += f"+r{self.rank}@{self.grids}"
         return text
@@ -78,15 +76,12 @@ class Spec:
 
     def quantizer(self, state_bits: int = DEFAULT_STATE_BITS, shape: tuple[int, int] | None = None) -> Quantizer:
         """The grid of Q, of a matrix of `shape` (out, in) where its tiles matter."""
-        return parse_quantizer(self.backbone, tile_rows=walk_height(*shape) if shape else HEIGHTS[0], state_bits=state_bits)
+        return parse_quantizer(self.backbone).for_backbone(shape, state_bits)
 
     def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
-        """The grids of Lᵀ (rank, m) and R (rank, n); a trellis lays its walks across 4 components, where 4 divides the rank."""
-        rows = math.gcd(self.rank, 4)
-        return (
-            parse_quantizer(self.left, tile_rows=rows, state_bits=state_bits),
-            parse_quantizer(self.right, tile_rows=rows, state_bits=state_bits),
-        )
+        """The grids of Lᵀ (rank, m) and R (rank, n)."""
+        left, right = parse_quantizer(self.left), parse_quantizer(self.right)
+        return left.for_factor(self.rank, state_bits), right.for_factor(self.rank, state_bits)
 
     @property
     def component_scales(self) -> bool:
@@ -96,7 +91,7 @@ class Spec:
     @property
     def has_scale(self) -> bool:
         """Whether g is stored: always, but for weights that are kept as they are."""
-        return self.backbone != "bf16" or self.rank > 0
+        return self.rank > 0 or not self.quantizer().plain
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of all that is stored for a matrix of `shape` (out, in): codes, scales, factors, padding."""

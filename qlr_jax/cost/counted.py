@@ -10,6 +10,8 @@ from functools import cached_property
 from qlr_jax.calibration.backward import SPILLED
 from qlr_jax.core.batch import FACTORED_TOGETHER, ROWS_TOGETHER, SMALL
 from qlr_jax.core.low_rank import bucket
+from qlr_jax.core.quantizers import Quantizer, parse_quantizer
+from qlr_jax.core.spec import expand_backbones
 from qlr_jax.cost.machine import Machine
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
 from qlr_jax.models.sites import siblings
@@ -140,10 +142,11 @@ class Counted:
         """Whether a rank above 0 is offered."""
         return any(self.recipe.ranks)
 
-    @property
-    def family(self) -> str:
-        """trellis, e8 or scalar: what most of the searching is."""
-        return next((name for name in ("trellis", "e8") if any(b.startswith(name) for b in self.recipe.backbones)), "scalar")
+    @cached_property
+    def backbone(self) -> Quantizer:
+        """Of the backbones that the recipe offers the one whose search takes longest: what most of the searching is."""
+        offered = [parse_quantizer(text.partition("/")[0]) for text in expand_backbones(self.recipe.backbones)]
+        return max(offered, key=lambda quantizer: quantizer.search_cost.time, default=parse_quantizer("none"))
 
     def batch_size(self, kind: str, shape: tuple[int, int]) -> int:
         """Matrices in the largest batch of this kind: filled up where they are small, those of one input where they are large."""

@@ -193,7 +193,8 @@ def _pass(job: Counted) -> tuple[tuple[str, int], tuple[str, int]]:
 def solving(job: Counted) -> tuple[int, int]:
     """(host, device) bytes of the largest batch while it is solved."""
     found = [(0, 0)]
-    states = 2 ** max(job.recipe.state_bits, job.recipe.search_state_bits) if job.family == "trellis" else 0
+    bits = max(job.recipe.state_bits, job.recipe.search_state_bits)
+    states = job.backbone.for_backbone(state_bits=bits).search_cost.states
     walks = 32 if job.machine.kind == "cpu" else min(2048, 2**23 // max(states, 1))
     viterbi = walks * states * (128 + 24)  # a byte for half of the states at every weight, and some float32 costs
     for kind, (m, n) in job.groups:

@@ -66,8 +66,6 @@ class Rates:
         return sum(s * getattr(work, n) * (1 - shared[n] + shared[n] / cores) for n, s in self.per.items())
 
 
-SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}  # time of a search in a solve, over that with 12 state bits
-SHARED = {6: 0.0, 8: 0.0, 10: 0.3, 12: 0.9, 14: 0.95, 16: 0.95}  # part of it that all cores work at
 RATES = {
     "cpu": Rates(
         {

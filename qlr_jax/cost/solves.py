@@ -9,15 +9,14 @@ from allocators.strategies import STRATEGIES
 from qlr_jax.core.batch import SMALL
 from qlr_jax.core.ldlq import GROUP, row_group
 from qlr_jax.core.low_rank import bucket
-from qlr_jax.core.quantizers.trellis import walk_height
+from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.cost.counted import Counted
-from qlr_jax.cost.rates import SEARCH, SHARED, Work
+from qlr_jax.cost.rates import Work
 
 ANCHORED = 100  # as in sensitivity.anchors
 ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
 CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks spreads the matrices of one shape over, about
 RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about
-COARSE = {"trellis": 1.0, "e8": 0.03, "scalar": 0.005}  # time of a search, over that of a trellis of 12 state bits
 # Functions that are compiled for a batch shape that is solved, small ones as parts of one, and those with factors.
 COMPILED = {"solve": 40, "factors": 33}
 LATER = 0.1  # of the functions of solves, the part that is compiled again for another number of state bits
@@ -97,13 +96,11 @@ def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors
         passed=30 * sum(b * side * side for side in sides) + 60 * b * m * n,
         products=b * 3 * felt,
     )
-    waste, steps = _staggered(job, m, n)
+    quantizer = job.backbone.for_backbone(shape, state_bits)
+    waste, steps = _staggered(job, quantizer, m, n)
     fill = _filled(job, b * m / 64 if m >= 64 else b * m / 16)
-    bits = min(16, state_bits + state_bits % 2)
-    coarse = COARSE[job.family] * (SEARCH[bits] if job.family == "trellis" else 1.0)
-    share = SHARED[bits] if job.family == "trellis" else 0.0
-    once = b * m * n * waste
-    search = Work(searched=share * coarse, alone=(1 - share) * coarse)
+    once, found_by = b * m * n * waste, quantizer.search_cost
+    search = Work(searched=found_by.shared * found_by.time, alone=(1 - found_by.shared) * found_by.time)
     rounding = Work(products=b * felt * (waste + 2), placed=once, steps=steps) + search * (once * fill)
     if not factors:
         return found + rounding
@@ -121,21 +118,20 @@ def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors
     return found + rounding * (race + rounds) + fit * (2 * race + rounds)
 
 
-def _staggered(job: Counted, m: int, n: int) -> tuple[float, float]:
+def _staggered(job: Counted, quantizer: Quantizer, m: int, n: int) -> tuple[float, float]:
     """Of one rounding: its waste while the groups of rows follow each other, and steps of all searches."""
-    height = walk_height(m, n) if job.family == "trellis" else 1
-    width = 256 // height if job.family == "trellis" else 1
+    height = quantizer.tile[0]
     rows = -(-m // height) * height
     high = row_group(rows, height) if job.outputs else rows
     count = rows // high
     wide = min(GROUP, max(16, n // (4 * count))) if count > 1 else GROUP
     ahead = max(1, n // wide)
     waste = (ahead + count - 1) / ahead
-    return waste, waste * n / width * (512 if job.family == "trellis" else 1)
+    return waste, waste * n * quantizer.search_cost.steps
 
 
-def _filled(job: Counted, walks: float) -> float:
-    """Walks that are searched over those that are asked for: they go in eights or in batches of 32 on a CPU."""
-    size = 32 if walks > 16 else 8
-    slower = 1.0 if walks > 16 else 1.33
-    return slower * size * math.ceil(walks / size) / walks if job.machine.kind == "cpu" else 1.0
+def _filled(job: Counted, sequences: float) -> float:
+    """Sequences that are searched over those that are asked for: they go in eights or in batches of 32 on a CPU."""
+    size = 32 if sequences > 16 else 8
+    slower = 1.0 if sequences > 16 else 1.33
+    return slower * size * math.ceil(sequences / size) / sequences if job.machine.kind == "cpu" else 1.0

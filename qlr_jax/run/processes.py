@@ -107,7 +107,8 @@ def join(out: str | Path, coordinator: str | None = None, processes: int | None 
 def cost(problem: tuple, config: SolverConfig) -> float:
     """Operations of one solve, about: m · n · (states searched + products with H), as often as Q may be found anew."""
     (m, n), spec = problem[0].shape, Spec.parse(problem[2])
-    searched = 2 * 2**config.state_bits if "trellis" in str(spec) else 0
+    quantizers = [spec.quantizer(config.state_bits), *(spec.factor_quantizers(config.state_bits) if spec.rank else ())]
+    searched = 2 * max(quantizer.search_cost.states for quantizer in quantizers)
     return m * n * (searched + n) * (config.iterations if spec.rank else 1)
 
 

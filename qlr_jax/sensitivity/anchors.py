@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlr_jax.core.quantizers import Nothing
 from qlr_jax.core.spec import Spec
 from qlr_jax.models import kind_of, layer_of
 from qlr_jax.sensitivity.correction import correction_key
@@ -24,7 +23,7 @@ def probe(offered: Sequence[Spec]) -> str:
         >>> probe([Spec.parse("int-2"), Spec.parse("int-3")]), probe([Spec.parse("int-2"), Spec.parse("trellis-3")])
         ('int-3', 'trellis-2')
     """
-    if any(spec.quantizer().unit_scale or isinstance(spec.quantizer(), Nothing) for spec in offered):
+    if any(spec.quantizer().always_rotated or spec.quantizer().empty for spec in offered):
         return PROBE
     bare = {str(spec): spec for spec in offered if not spec.rank}
     listed = sorted(bare, key=lambda text: abs(bare[text].quantizer().bits - PLAIN_BITS))
@@ -70,17 +69,17 @@ def anchors(offered: Mapping[str, Sequence[Spec]], probes: Mapping[str, str]) ->
 
 def _plain(offered: Sequence[Spec], everything: bool) -> list[str]:
     """The rank-0 options that no rotation makes alike: all, or the middle one at every number of bits."""
-    by_bits: dict[tuple[str, float], list[str]] = {}
+    by_bits: dict[tuple[type, float], list[str]] = {}
     for spec in offered:
         if not spec.rank and correction_key(spec).backbone:
-            by_bits.setdefault((spec.backbone.split("-")[0], spec.quantizer().bits), []).append(str(spec))
+            by_bits.setdefault((type(spec.quantizer()), spec.quantizer().bits), []).append(str(spec))
     return [text for texts in by_bits.values() for text in (texts if everything else texts[len(texts) // 2 :][:1])]
 
 
 def _distance(spec: Spec, probed: str) -> tuple[bool, float, bool]:
     grid, wanted = spec.quantizer(), Spec.parse(probed)
     return (
-        grid.unit_scale != wanted.quantizer().unit_scale,
+        grid.always_rotated != wanted.quantizer().always_rotated,
         abs(grid.bits - wanted.quantizer().bits),
         spec.backbone != wanted.backbone,
     )

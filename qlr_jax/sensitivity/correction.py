@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
-from qlr_jax.core.quantizers import Nothing
 from qlr_jax.core.spec import Spec
 
 
@@ -34,7 +33,7 @@ def correction_key(spec: Spec) -> CorrectionKey:
         ((4, 'bf16', 'int-3g64/rot'), (0, '', ''))
     """
     grid = spec.quantizer()
-    alike = grid.unit_scale or isinstance(grid, Nothing)
+    alike = grid.always_rotated or grid.empty
     return CorrectionKey(spec.rank, spec.grids, "" if alike else str(replace(spec, rank=0, left="", right="")))
 
 
@@ -103,6 +102,6 @@ def _distance(one: str, other: str) -> float:
     if not one or not other:
         return 100.0
     a, b = Spec.parse(one), Spec.parse(other)
-    groups = [getattr(spec.quantizer(), "group", 0) or 1024 for spec in (a, b)]
+    groups = [spec.quantizer().group or 1024 for spec in (a, b)]
     kind = 10.0 * (type(a.quantizer()) is not type(b.quantizer()) or a.rotated != b.rotated)
     return kind + abs(a.quantizer().bits - b.quantizer().bits) + 0.01 * abs(math.log2(groups[0] / groups[1]))

@@ -13,7 +13,6 @@ from allocators import Option, OptionTable, Row
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import LazyMap
-from qlr_jax.core.quantizers import Nothing
 from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
@@ -121,7 +120,7 @@ def measure(
         error = exact.get((name, option.spec))
         if error is None:
             # what factors alone reach needs no correction: no rounding of a backbone is in it
-            factor = 1.0 if isinstance(spec.quantizer(), Nothing) else correction.factor(name, correction_key(spec))
+            factor = 1.0 if spec.quantizer().empty else correction.factor(name, correction_key(spec))
             error = min(factor * predict(profiles[name], spec, config.state_bits), 1.0)
         return replace(option, damage=coefficient[name] * error**2, measured=(name, option.spec) in exact)
 

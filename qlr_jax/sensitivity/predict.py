@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
-from functools import lru_cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +19,7 @@ from qlr_jax.core import hadamard
 from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, row_group, variance_gain
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
-from qlr_jax.core.quantizers import Nothing, Quantizer, Trellis
-from qlr_jax.core.quantizers.trellis import gaussian_error
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer
 from qlr_jax.core.spec import Spec
 
 
@@ -138,9 +135,9 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
         return 0.0
     left_over = profile.size
     if spec.rank:
-        left, right = (grid_error(q, state_bits) for q in spec.factor_quantizers(state_bits))
+        left, right = (q.gaussian_error() for q in spec.factor_quantizers(state_bits))
         coarse = left + right
-        if isinstance(spec.quantizer(), Nothing):
+        if spec.quantizer().empty:
             explained = float(profile.explained[: spec.rank].sum())
             return math.sqrt(max(profile.energy - (1 - coarse) * explained, 0.0) / profile.energy)
         gone = float(profile.captured[: spec.rank].sum())
@@ -151,22 +148,6 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
     return math.sqrt(error * float(variance_gain(error, profile.noise_gain)) * left_over * profile.noise / profile.energy)
 
 
-def grid_error(quantizer: Quantizer, state_bits: int) -> float:
-    """Mean squared error of a grid on a unit Gaussian; trellis rates between quarters are interpolated in the logarithm."""
-    if isinstance(quantizer, Trellis):
-        quarter = quantizer.rate * 4
-        low, high = Fraction(math.floor(quarter), 4), Fraction(math.ceil(quarter), 4)
-        if low == high:
-            return gaussian_error(low, state_bits)
-        part = float((quantizer.rate - low) / (high - low))
-        return gaussian_error(low, state_bits) ** (1 - part) * gaussian_error(high, state_bits) ** part
-    return _measured(quantizer)
-
-
-@lru_cache
-def _measured(quantizer: Quantizer) -> float:
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 256), np.float32))
-    values, _ = quantizer.round_block(
-        x, quantizer.broadcast_qparams(quantizer.fit_qparams(x, per_row=True), 256), quantizer.traced(), False
-    )
-    return float(jnp.mean(jnp.square(x - values)))
+def grid_error(quantizer: Quantizer, state_bits: int = DEFAULT_STATE_BITS) -> float:
+    """Mean squared error of a grid on a unit Gaussian, a trellis with so many state bits."""
+    return quantizer.with_settings(state_bits=state_bits).gaussian_error()

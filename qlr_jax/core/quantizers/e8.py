@@ -13,6 +13,7 @@ and of the 15, and the scales are ours.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
+from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, SearchCost, Traced, root_mean_square
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
 SIZE = 8  # weights a point
+_DIGITS = re.compile("[0-9]+")
 # bits -> scale of the first stage, and of the second within it: of least squared error on a unit Gaussian. All are short
 # binary fractions, so that every value is exact in float32: it is the same in whatever order a runtime computes it.
 SCALES = {2: (247 / 256, 0.0), 3: (65 / 64, 31 / 64), 4: (9 / 8, 33 / 128)}
@@ -78,8 +80,8 @@ def _odd_sums() -> np.ndarray:
     return (magnitudes().sum(1) % 2).astype(np.int32)
 
 
-def nearest_shifted(x: Float[Array, "8 walks"]) -> Array:
-    """16-bit codes of the nearest points of E8 + ¼, (walks,) int32, for vectors in columns.
+def nearest_shifted(x: Float[Array, "8 vectors"]) -> Array:
+    """16-bit codes of the nearest points of E8 + ¼, (vectors,) int32, for vectors in columns.
 
     For a magnitude a and a shift s, the best signs are those of y = x − s; where their number has the wrong parity, the one
     that costs least, min 2 aᵢ|yᵢ|, is turned. So |x − point|² = |y|² − 2 (a·|y| − |a|²/2 − [wrong parity] 2 min aᵢ|yᵢ|), and
@@ -87,7 +89,7 @@ def nearest_shifted(x: Float[Array, "8 walks"]) -> Array:
     """
     table, odd_sums = magnitudes(), _odd_sums() == 1
     y = x[None] - jnp.array([-0.25, 0.25])[:, None, None]
-    size, odd = jnp.abs(y), jnp.sum(y < 0, axis=1) % 2 == 1  # (2, 8, walks), (2, walks)
+    size, odd = jnp.abs(y), jnp.sum(y < 0, axis=1) % 2 == 1  # (2, 8, vectors), (2, vectors)
 
     def compare(best: tuple[Array, Array], entry: tuple[Array, Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         magnitude, half_norm, odd_sum, name = entry
@@ -111,8 +113,8 @@ def nearest_shifted(x: Float[Array, "8 walks"]) -> Array:
     return name | (signs << 8) | (up.astype(jnp.int32) << 15)
 
 
-def nearest_root(x: Float[Array, "8 walks"]) -> Array:
-    """Names, (walks,) int32, of the nearest of the 256 points of `roots`, for vectors in columns."""
+def nearest_root(x: Float[Array, "8 vectors"]) -> Array:
+    """Names, (vectors,) int32, of the nearest of the 256 points of `roots`, for vectors in columns."""
 
     def compare(best: tuple[Array, Array], entry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         point, half_norm, name = entry
@@ -127,7 +129,7 @@ def nearest_root(x: Float[Array, "8 walks"]) -> Array:
 
 
 @dataclass(frozen=True)
-class Lattice:
+class Lattice(Quantizer):
     """`e8-2`, `e8-3`, `e8-4`: 2, 3 or 4 bytes for every 8 weights of a row.
 
     Example:
@@ -139,9 +141,19 @@ class Lattice:
 
     width: int
 
+    examples = ("e8-2", "e8-3", "e8-4")
+    usage = "e8-<2..4>"
+    unit_scale = True
+    always_rotated = True
+
     def __post_init__(self) -> None:
         if self.width not in SCALES:
             raise QLRError(f"e8-{self.width} is not offered; pass e8-2, e8-3 or e8-4")
+
+    @classmethod
+    def parse(cls, text: str) -> Lattice | None:
+        bits = text.partition("-")[2]
+        return cls(int(bits)) if _DIGITS.fullmatch(bits) else None
 
     @property
     def name(self) -> str:
@@ -151,34 +163,31 @@ class Lattice:
     def bits(self) -> float:
         return float(self.width)
 
-    unit_scale = True
-    tile = (1, SIZE)
+    @property
+    def tile(self) -> tuple[int, int]:
+        return 1, SIZE
+
+    @property
+    def search_cost(self) -> SearchCost:
+        return SearchCost(time=0.03)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, -(-cols // SIZE), self.width), np.dtype(np.uint8))}
 
-    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
-        axes = (-1,) if per_row else (-2, -1)
-        return (jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True)),)
+    def fit_qparams(self, x: Array, per_row: bool, unit: Array | None = None) -> QParams:
+        return (root_mean_square(x, per_row) if unit is None else unit,)
 
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return scales
-
-    def covering_radius(self, scales: QParams, cols: int) -> Array:
+    def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """What 8 weights can be off inside the code: E8's covering radius is 1, that of E8 + ¼ made smaller at 4 bits.
 
         At 3 bits the second stage leaves no more than the first, since 0 is among its points.
         """
         gain, inner = SCALES[self.width]
-        return scales[0] * (gain * inner if self.width == 4 else gain)
+        return qparams[0] * (gain * inner if self.width == 4 else gain)
 
-    def static(self) -> Lattice:
-        return self
-
-    def traced(self) -> Traced:
-        return ()
-
-    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+    def round_block(
+        self, x: Array, qparams: QParams, traced: Traced, transposed: bool, warm: Array | None = None
+    ) -> tuple[Array, Array]:
         scale = qparams[0]
         aligned = x / jnp.where(scale > 0, scale * SCALES[self.width][0], 1.0)
         aligned = jnp.swapaxes(aligned, -1, -2) if transposed else aligned
@@ -191,7 +200,7 @@ class Lattice:
         return values * scale, codes.reshape(*codes.shape[:-2], -1)  # one axis for a block's codes, as `ldlq` gathers them
 
     def _search(self, vectors: Array) -> Array:
-        """Codes (walks, stages) of vectors in columns, in units of the first stage."""
+        """Codes (vectors, stages) of vectors in columns, in units of the first stage."""
         first = nearest_shifted(vectors)
         if self.width == 2:
             return first[:, None]
@@ -206,15 +215,12 @@ class Lattice:
             return points + jnp.asarray(gain * inner * roots())[codes[..., 1]]
         return points + shifted_points(codes[..., 1], gain * inner) if self.width == 4 else points
 
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         codes = np.asarray(codes).reshape(len(codes), -1, 1 if self.width == 2 else 2)
         parts = [codes[..., 0] & 255, codes[..., 0] >> 8]
         parts += [codes[..., 1] & 255] if self.width > 2 else []
         parts += [codes[..., 1] >> 8] if self.width > 3 else []
         return {"codes": np.stack(parts, axis=-1).astype(np.uint8)}
-
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         stored = jnp.asarray(arrays["codes"]).astype(jnp.int32)

@@ -8,80 +8,64 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
+from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, Traced
 from qlr_jax.core.typing import Array
 
 
 @dataclass(frozen=True)
-class BFloat16:
+class BFloat16(Quantizer):
     """`bf16`: 16 bits a weight, no scale."""
 
     name = "bf16"
     bits = 16.0
-    unit_scale = False
-    tile = (1, 1)
+    examples = ("bf16",)
+    usage = "bf16"
+    plain = True
+
+    @classmethod
+    def parse(cls, text: str) -> BFloat16 | None:
+        return cls() if text == cls.name else None
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, cols), np.dtype(ml_dtypes.bfloat16))}
 
-    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
-        return ()
-
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return ()
-
-    def static(self) -> BFloat16:
-        return self
-
-    def traced(self) -> Traced:
-        return ()
-
-    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+    def round_block(
+        self, x: Array, qparams: QParams, traced: Traced, transposed: bool, warm: Array | None = None
+    ) -> tuple[Array, Array]:
         codes = x.astype(jnp.bfloat16)
         return codes.astype(jnp.float32), codes
 
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         return {"codes": np.ascontiguousarray(np.asarray(codes))}
-
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         return jnp.asarray(arrays["codes"]).astype(jnp.float32)
 
 
 @dataclass(frozen=True)
-class Nothing:
+class Nothing(Quantizer):
     """`none`: no backbone; the factors carry everything."""
 
     name = "none"
     bits = 0.0
-    unit_scale = False
-    tile = (1, 1)
+    examples = ("none",)
+    usage = "none"
+    empty = True
+
+    @classmethod
+    def parse(cls, text: str) -> Nothing | None:
+        return cls() if text == cls.name else None
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {}
 
-    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
-        return ()
-
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return ()
-
-    def static(self) -> Nothing:
-        return self
-
-    def traced(self) -> Traced:
-        return ()
-
-    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
+    def round_block(
+        self, x: Array, qparams: QParams, traced: Traced, transposed: bool, warm: Array | None = None
+    ) -> tuple[Array, Array]:
         return jnp.zeros_like(x), jnp.zeros(x.shape, jnp.uint8)
 
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
+    def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         return {}
-
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         return jnp.zeros((rows, cols), jnp.float32)

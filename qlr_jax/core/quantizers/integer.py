@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
-from qlr_jax.core.quantizers.groups import check_group, group_count, least_error, split, spread
-from qlr_jax.core.typing import Array, Float
+from qlr_jax.core.quantizers.base import Arrays, QParams
+from qlr_jax.core.quantizers.scalar import ScalarGrid, check_group, divided, grid_name, group_count, parse_grid_name
+from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
 
 @dataclass(frozen=True)
-class Integer:
+class Integer(ScalarGrid):
     """`int-b[g<group>][a]`: value = scale · q, q in [−2^(b−1), 2^(b−1)), or scale · (u − zero), u in [0, 2^b), asymmetric.
 
     At one symmetric bit the two values are ± scale / 2. Scales are fp16 and searched for the least squared error, zeros uint8.
+
+    Attributes:
+        width: b, 1 to 8.
+        group: weights that share a scale, 16 to 256; 0: a row.
+        asymmetric: whether a zero point is stored beside each scale.
+
+    Raises:
+        QLRError: a width or group that is not offered.
 
     Example:
         >>> from qlr_jax.core.quantizers.base import stored_bytes
@@ -27,99 +35,74 @@ class Integer:
     """
 
     width: int
-    group: int = 0  # 0: one scale a row
+    group: int = 0
     asymmetric: bool = False
+
+    examples = ("int-1", "int-3", "int-4g16", "int-5g32a", "int-8a")
+    usage = "int-<1..8>[g<group>][a]"
 
     def __post_init__(self) -> None:
         if not 1 <= self.width <= 8:
             raise QLRError(f"int-{self.width} is not offered; pass 1 to 8 bits, e.g. int-4g32")
         check_group(self.group)
 
+    @classmethod
+    def parse(cls, text: str) -> Integer | None:
+        parts = parse_grid_name(text)
+        return cls(*parts) if parts else None
+
     @property
     def name(self) -> str:
-        return f"int-{self.width}" + (f"g{self.group}" if self.group else "") + ("a" if self.asymmetric else "")
-
-    @property
-    def bits(self) -> float:
-        return float(self.width)
-
-    @property
-    def unit_scale(self) -> bool:
-        return False
-
-    @property
-    def tile(self) -> tuple[int, int]:
-        return 1, 1
-
-    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        groups = group_count(cols, self.group)
-        arrays = {
-            "codes": ((rows, stream_bytes(cols, self.width)), np.dtype(np.uint8)),
-            "scales": ((rows, groups), np.dtype(np.float16)),
-        }
-        return arrays | ({"zeros": ((rows, groups), np.dtype(np.uint8))} if self.asymmetric else {})
-
-    def _round(self, x: Array, scale: Array, zero: Array) -> Array:
-        safe = jnp.where(scale > 0, scale, 1.0)
-        return jnp.clip(jnp.round(x / safe + zero), 0, 2**self.width - 1)
+        return grid_name("int", self.width, self.group, self.asymmetric)
 
     @property
     def _middle(self) -> float:
         return 0.5 if self.width == 1 else float(2 ** (self.width - 1))
 
-    def fit_qparams(self, x: Float[Array, "*b rows cols"], per_row: bool) -> QParams:
-        parts = split(x, self.group)
-        if self.asymmetric:
-            low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
-            full, zero_at = (high - low) / (2**self.width - 1), -low
-        else:
-            low = high = None
-            full, zero_at = jnp.abs(parts).max(-1) / max(self._middle - 0.5, 0.5), None
-        shrinks = np.linspace(0.35, 1.0, 27)
-        if zero_at is None and self.width > 1:  # up to where the largest weight is met exactly, though it be positive
+    @property
+    def top(self) -> float:
+        return max(self._middle - 0.5, 0.5)
+
+    @property
+    def shrinks(self) -> np.ndarray:
+        shrinks = super().shrinks
+        if not self.asymmetric and self.width > 1:  # up to where the largest weight is met exactly, though it be positive
             top = (self._middle - 0.5) / (self._middle - 1.0)
             shrinks = np.append(shrinks, [(1 + top) / 2, top])
+        return shrinks
 
-        def attempt(shrink: Array) -> tuple[Array, QParams]:
-            scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
-            if zero_at is None:
-                zero = jnp.full_like(full, self._middle)
-            else:
-                safe = jnp.where(scale > 0, scale, 1.0)
-                zero = jnp.clip(jnp.round(zero_at * shrink / safe), 0, 2**self.width - 1)
-            q = self._round(parts, scale[..., None], zero[..., None])
-            return (q - zero[..., None]) * scale[..., None], (scale, zero)
+    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        zeros = {"zeros": ((rows, group_count(cols, self.group)), np.dtype(np.uint8))} if self.asymmetric else {}
+        return super().stored(rows, cols) | zeros
 
-        return least_error(parts, (full, jnp.full_like(full, self._middle)), shrinks, attempt)
+    def candidates(self, parts: Array) -> tuple[QParams, Callable[[Array], QParams]]:
+        if not self.asymmetric:
+            (full,), at = super().candidates(parts)
+            middle = jnp.full_like(full, self._middle)
+            return (full, middle), lambda shrink: (*at(shrink), middle)
+        low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
+        full, last = (high - low) / (2**self.width - 1), 2**self.width - 1
 
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return tuple(spread(s, self.group, cols) for s in scales)
+        def at(shrink: Array) -> QParams:
+            scale = self.cast_scales(full * shrink).astype(jnp.float32)
+            return scale, jnp.clip(jnp.round(divided(-low * shrink, scale)), 0, last)
 
-    def covering_radius(self, scales: QParams, cols: int) -> Array:
+        return (full, jnp.full_like(full, self._middle)), at
+
+    def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """Half a step, (rows, cols): what rounding to nearest can miss inside the grid."""
-        return self.broadcast_qparams(scales, cols)[0] / 2
+        return self.broadcast_qparams(qparams, cols)[0] / 2
 
-    def static(self) -> Integer:
-        return self
+    def to_codes(self, x: Array, scale: Array, zero: Array) -> Array:
+        return jnp.clip(jnp.round(divided(x, scale) + zero), 0, 2**self.width - 1)
 
-    def traced(self) -> Traced:
-        return ()
+    def from_codes(self, codes: Array, scale: Array, zero: Array) -> Array:
+        return (codes.astype(jnp.float32) - zero) * scale
 
-    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
-        scale, zero = qparams
-        q = self._round(x, scale, zero)
-        return (q - zero) * scale, q.astype(jnp.uint8)
-
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
-        scale, zero = (np.asarray(s) for s in scales)
-        arrays = {"codes": pack_stream(np.asarray(codes), self.width), "scales": scale.astype(np.float16)}
-        return arrays | ({"zeros": zero.astype(np.uint8)} if self.asymmetric else {})
+    def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
+        zeros = {"zeros": np.asarray(qparams[1]).astype(np.uint8)} if self.asymmetric else {}
+        return super().pack(codes, qparams) | zeros
 
     def stored_qparams(self, arrays: Arrays) -> QParams:
-        scale = jnp.asarray(arrays["scales"]).astype(jnp.float32)
+        (scale,) = super().stored_qparams(arrays)
         return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
-
-    def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        q = unpack_stream(arrays["codes"], self.width, cols).astype(jnp.float32)
-        scale, zero = self.broadcast_qparams(self.stored_qparams(arrays), cols)
-        return (q - zero) * scale

@@ -9,10 +9,9 @@ from statistics import NormalDist
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
-from qlr_jax.core.quantizers.groups import check_group, group_count, least_error, split, spread
-from qlr_jax.core.typing import Array, Float
+from qlr_jax.core.quantizers.base import QParams
+from qlr_jax.core.quantizers.scalar import ScalarGrid, check_group, divided, grid_name, nearest_level, parse_grid_name
+from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
 
@@ -21,7 +20,9 @@ def levels(bits: int) -> np.ndarray:
     """The 2^bits levels in [−1, 1]: equally likely quantiles of a Gaussian, 0 exactly, one more above it than below.
 
     With p = 1 − (1/2^(b+1) + 1/(2^(b+1) − 2)) / 2 the positive levels are Φ⁻¹ at 2^(b−1) + 1 equal steps from ½ to p, the
-    negative ones at 2^(b−1) steps from ½ to 1 − p, all over the largest (NF4 of QLoRA, arXiv 2305.14314, section 3, any width).
+    negative ones at 2^(b−1) steps from ½ to 1 − p, all over the largest.
+
+    Source: NF4 of QLoRA, arXiv 2305.14314, section 3; here for any width.
 
     Example:
         >>> [round(level, 4) for level in levels(2).tolist()]
@@ -38,8 +39,15 @@ def levels(bits: int) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class NormalFloat:
+class NormalFloat(ScalarGrid):
     """`nf-b[g<group>]`: value = scale · level, b from 2 to 4; fp16 scales searched for the least squared error.
+
+    Attributes:
+        width: b.
+        group: weights that share a scale, 16 to 256; 0: a row.
+
+    Raises:
+        QLRError: a width or group that is not offered.
 
     Example:
         >>> from qlr_jax.core.quantizers.base import stored_bytes
@@ -48,74 +56,31 @@ class NormalFloat:
     """
 
     width: int
-    group: int = 0  # 0: one scale a row
+    group: int = 0
+
+    examples = ("nf-2", "nf-3g16", "nf-4g32")
+    usage = "nf-<2..4>[g<group>]"
 
     def __post_init__(self) -> None:
         if not 2 <= self.width <= 4:
             raise QLRError(f"nf-{self.width} is not offered; pass 2 to 4 bits, e.g. nf-4g64")
         check_group(self.group)
 
+    @classmethod
+    def parse(cls, text: str) -> NormalFloat | None:
+        width, group, asymmetric = parse_grid_name(text) or (0, 0, True)
+        return None if asymmetric else cls(width, group)
+
     @property
     def name(self) -> str:
-        return f"nf-{self.width}" + (f"g{self.group}" if self.group else "")
+        return grid_name("nf", self.width, self.group)
 
-    @property
-    def bits(self) -> float:
-        return float(self.width)
-
-    unit_scale = False
-    tile = (1, 1)
-
-    def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        return {
-            "codes": ((rows, stream_bytes(cols, self.width)), np.dtype(np.uint8)),
-            "scales": ((rows, group_count(cols, self.group)), np.dtype(np.float16)),
-        }
-
-    def _round(self, x: Array, scale: Array) -> Array:
-        table = levels(self.width)
-        scaled = x / jnp.where(scale > 0, scale, 1.0)
-        return jnp.searchsorted(jnp.asarray((table[1:] + table[:-1]) / 2), scaled, method="compare_all")
-
-    def _values(self, codes: Array, scale: Array) -> Array:
-        return jnp.asarray(levels(self.width))[codes] * scale
-
-    def fit_qparams(self, x: Float[Array, "*b rows cols"], per_row: bool) -> QParams:
-        parts = split(x, self.group)
-        full = jnp.max(jnp.abs(parts), axis=-1)
-
-        def attempt(shrink: Array) -> tuple[Array, QParams]:
-            scale = (full * shrink).astype(jnp.float16).astype(jnp.float32)
-            return self._values(self._round(parts, scale[..., None]), scale[..., None]), (scale,)
-
-        return least_error(parts, (full,), np.linspace(0.35, 1.0, 27), attempt)
-
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return (spread(scales[0], self.group, cols),)
-
-    def covering_radius(self, scales: QParams, cols: int) -> Array:
+    def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """Half of the widest gap, (rows, cols): what rounding to nearest can miss inside the grid."""
-        return self.broadcast_qparams(scales, cols)[0] * float(np.diff(levels(self.width)).max() / 2)
+        return self.broadcast_qparams(qparams, cols)[0] * float(np.diff(levels(self.width)).max() / 2)
 
-    def static(self) -> NormalFloat:
-        return self
+    def to_codes(self, x: Array, scale: Array) -> Array:
+        return nearest_level(divided(x, scale), levels(self.width))
 
-    def traced(self) -> Traced:
-        return ()
-
-    def round_block(self, x: Array, qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
-        codes = self._round(x, qparams[0])
-        return self._values(codes, qparams[0]), codes.astype(jnp.uint8)
-
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
-        return {
-            "codes": pack_stream(np.asarray(codes), self.width),
-            "scales": np.asarray(scales[0]).astype(np.float16),
-        }
-
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
-
-    def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        codes = unpack_stream(arrays["codes"], self.width, cols)
-        return self._values(codes, spread(self.stored_qparams(arrays)[0], self.group, cols))
+    def from_codes(self, codes: Array, scale: Array) -> Array:
+        return jnp.asarray(levels(self.width))[codes] * scale

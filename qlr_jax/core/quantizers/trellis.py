@@ -1,15 +1,17 @@
 """Bit-shift trellis codes with computed values, tail-biting, any rate in sixteenths of a bit.
 
-256 weights are one closed walk through 2^L states: state t is the L bits that end at bit ⌊(t + 1) b⌋ of a circular stream
+256 weights are one closed sequence of 2^L states: state t is the L bits that end at bit ⌊(t + 1) b⌋ of a circular stream
 of 256 b bits, so b bits a weight are stored, nothing else, and any weight is read from three bytes. The value of a state
 is a hash of it (a sum of four bytes of an affine map, near Gaussian), so there is no table. A Viterbi search finds the
-walk that is nearest to the weights. Trellis quantization with computed codes: QTIP, arXiv 2406.11235, section 3; here the
-number of new bits may change from weight to weight (2, 2, 2, 3, … gives 2.25).
+sequence that is nearest to the weights. The number of new bits may change from weight to weight (2, 2, 2, 3, … gives 2.25).
+
+Source: QTIP, arXiv 2406.11235, section 3 (trellis quantization with computed codes); the changing number of bits is ours.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -19,33 +21,53 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Arrays, QParams, Traced
+from qlr_jax.core.quantizers.base import (
+    DEFAULT_STATE_BITS,
+    Arrays,
+    QParams,
+    Quantizer,
+    SearchCost,
+    Traced,
+    root_mean_square,
+)
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
 
-LENGTH = 256  # weights a walk
+LENGTH = 256  # weights a sequence
 MULTIPLIER, ADDEND = 2847382671, 1201005453  # of the hash: the best of 130 random pairs by error at 12 state bits
-DEFAULT_STATE_BITS = 12
-HEIGHTS = (64, 32, 16)  # rows of a walk in a backbone
+TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
+FACTOR_ROWS = 4  # at most, in a factor
+_RATE = re.compile("[0-9.]+")
+# By state bits: time of a search in a solve, over that with 12, and the part of it that all cores work at.
+SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}
+SHARED = {6: 0.0, 8: 0.0, 10: 0.3, 12: 0.9, 14: 0.95, 16: 0.95}
 
 
-def walk_height(rows: int, cols: int) -> int:
-    """Rows that a walk of a (rows, cols) backbone covers: the tallest that pads at most a thirty-second more than the best.
+def backbone_rows(rows: int, cols: int) -> int:
+    """Tile rows of a (rows, cols) backbone: the most that pad at most a thirty-second more than the best.
 
-    Columns of a walk are rounded together, with no feedback between them: the fewer, the more of it. 64 × 4 weights leave 5 % less
+    Columns of a tile are rounded together, with no feedback between them: the fewer, the more of it. 64 × 4 weights leave 5 % less
     error than 16 × 16 on the bundled model's matrices (1 to 16 % by kind).
 
     Example:
-        >>> walk_height(4096, 4096), walk_height(1000, 256), walk_height(37, 53)
+        >>> backbone_rows(4096, 4096), backbone_rows(1000, 256), backbone_rows(37, 53)
         (64, 64, 16)
     """
-    walks = {height: -(-rows // height) * -(-cols * height // LENGTH) for height in HEIGHTS}
-    return next(height for height in HEIGHTS if 32 * walks[height] <= 33 * min(walks.values()))
+    tiles = {height: -(-rows // height) * -(-cols * height // LENGTH) for height in TILE_ROWS}
+    return next(height for height in TILE_ROWS if 32 * tiles[height] <= 33 * min(tiles.values()))
 
 
 @dataclass(frozen=True)
-class Trellis:
-    """`trellis-b`: b bits a weight from 1 to 4 in sixteenths; `tile_rows` × 256 / `tile_rows` weights a walk.
+class Trellis(Quantizer):
+    """`trellis-b`: b bits a weight from 1 to 4 in sixteenths, 256 weights a sequence.
+
+    Attributes:
+        rate: b.
+        tile_rows: rows that a sequence covers, 256 / `tile_rows` columns of each.
+        state_bits: L.
+
+    Raises:
+        QLRError: a rate or a number of state bits that is not offered.
 
     Example:
         >>> Trellis(Fraction(9, 4)).shifts[:4].tolist()
@@ -56,11 +78,26 @@ class Trellis:
     tile_rows: int = 16
     state_bits: int = DEFAULT_STATE_BITS
 
+    examples = ("trellis-1", "trellis-2.25", "trellis-3.5", "trellis-4")
+    usage = "trellis-<1..4 in sixteenths>"
+    unit_scale = True
+    always_rotated = True
+
     def __post_init__(self) -> None:
         if not 1 <= self.rate <= 4 or (self.rate * 16).denominator != 1:
             raise QLRError(f"trellis-{float(self.rate):g} is not a rate; pass 1 to 4 bits in sixteenths, e.g. trellis-2.25")
         if not 6 <= self.state_bits <= 16:
             raise QLRError(f"a trellis with {self.state_bits} state bits is not offered; pass 6 to 16")
+
+    @classmethod
+    def parse(cls, text: str) -> Trellis | None:
+        bits = text.partition("-")[2]
+        try:
+            return cls(Fraction(bits)) if _RATE.fullmatch(bits) else None
+        except QLRError:
+            raise
+        except ValueError:
+            return None
 
     @property
     def name(self) -> str:
@@ -71,12 +108,17 @@ class Trellis:
         return float(self.rate)
 
     @property
-    def unit_scale(self) -> bool:
-        return True
-
-    @property
     def tile(self) -> tuple[int, int]:
         return self.tile_rows, LENGTH // self.tile_rows
+
+    def with_settings(self, tile_rows: int | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
+        return replace(self, tile_rows=tile_rows or self.tile_rows, state_bits=state_bits)
+
+    def for_backbone(self, shape: tuple[int, int] | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
+        return self.with_settings(backbone_rows(*shape) if shape else TILE_ROWS[0], state_bits)
+
+    def for_factor(self, rank: int, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
+        return self.with_settings(math.gcd(rank, FACTOR_ROWS), state_bits)
 
     @property
     def ends(self) -> np.ndarray:
@@ -99,12 +141,8 @@ class Trellis:
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((*self.tiles(rows, cols), int(LENGTH * self.rate) // 8), np.dtype(np.uint8))}
 
-    def fit_qparams(self, x: Array, per_row: bool) -> QParams:
-        axes = (-1,) if per_row else (-2, -1)
-        return (jnp.sqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True)),)
-
-    def broadcast_qparams(self, scales: QParams, cols: int) -> QParams:
-        return scales
+    def fit_qparams(self, x: Array, per_row: bool, unit: Array | None = None) -> QParams:
+        return (root_mean_square(x, per_row) if unit is None else unit,)
 
     def static(self) -> Trellis:
         return replace(self, rate=Fraction(2))
@@ -112,20 +150,25 @@ class Trellis:
     def traced(self) -> Traced:
         return jnp.asarray(self.shifts, jnp.int32), jnp.float32(self.gain)
 
-    def round_block(self, x: Float[Array, "*b m c"], qparams: QParams, traced: Traced, transposed: bool) -> tuple[Array, Array]:
-        """As every quantizer; after the scale `qparams` may hold the tail-biting state of each weight's sequence: see `search`."""
+    def round_block(
+        self, x: Float[Array, "*b m c"], qparams: QParams, traced: Traced, transposed: bool, warm: Array | None = None
+    ) -> tuple[Array, Array]:
         height, width = self.tile[::-1] if transposed else self.tile
-        (scale, *seams), (shifts, gain) = qparams, traced
+        (scale,), (shifts, gain) = qparams, traced
         lead, rows = x.shape[:-2], x.shape[-2]
         blocks = (x / jnp.where(scale > 0, scale, 1.0)).reshape(*lead, rows // height, height, width)
         blocks = jnp.swapaxes(blocks, -1, -2) if transposed else blocks
-        closing = jnp.broadcast_to(seams[0], x.shape)[..., ::height, 0].reshape(-1) if seams else None
-        states = search(blocks.reshape(-1, LENGTH), shifts, self.state_bits, gain, closing)
+        ends = None if warm is None else jnp.broadcast_to(warm, x.shape)[..., ::height, 0].reshape(-1)
+        states = search(blocks.reshape(-1, LENGTH), shifts, self.state_bits, gain, ends)
         values = code_values(states, gain).reshape(blocks.shape)
         values = jnp.swapaxes(values, -1, -2) if transposed else values
         return values.reshape(x.shape) * scale, states.astype(jnp.uint16).reshape(*lead, rows // height, LENGTH)
 
-    def pack(self, codes: np.ndarray, scales: QParams) -> dict[str, np.ndarray]:
+    def warm_start(self, rows: int, cols: int, codes: Array | None = None) -> np.ndarray:
+        """The tail-biting state of every sequence: its last one. −1 where it is not known."""
+        return np.full(self.tiles(rows, cols), -1, np.int32) if codes is None else np.asarray(codes[..., -1], np.int32)
+
+    def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         step, place = self._bits_of()
         codes = np.asarray(codes)
         packed = np.empty((*codes.shape[:-1], len(step) // 8), np.uint8)
@@ -137,9 +180,6 @@ class Trellis:
         """For every bit of the stream: the weight it belongs to, and its place in that weight's state (0 is the newest)."""
         step = np.repeat(np.arange(LENGTH), self.shifts)
         return step, (self.ends[step + 1] - 1 - np.arange(len(step))).astype(np.uint16)
-
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        return ()
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         height, width = self.tile
@@ -154,15 +194,29 @@ class Trellis:
             return of(slice(None))[:rows, :cols]
         return jnp.concatenate([of(part) for part in slabs((down, across, LENGTH))])[:rows, :cols]
 
+    @property
+    def search_cost(self) -> SearchCost:
+        bits = min(16, self.state_bits + self.state_bits % 2)
+        return SearchCost(SEARCH[bits], SHARED[bits], 2.0 * LENGTH / self.tile[1], 2**self.state_bits)
+
+    def gaussian_error(self) -> float:
+        """At rates between quarters interpolated in the logarithm."""
+        quarter = self.rate * 4
+        low, high = Fraction(math.floor(quarter), 4), Fraction(math.ceil(quarter), 4)
+        if low == high:
+            return gaussian_error(low, self.state_bits)
+        part = float((self.rate - low) / (high - low))
+        return gaussian_error(low, self.state_bits) ** (1 - part) * gaussian_error(high, self.state_bits) ** part
+
 
 def slabs(shape: tuple[int, ...]) -> list[slice]:
-    """Parts of the first axis of walks, of about a million weights each: what is computed op by op needs several times its size."""
+    """Parts of the first axis of sequences, about a million weights each: op by op a computation needs several times its size."""
     step = max(1, 2**20 // math.prod(shape[1:]))
     return [slice(start, start + step) for start in range(0, shape[0], step)]
 
 
 def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, "*b 256"]:
-    """The states of walks from their packed streams (…, bytes): each is L bits, found in three bytes."""
+    """The states of sequences from their packed streams (…, bytes): each is L bits, found in three bytes."""
     total = int(ends[-1])
     if not isinstance(stream, jax.core.Tracer):
         stream = np.asarray(stream)  # outside jit numpy gathers the bytes: compiling for every rate would take longer than the work
@@ -182,60 +236,65 @@ def code_values(states: Array, gain: float | Array) -> Array:
     return (total.astype(jnp.float32) - 510.0) * (jnp.float32(gain) / 147.8)
 
 
-def _batch(walks: int, state_bits: int) -> int:
-    """Walks searched at once: what suits a CPU's vectors and cache, or an accelerator with at most 1 GiB of predecessors."""
+def _batch(sequences: int, state_bits: int) -> int:
+    """Sequences searched at once: what suits a CPU's vectors and cache, or an accelerator with at most 1 GiB of predecessors."""
     if jax.default_backend() == "cpu":
-        # measured: 16 or 64 take two to three times as long a walk, 4 and 8 a third longer; of few walks 4 leave the fewest idle
-        return 32 if walks > 16 else 4 if walks > 2 else walks
-    return min(2048, 2 ** (23 - state_bits), -(-walks // 16) * 16)
+        # measured: 16 or 64 take two to three times as long a sequence, 4 and 8 a third longer; of few 4 leave the fewest idle
+        return 32 if sequences > 16 else 4 if sequences > 2 else sequences
+    return min(2048, 2 ** (23 - state_bits), -(-sequences // 16) * 16)
 
 
 def search(
-    x: Float[Array, "walks 256"],
+    x: Float[Array, "sequences 256"],
     shifts: Int[Array, "256"],
     state_bits: int,
     gain: float | Array,
-    seams: Int[Array, "walks"] | None = None,
-) -> Int[Array, "walks 256"]:
-    """States of the nearest closed walk for each row of x: two Viterbi passes.
+    ends: Int[Array, "sequences"] | None = None,
+) -> Int[Array, "sequences 256"]:
+    """States of the nearest closed sequence for each row of x: two Viterbi passes.
 
-    The first pass starts half a turn away and leaves its ends free; the state that it passes at the seam is imposed on both
-    ends of the second. The shifts are data, so one compilation serves every rate.
+    The first pass starts half a turn away and leaves its ends free; the tail-biting state that it passes through is
+    imposed on both ends of the second. The shifts are traced, so one compilation serves every rate.
 
     Args:
-        seams: the last state of each walk, where it is known, which saves the first pass (half of the time); negative: it is not.
+        x: weights in units of the code.
+        shifts: new bits of each weight.
+        state_bits: L.
+        gain: of the code.
+        ends: the tail-biting state of each sequence, its last, where it is known, which saves the first pass (half of the time);
+            negative: it is not.
     """
-    walks = x.shape[0]
-    size = _batch(walks, state_bits)
-    more = -walks % size
+    count = x.shape[0]
+    size = _batch(count, state_bits)
+    more = -count % size
     padded = jnp.pad(x, ((0, more), (0, 0))).reshape(-1, size, LENGTH)
-    closing = jnp.zeros((walks,), jnp.int32) if seams is None else seams
-    first = 0 if seams is None else jnp.all(seams >= 0).astype(jnp.int32)  # of the two passes
-    parts = (padded, jnp.pad(closing, (0, more)).reshape(-1, size))
-    states = lax.map(lambda part: _closed_walk(part[0].T, shifts, state_bits, gain, part[1], first).T, parts)
-    return states.reshape(-1, LENGTH)[:walks]
+    known = jnp.zeros((count,), jnp.int32) if ends is None else ends
+    first = 0 if ends is None else jnp.all(ends >= 0).astype(jnp.int32)  # of the two passes
+    parts = (padded, jnp.pad(known, (0, more)).reshape(-1, size))
+    states = lax.map(lambda part: _closed_sequence(part[0].T, shifts, state_bits, gain, part[1], first).T, parts)
+    return states.reshape(-1, LENGTH)[:count]
 
 
-def _closed_walk(x: Array, shifts: Array, state_bits: int, gain: float | Array, seam: Array, first: int | Array) -> Array:
-    """`first`: which pass is the first, 1 where the walks are known to close in `seam`."""
+def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: float | Array, end: Array, first: int | Array) -> Array:
+    """`first`: which pass is the first, 1 where `end` is the tail-biting state of all sequences."""
     values = code_values(jnp.arange(2**state_bits), 1.0) * gain
     half = LENGTH // 2
     states = jnp.arange(2**state_bits)[:, None]
 
     def sweep(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        (seam, _), (weights, steps, closing) = carry, jax.tree.map(lambda a: a[i], turned)
-        start = jnp.where(closing & (states != seam), jnp.float32(1e30), 0.0)
+        (end, _), (weights, steps, closed) = carry, jax.tree.map(lambda a: a[i], passes)
+        start = jnp.where(closed & (states != end), jnp.float32(1e30), 0.0)
         cost, back = _forward(weights, steps, values, start, state_bits)
-        found = _trace(jnp.where(closing, seam, jnp.argmin(cost, axis=0)), back, steps, state_bits)
+        found = _trace(jnp.where(closed, end, jnp.argmin(cost, axis=0)), back, steps, state_bits)
         return found[half - 1], found
 
     # one loop of two sweeps rather than two calls: the search is compiled once
-    turned = (
+    passes = (
         jnp.stack([jnp.roll(x, -half, axis=0), x]),
         jnp.stack([jnp.roll(shifts, -half), shifts]),
         jnp.array([False, True]),
     )
-    return lax.fori_loop(first, 2, sweep, (seam, jnp.zeros(x.shape, jnp.int32)))[1]
+    return lax.fori_loop(first, 2, sweep, (end, jnp.zeros(x.shape, jnp.int32)))[1]
 
 
 def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: int) -> tuple[Array, Array]:
@@ -243,9 +302,9 @@ def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: in
 
     def branch(shift: int):
         def advance(cost: Array, weight: Array) -> tuple[Array, Array]:
-            walks = cost.shape[1]
-            best, oldest = _tournament(cost.reshape(2**shift, -1, walks))
-            distance = jnp.square(weight[None, :] - values[:, None]).reshape(-1, 2**shift, walks)
+            count = cost.shape[1]
+            best, oldest = _tournament(cost.reshape(2**shift, -1, count))
+            distance = jnp.square(weight[None, :] - values[:, None]).reshape(-1, 2**shift, count)
             grown = (best[:, None, :] + distance).reshape(cost.shape)
             return grown, jnp.pad(oldest, ((0, 2 ** (state_bits - 1) - oldest.shape[0]), (0, 0)))
 

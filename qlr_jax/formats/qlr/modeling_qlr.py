@@ -34,6 +34,8 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache, wraps
 from pathlib import Path
@@ -237,7 +239,6 @@ class Part(Stored):
 
     codes: torch.Tensor
     height = 1  # rows of a tile as it is stored: decoding starts at a multiple of it
-    unit = False  # of unit variance: the layer has its scale
 
     def __init__(self, rows: int, cols: int):
         super().__init__()
@@ -285,12 +286,12 @@ class GroupedPart(Part):
 
     scales: torch.Tensor
 
-    def __init__(self, rows: int, cols: int, bits: int, group: int):
+    def __init__(self, rows: int, cols: int, bits: int, group: int, scale_dtype: torch.dtype = torch.float16):
         super().__init__(rows, cols)
         self.bits, self.group = bits, group
         self.groups = -(-cols // group) if group else 1
         self.store("codes", (rows, -(-cols * bits // 8)), torch.uint8)
-        self.store("scales", (rows, self.groups), torch.float16)
+        self.store("scales", (rows, self.groups), scale_dtype)
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """The codes of rows start … stop − 1: uint8 (stop − start, cols)."""
@@ -372,12 +373,12 @@ class IntegerPart(GroupedPart):
         return self.scaled(self.read(start, stop).float(), start, stop, zeros).to(dtype)
 
 
-class NormalFloatPart(GroupedPart):
-    """`nf-b[g<group>]`: level · scale, the levels at equally likely quantiles of a Gaussian."""
+class LevelPart(GroupedPart):
+    """level · scale, a code the index of its level: `nf-b[g<group>]`, its levels at equally likely quantiles of a Gaussian."""
 
-    def __init__(self, rows: int, cols: int, bits: int, group: int):
-        super().__init__(rows, cols, bits, group)
-        self.levels = normal_levels(bits)
+    def __init__(self, rows: int, cols: int, bits: int, group: int, levels: list[float], scale_dtype: torch.dtype = torch.float16):
+        super().__init__(rows, cols, bits, group, scale_dtype)
+        self.levels = levels
 
     def decode(self, start, stop, dtype):
         codes = self.read(start, stop).int()
@@ -409,8 +410,6 @@ class LatticePart(Part):
 
     All values are short binary fractions, so float32 holds them exactly.
     """
-
-    unit = True
 
     def __init__(self, rows: int, cols: int, bits: int):
         super().__init__(rows, cols)
@@ -507,8 +506,6 @@ class TrellisPart(Part):
     The state of weight t is the `state_bits` bits that end at bit ⌊(t + 1) b⌋ of the circular stream; a sequence covers
     `height` rows and 256 / `height` columns, row by row.
     """
-
-    unit = True
 
     def __init__(self, rows: int, cols: int, rate: Fraction, height: int, state_bits: int):
         super().__init__(rows, cols)
@@ -621,28 +618,76 @@ def tile_rows(rows: int, cols: int) -> int:
     return next(height for height in TRELLIS["rows"] if 32 * sequences[height] <= 33 * min(sequences.values()))
 
 
-_QUANTIZER = re.compile(r"(?P<kind>int|nf|e8|trellis)-(?P<bits>[0-9.]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
-_SPEC = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
+_GROUP = r"(?:g(?P<group>[0-9]+))?"
 
 
-def make_part(quantizer: str, rows: int, cols: int, height: int, state_bits: int) -> Part:
-    """An empty part for the quantizer that a spec names, e.g. `trellis-2.25`, `e8-2`, `int-4g32`, `nf-4g64`, `bf16`."""
-    if quantizer == "bf16":
-        return BFloat16Part(rows, cols)
-    match = _QUANTIZER.fullmatch(quantizer)
-    kind, bits, group = (match["kind"], match["bits"], int(match["group"] or 0)) if match else ("", "", 0)
-    if kind == "int":
-        return IntegerPart(rows, cols, int(bits), group, bool(match["asymmetric"]))
-    if kind == "nf":
-        return NormalFloatPart(rows, cols, int(bits), group)
-    if kind == "e8" and bits in LATTICE["scales"]:
-        return LatticePart(rows, cols, int(bits))
-    if kind == "trellis":
-        return TrellisPart(rows, cols, Fraction(bits), height, state_bits)
-    raise ValueError(f"this qlr runtime does not know the quantizer {quantizer!r}; get a newer qlr-jax, or export the folder again")
+@dataclass(frozen=True)
+class Row:
+    """How a quantizer is stored and read.
+
+    Attributes:
+        pattern: of its names.
+        part: (match of the name, rows, cols, tile rows, state bits) -> an empty part, which has the stored arrays and `decode`;
+            None where nothing is stored.
+        unit_scale: it decodes in units of one scale of the whole, which is the matrix's, or of a factor the component scales.
+        always_rotated: a backbone of it is rotated, though its spec does not say so.
+    """
+
+    pattern: str
+    part: Callable[[re.Match, int, int, int, int], Part | None]
+    unit_scale: bool = False
+    always_rotated: bool = False
+
+    def match(self, name: str) -> re.Match | None:
+        return re.fullmatch(self.pattern, name)
+
+
+def _group(match: re.Match) -> int:
+    return int(match["group"] or 0)
+
+
+# By what a name begins with, up to the first "-".
+QUANTIZERS = {
+    "bf16": Row("bf16", lambda name, rows, cols, *_: BFloat16Part(rows, cols)),
+    "none": Row("none", lambda *_: None),
+    "int": Row(
+        rf"int-(?P<bits>[1-8]){_GROUP}(?P<asymmetric>a)?",
+        lambda name, rows, cols, *_: IntegerPart(rows, cols, int(name["bits"]), _group(name), bool(name["asymmetric"])),
+    ),
+    "nf": Row(
+        rf"nf-(?P<bits>[2-4]){_GROUP}",
+        lambda name, rows, cols, *_: LevelPart(rows, cols, int(name["bits"]), _group(name), normal_levels(int(name["bits"]))),
+    ),
+    "e8": Row("e8-(?P<bits>[2-4])", lambda name, rows, cols, *_: LatticePart(rows, cols, int(name["bits"])), True, True),
+    "trellis": Row(
+        r"trellis-(?P<bits>[0-9.]+)",
+        lambda name, rows, cols, height, state_bits: TrellisPart(rows, cols, Fraction(name["bits"]), height, state_bits),
+        True,
+        True,
+    ),
+}
+
+
+def find_row(quantizer: str) -> tuple[Row, re.Match]:
+    """The row of the quantizer that a spec names, e.g. `trellis-2.25`, `int-4g32`, `bf16`, and its name taken apart."""
+    row = QUANTIZERS.get(quantizer.partition("-")[0])
+    match = row and row.match(quantizer)
+    if row is None or match is None:
+        raise ValueError(
+            f"this qlr runtime does not know the quantizer {quantizer!r}; get a newer qlr-jax, or export the folder again"
+        )
+    return row, match
+
+
+def make_part(quantizer: str, rows: int, cols: int, height: int, state_bits: int) -> Part | None:
+    """An empty part for the quantizer that a spec names; None for `none`."""
+    row, match = find_row(quantizer)
+    return row.part(match, rows, cols, height, state_bits)
 
 
 # -------------------------------------------------------------------------------------------------- linear layer
+
+_SPEC = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
 
 
 class QLRLinear(Stored):
@@ -678,8 +723,8 @@ class QLRLinear(Stored):
         self.register_parameter("bias", None)  # `replace_linears` keeps the one that was there
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
-        self.backbone = None if backbone == "none" else make_part(backbone, rows, cols, tile_rows(rows, cols), state_bits)
-        self.rotated = bool(match["rot"]) or (self.backbone is not None and self.backbone.unit)
+        self.backbone = make_part(backbone, rows, cols, tile_rows(rows, cols), state_bits)
+        self.rotated = bool(match["rot"]) or find_row(backbone)[0].always_rotated
         if backbone != "bf16" or self.rank:
             self.store("scale", (1,), torch.float32)
         if self.rank:
@@ -687,7 +732,7 @@ class QLRLinear(Stored):
             height = math.gcd(self.rank, TRELLIS["factor_rows"])
             self.left = make_part(left, self.rank, rows, height, state_bits)
             self.right = make_part(right, self.rank, cols, height, state_bits)
-            if self.left.unit or self.right.unit:
+            if any(find_row(quantizer)[0].unit_scale for quantizer in (left, right)):
                 self.store("component_scale", (self.rank,), torch.float16)
         if signs:
             self.store("output_signs", (rows,), torch.float16)
@@ -949,7 +994,13 @@ def replace_linears(model: nn.Module, matrices: dict) -> None:
         model.set_submodule(name, new)
 
 
-_TYPES = {"U8": torch.uint8, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_TYPES = {
+    "U8": torch.uint8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}
 
 
 def check_tensors(model: nn.Module, files: list[str]) -> None:

@@ -29,12 +29,11 @@ FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
 RUNTIME_VERSION = 5  # of the runtime that is written along: an older one refuses the folder
-_SAMPLE = Spec.parse("trellis-2+r256@trellis-2")
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
     "length": trellis.LENGTH,
-    "rows": list(trellis.HEIGHTS),
-    "factor_rows": _SAMPLE.factor_quantizers()[0].tile[0],
+    "rows": list(trellis.TILE_ROWS),
+    "factor_rows": trellis.FACTOR_ROWS,
     "multiplier": trellis.MULTIPLIER,
     "addend": trellis.ADDEND,
 }
