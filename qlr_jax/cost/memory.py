@@ -195,8 +195,8 @@ def solving(job: Counted) -> tuple[int, int]:
     found = [(0, 0)]
     bits = max(job.recipe.state_bits, job.recipe.search_state_bits)
     states = job.backbone.for_backbone(state_bits=bits).search_cost.states
-    walks = 32 if job.machine.kind == "cpu" else min(2048, 2**23 // max(states, 1))
-    viterbi = walks * states * (128 + 24)  # a byte for half of the states at every weight, and some float32 costs
+    sequences = 32 if job.machine.kind == "cpu" else min(2048, 2**23 // max(states, 1))
+    viterbi = sequences * states * (128 + 24)  # a byte for half of the states at every weight, and some float32 costs
     for kind, (m, n) in job.groups:
         b = job.batch_size(kind, (m, n))
         metrics = b if m < SMALL else 1

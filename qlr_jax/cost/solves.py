@@ -84,24 +84,31 @@ def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, fa
 
 
 def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
-    """One batch of b matrices (m, n) of `solver.solve_batch`, filled up where it is small."""
+    """One batch of `solver.solve_batch`, filled up where it is small.
+
+    Args:
+        job: whose solver settings and quantizers are used.
+        b, shape: matrices of the batch, and (m, n) of each.
+        state_bits: of trellis codes.
+        factors: whether they have factors.
+    """
     m, n = shape
     sides = [n, m] if job.outputs else [n]
-    felt = 2 * m * n * n + (2 * m * m * n if job.outputs else 0)  # operations of tr(G E H Eᵀ), and of feedback
+    quadratic = 2 * m * n * n + (2 * m * m * n if job.outputs else 0)  # operations of tr(G E H Eᵀ), and of feedback
     metrics = {n: b if m < SMALL else 0.4, m: b if job.outputs else 0}  # H of a large matrix serves those that share it
     found = Work(
         factored=metrics[n] * n**3 / 3
         + 256 * n * n * metrics[n]
         + (metrics[m] * (2 * m**3 / 3 + 256 * m * m) if job.outputs else 0),
         passed=30 * sum(b * side * side for side in sides) + 60 * b * m * n,
-        products=b * 3 * felt,
+        products=b * 3 * quadratic,
     )
     quantizer = job.backbone.for_backbone(shape, state_bits)
     waste, steps = _staggered(job, quantizer, m, n)
     fill = _filled(job, b * m / 64 if m >= 64 else b * m / 16)
     once, found_by = b * m * n * waste, quantizer.search_cost
     search = Work(searched=found_by.shared * found_by.time, alone=(1 - found_by.shared) * found_by.time)
-    rounding = Work(products=b * felt * (waste + 2), placed=once, steps=steps) + search * (once * fill)
+    rounding = Work(products=b * quadratic * (waste + 2), placed=once, steps=steps) + search * (once * fill)
     if not factors:
         return found + rounding
     race = 2 if job.outputs else 1
@@ -109,7 +116,7 @@ def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors
     rounds, k = min(ROUNDS, iterations - 1), bucket(sorted(job.recipe.ranks)[len(job.recipe.ranks) // 2], min(shape))
     inner = job.settings.solver.inner
     fit = Work(
-        products=b * (felt + 3 * (4 * m * n * k + 2 * n * n * k) + inner * (6 * n * n * k + 4 * m * n * k + 4 * m * m * k)),
+        products=b * (quadratic + 3 * (4 * m * n * k + 2 * n * n * k) + inner * (6 * n * n * k + 4 * m * n * k + 4 * m * m * k)),
         factored=b * (3 * 4 * m * k * k + m * m * k),
         placed=inner * b * k * (m + n),
         steps=inner * (k / 4 + n / 64) * 512,
