@@ -75,7 +75,7 @@ def pack_matrix(
     if matrix.groups:
         quantizer = before.spec.quantizer()
         key = f"backbone.{quantizer.scales}"
-        scales = np.asarray(before.arrays[key], np.float32) * np.asarray(values["groups"])
+        scales: Any = np.asarray(before.arrays[key], np.float32) * np.asarray(values["groups"])
         arrays[key] = np.asarray(quantizer.cast_scales(scales))
     if matrix.layout.signs:
         for name, relaxed, (sign, _) in zip(("output_signs", "input_signs"), SIGNS, matrix.rotations, strict=True):

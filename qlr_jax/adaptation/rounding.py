@@ -118,11 +118,11 @@ def backbone_shift(values: Mapping[str, Array], requantizer: Requantizer, from_s
         from_scratch: search all sequences of a trellis with free tail-biting states; else each keeps the state that it had at the
             quantization before, which takes half of the time.
     """
-    states: Any = None if from_scratch else values.get("body.warm")
+    states: Any = None if from_scratch else values.get("body.seams")
     quantized, codes = requantizer.round(values["body"], states)
     shift: dict[str, Any] = {"body.shift": quantized - values["body"]}
     if (warm := requantizer.warm_start(codes)) is not None:
-        shift["body.warm"] = warm
+        shift["body.seams"] = warm
     return shift
 
 

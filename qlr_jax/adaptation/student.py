@@ -277,6 +277,7 @@ def backbone(matrix: StudentMatrix, values: Mapping[str, Array], base: Array) ->
         return base
     arrays = {k.split(".", 1)[1]: v for k, v in values.items() if k.startswith("backbone.")}
     quantizer = Spec.parse(matrix.layout.spec).quantizer(matrix.layout.state_bits, matrix.layout.shape)
+    assert quantizer.scales is not None  # or the backbone would have no groups
     arrays[quantizer.scales] = arrays[quantizer.scales].astype(jnp.float32) * values["groups"]
     return _unrotate(values["scale"][0] * quantizer.decode(arrays, *matrix.layout.shape), matrix) + values["rest"]
 
