@@ -1,9 +1,9 @@
-"""One alternation: Q on what the factors leave, then the factors on what Q leaves, the better candidate kept.
+"""One alternation: Q on what the factors leave, then the factors on what Q leaves, the better iterate kept.
 
     Q     ← LDLQ(W − L R)                                        `improve_backbone`
     L, R  ← rank-constrained regression of W − Q, rounded        `_fit`
 
-All matrices of a problem go through it together; what is decided for each (which candidate is better, which has stopped) is a mask
+All matrices of a problem go through it together; what is decided for each (which iterate is better, which has stopped) is a mask
 over the batch. Every function that computes is compiled once for a shape; rates and seeds are data.
 """
 
@@ -29,7 +29,7 @@ from qlr_jax.core.typing import Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Candidate:
+class Iterate:
     """One (Q, L, R) for every matrix, with its codes.
 
     Attributes:
@@ -49,21 +49,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class State:
-    """The current and the best candidate, and their errors √(tr(G E H Eᵀ)/tr(G W H Wᵀ)) per matrix.
+    """The current and the best iterate, and their errors √(tr(G E H Eᵀ)/tr(G W H Wᵀ)) per matrix.
 
     Attributes:
-        now: the current candidate.
+        now: the current iterate.
         basis: of the subspace iteration, kept warm; None at rank 0.
-        error: of the current candidate, (b,).
-        best: None before the first candidate.
+        error: of the current iterate, (b,).
+        best: None before the first iterate.
         best_error: its error, (b,); infinite before the first.
         trail: errors of the last step's half-steps, for people.
     """
 
-    now: Candidate
+    now: Iterate
     basis: Array | None
     error: np.ndarray
-    best: Candidate | None
+    best: Iterate | None
     best_error: np.ndarray
     trail: tuple[np.ndarray, ...] = ()
 
@@ -97,13 +97,13 @@ def init(problem: MatrixProblem, start: str) -> State:
     """Before the first step: no backbone yet, and the factors of W in the metric that `start` names (zero for "backbone")."""
     b, _, n = problem.weight.shape
     none_yet = np.full(b, np.inf, np.float32)
-    blank = Candidate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
+    blank = Iterate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
     now = jax.tree.map(problem.placement.place, blank)
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
         return state
     basis, steps, config = _random_basis(problem), problem.config.subspace_steps, problem.config
-    if problem.backbone.empty:  # the factors alone: a candidate already
+    if problem.backbone.empty:  # the factors alone: a iterate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
         return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
@@ -171,7 +171,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         static=quantizer.static(),
         refit=fitted,
     )
-    return _evaluated(state, Candidate(q, codes, scale, scales, factors), error)
+    return _evaluated(state, Iterate(q, codes, scale, scales, factors), error)
 
 
 def _fit(
@@ -208,14 +208,14 @@ def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Ar
     return normalised(quadratic_by_rows(weight - q - factors.product(), hessian, output), energy)
 
 
-def _evaluated(state: State, candidate: Candidate, error: Array) -> State:
-    """The state with a new candidate, which is the best of the matrices whose error it lowers."""
+def _evaluated(state: State, iterate: Iterate, error: Array) -> State:
+    """The state with a new iterate, which is the best of the matrices whose error it lowers."""
     found = np.asarray(error)
     if state.best is None:
-        return replace(state, now=candidate, error=found, best=candidate, best_error=found)
+        return replace(state, now=iterate, error=found, best=iterate, best_error=found)
     better = found < state.best_error
-    best = candidate if better.all() else _chosen(better, candidate, state.best) if better.any() else state.best
-    return replace(state, now=candidate, error=found, best=best, best_error=np.minimum(found, state.best_error))
+    best = iterate if better.all() else _chosen(better, iterate, state.best) if better.any() else state.best
+    return replace(state, now=iterate, error=found, best=best, best_error=np.minimum(found, state.best_error))
 
 
 def keep_stopped(running: np.ndarray, new: State, old: State) -> State:
@@ -242,4 +242,4 @@ def _choose(better: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-__all__ = ["Candidate", "State", "first_step", "improve_backbone", "init", "keep_stopped", "step"]
+__all__ = ["Iterate", "State", "first_step", "improve_backbone", "init", "keep_stopped", "step"]

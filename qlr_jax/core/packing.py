@@ -1,8 +1,10 @@
 """Codes to bytes and back, exactly: the bit streams that are stored and counted."""
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from qlr_jax.core.typing import Array
 
@@ -40,11 +42,10 @@ def unpack_stream(packed: Array, bits: int, count: int) -> Array:
         >>> unpack_stream(jnp.array([[33, 3]], jnp.uint8), 4, 3).tolist()
         [[1, 2, 3]]
     """
-    traced = isinstance(packed, jax.core.Tracer)
     # outside jit numpy reads the bytes: op by op, JAX takes several times as long
-    packed, kind = (packed, jnp.int32) if traced else (np.asarray(packed), np.int32)
+    stream: Any = packed if isinstance(packed, Tracer) else np.asarray(packed)
     start = np.arange(count) * bits
     first, offset = start // 8, start % 8
-    second = np.minimum(first + 1, packed.shape[1] - 1)  # a code spans two bytes at most
-    wide = packed[:, first].astype(kind) | (packed[:, second].astype(kind) << 8)
+    second = np.minimum(first + 1, stream.shape[1] - 1)  # a code spans two bytes at most
+    wide = stream[:, first].astype(np.int32) | (stream[:, second].astype(np.int32) << 8)
     return jnp.asarray((wide >> offset) & (2**bits - 1), jnp.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ class Requantizer:
 
     def pack(self, codes: Int[Array, "..."]) -> Mapping[str, np.ndarray]:
         """`backbone.*` as they are stored."""
-        qparams = tuple(np.asarray(s) for s in self.qparams)
+        qparams: Any = tuple(np.asarray(s) for s in self.qparams)
         return {f"backbone.{name}": array for name, array in self.quantizer.pack(np.asarray(codes), qparams).items()}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from qlr_jax.core.alternation import Candidate
+from qlr_jax.core.alternation import Iterate
 from qlr_jax.core.bounds import covering_bound
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
@@ -63,18 +63,18 @@ class Solution:
 
 
 def finish(
-    problem: MatrixProblem, candidate: Candidate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool] | np.ndarray
+    problem: MatrixProblem, iterate: Iterate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool] | np.ndarray
 ) -> list[Solution]:
     """The solutions of a problem, packed and evaluated as they are stored.
 
     Args:
         problem: of b matrices.
-        candidate: the best that was found for each.
+        iterate: the best that was found for each.
         histories: by matrix, the errors (b,) after every half-step that it took part in.
         converged: by matrix, whether it stopped by itself.
     """
     spec, solutions = problem.spec, []
-    best = jax.tree.map(np.asarray, candidate)
+    best = jax.tree.map(np.asarray, iterate)
     half_steps = 2 if spec.rank and not problem.backbone.empty else 1  # errors recorded in one iteration
     for i in range(len(problem.original)):  # the weights on several devices are filled up
         value, original = _packed(problem, best, i), problem.original[i]
@@ -90,7 +90,7 @@ def finish(
     return solutions
 
 
-def _packed(problem: MatrixProblem, best: Candidate, i: int) -> QLRMatrix:
+def _packed(problem: MatrixProblem, best: Iterate, i: int) -> QLRMatrix:
     """One matrix of the batch as it is stored."""
     spec, inner = problem.spec, float(best.scale[i])
     if inner == 0 and problem.original[i].any():  # the factors leave nothing to Q; g is theirs too and must not erase them
@@ -104,7 +104,7 @@ def _packed(problem: MatrixProblem, best: Candidate, i: int) -> QLRMatrix:
     return QLRMatrix(arrays, problem.layout)
 
 
-def _bound(problem: MatrixProblem, best: Candidate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
+def _bound(problem: MatrixProblem, best: Iterate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
     """(bound on the relative error, None), or (None, why there is none)."""
     backbone, energy, metric = problem.backbone, float(problem.energy[i]), problem.metric
     n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)

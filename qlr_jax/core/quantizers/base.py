@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,7 +191,7 @@ class Quantizer(ABC):
         """Name of the stored array of scales that training may change, codes being as they are; None where there is none."""
         return None
 
-    def cast_scales(self, scales: Array) -> Array:
+    def cast_scales(self, scales: Any) -> Any:
         """Scales as they are stored: rounded to the type of the array `scales` names, kept within its range."""
         raise NotImplementedError
 

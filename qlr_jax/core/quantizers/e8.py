@@ -16,6 +16,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -101,7 +102,7 @@ def nearest_shifted(x: Float[Array, "8 vectors"]) -> Array:
         better = gain > best[0]
         return (jnp.where(better, gain, best[0]), jnp.where(better, name, best[1])), None
 
-    entries = (table, np.square(table).sum(1) / 2, odd_sums, np.arange(256, dtype=np.int32))
+    entries: Any = (table, np.square(table).sum(1) / 2, odd_sums, np.arange(256, dtype=np.int32))
     start = (jnp.full(odd.shape, -jnp.inf), jnp.zeros(odd.shape, jnp.int32))
     (gain, name), _ = lax.scan(compare, start, entries, unroll=4)
     up = gain[1] - gain[0] > -0.5 * jnp.sum(x, axis=0)  # + ¼ is nearer
@@ -123,7 +124,7 @@ def nearest_root(x: Float[Array, "8 vectors"]) -> Array:
         return (jnp.where(better, gain, best[0]), jnp.where(better, name, best[1])), None
 
     table = roots()
-    entries = (table, np.square(table).sum(1) / 2, np.arange(256, dtype=np.int32))
+    entries: Any = (table, np.square(table).sum(1) / 2, np.arange(256, dtype=np.int32))
     start = (jnp.full(x.shape[1], -jnp.inf), jnp.zeros(x.shape[1], jnp.int32))
     return lax.scan(compare, start, entries, unroll=4)[0][1]
 

@@ -16,15 +16,21 @@ from qlr_jax.core.typing import Array
 class BFloat16(Quantizer):
     """`bf16`: 16 bits a weight, no scale."""
 
-    name = "bf16"
-    bits = 16.0
     examples = ("bf16",)
     usage = "bf16"
     plain = True
 
     @classmethod
     def parse(cls, text: str) -> BFloat16 | None:
-        return cls() if text == cls.name else None
+        return cls() if text == "bf16" else None
+
+    @property
+    def name(self) -> str:
+        return "bf16"
+
+    @property
+    def bits(self) -> float:
+        return 16.0
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, cols), np.dtype(ml_dtypes.bfloat16))}
@@ -46,15 +52,21 @@ class BFloat16(Quantizer):
 class Nothing(Quantizer):
     """`none`: no backbone; the factors carry everything."""
 
-    name = "none"
-    bits = 0.0
     examples = ("none",)
     usage = "none"
     empty = True
 
     @classmethod
     def parse(cls, text: str) -> Nothing | None:
-        return cls() if text == cls.name else None
+        return cls() if text == "none" else None
+
+    @property
+    def name(self) -> str:
+        return "none"
+
+    @property
+    def bits(self) -> float:
+        return 0.0
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {}

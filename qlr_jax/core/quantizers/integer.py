@@ -77,9 +77,9 @@ class Integer(ScalarGrid):
 
     def candidates(self, parts: Array) -> tuple[QParams, Callable[[Array], QParams]]:
         if not self.asymmetric:
-            (full,), at = super().candidates(parts)
+            (full,), scale_at = super().candidates(parts)
             middle = jnp.full_like(full, self._middle)
-            return (full, middle), lambda shrink: (*at(shrink), middle)
+            return (full, middle), lambda shrink: (*scale_at(shrink), middle)
         low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
         full, last = (high - low) / (2**self.width - 1), 2**self.width - 1
 

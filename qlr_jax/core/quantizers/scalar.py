@@ -60,7 +60,7 @@ class ScalarGrid(Quantizer):
     def from_codes(self, codes: Array, *qparams: Array) -> Array:
         """The values of codes."""
 
-    def cast_scales(self, scales: Array) -> Array:
+    def cast_scales(self, scales: Any) -> Any:
         return scales.astype(self.scale_dtype)
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:

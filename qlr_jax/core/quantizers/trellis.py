@@ -15,11 +15,13 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from qlr_jax.core.quantizers.base import (
     DEFAULT_STATE_BITS,
@@ -190,7 +192,7 @@ class Trellis(Quantizer):
             values = code_values(read_states(stream[part], self.ends, self.state_bits), self.gain)
             return jnp.swapaxes(values.reshape(-1, across, height, width), 1, 2).reshape(-1, across * width)
 
-        if isinstance(stream, jax.core.Tracer):
+        if isinstance(stream, Tracer):
             return of(slice(None))[:rows, :cols]
         return jnp.concatenate([of(part) for part in slabs((down, across, LENGTH))])[:rows, :cols]
 
@@ -218,14 +220,15 @@ def slabs(shape: tuple[int, ...]) -> list[slice]:
 def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, "*b 256"]:
     """The states of sequences from their packed streams (…, bytes): each is L bits, found in three bytes."""
     total = int(ends[-1])
-    if not isinstance(stream, jax.core.Tracer):
-        stream = np.asarray(stream)  # outside jit numpy gathers the bytes: compiling for every rate would take longer than the work
+    packed: Any = stream
+    if not isinstance(stream, Tracer):
+        packed = np.asarray(stream)  # outside jit numpy gathers the bytes: compiling for every rate would take longer than the work
     start = (ends[1:] - state_bits) % total
     first, offset = start // 8, start % 8
     count = total // 8
     word = jnp.zeros((), jnp.int32)
     for k in range(3):
-        word = (word << 8) | jnp.asarray(stream[..., (first + k) % count]).astype(jnp.int32)
+        word = (word << 8) | jnp.asarray(packed[..., (first + k) % count]).astype(jnp.int32)
     return (word >> (24 - offset - state_bits)) & (2**state_bits - 1)
 
 

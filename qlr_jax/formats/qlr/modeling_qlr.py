@@ -752,10 +752,10 @@ class QLRLinear(Stored):
         y = v.new_zeros(*v.shape[:-1], self.out_features) if self.backbone is None else multiply(v, self.backbone)
         products, left = [y], None
         if self.rank:
-            z = multiply(v, self.right)
+            z = multiply(v, self._factor("right"))
             if "component_scale" in self._buffers:
                 z = (z * self.component_scale.float()).to(kind)
-            products, left = [y, z], self.left.whole(kind)
+            products, left = [y, z], self._factor("left").whole(kind)
         output_signs = self._signs(OUTPUT, x.device) if self.rotated else None
 
         def finish(y: torch.Tensor, *z: torch.Tensor) -> torch.Tensor:
@@ -771,6 +771,12 @@ class QLRLinear(Stored):
             return y.to(x.dtype)
 
         return in_pieces(finish, *products)
+
+    def _factor(self, side: str) -> Part:
+        part = getattr(self, side)
+        if part is None:
+            raise ValueError(f"{self.spec}: factors cannot be stored as none; export the folder again")
+        return part
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -790,7 +796,7 @@ class QLRLinear(Stored):
 
     def _unrotated_rows(self):
         """(start, stop, rows start … stop − 1 of g (Q + L diag(s) R)) in float32."""
-        left, right = (self.left.whole(), self.right.whole()) if self.rank else (None, None)
+        left, right = (self._factor("left").whole(), self._factor("right").whole()) if self.rank else (None, None)
         if right is not None and "component_scale" in self._buffers:
             right = right * self.component_scale.float()[:, None]
         tiles = [(0, self.out_features, torch.zeros(()))] if self.backbone is None else self.backbone.tiles()
