@@ -1,4 +1,4 @@
-"""The bundled model once, end to end, with little of everything, compiled as users have it."""
+"""The bundled model once, end to end, with little of everything, compiled with optimizations."""
 
 import json
 import subprocess
@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 import qlr_jax as qlr
 from qlr_jax import job
 from qlr_jax.models import load_model
+from qlr_jax.pipelines.run import with_weights
 from qlr_jax.settings.recipe import Recipe
 
 LIGHT = Recipe(
@@ -82,7 +83,7 @@ def test_report_is_complete_and_says_what_was_found(done):
 def test_delivered_model_equals_its_dense_matrices_in_jax(done):
     original, packed = load_model(job.BUNDLED), qlr.load(done.out)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 2048, (1, 24)))
-    placed = job.with_weights(original, {name: linear.weight.get_value() for name, linear in packed.linears().items()})
+    placed = with_weights(original, {name: linear.weight.get_value() for name, linear in packed.linears().items()})
     want, got = jax.jit(lambda m, t: m(t))(placed, tokens), jax.jit(lambda m, t: m(t))(packed, tokens)
     assert float(jnp.abs(want - got).max()) <= 1e-3 * float(jnp.abs(want).max())
 

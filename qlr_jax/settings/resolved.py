@@ -49,7 +49,8 @@ class Settings:
             QLRError: a recipe whose patterns leave no matrix to compress.
 
         Example:
-            >>> settings = Settings.of(Recipe(), LlamaConfig(vocab_size=512, hidden_size=64, num_hidden_layers=1), memory=2**34)
+            >>> config = LlamaConfig(512, 64, 96, num_hidden_layers=1, num_attention_heads=2)
+            >>> settings = Settings.of(Recipe(), config, memory=2**34)
             >>> settings.sequence_length, settings.streaming, settings.solver.state_bits, len(settings.matrices)
             (2048, False, 12, 7)
         """
@@ -72,7 +73,7 @@ def sequence_length(config: LlamaConfig, asked: int | None = None) -> int:
     """Tokens of a sequence or window: what is asked for, or as many as the model takes, 2048 at most.
 
     Example:
-        >>> small = LlamaConfig(vocab_size=512, hidden_size=64, max_position_embeddings=256)
+        >>> small = LlamaConfig(512, 64, 96, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=256)
         >>> sequence_length(small), sequence_length(small, 128)
         (256, 128)
     """
