@@ -5,6 +5,7 @@ from qlr_jax.core.quantizers.e8 import Lattice
 from qlr_jax.core.quantizers.exact import BFloat16, Nothing
 from qlr_jax.core.quantizers.integer import Integer
 from qlr_jax.core.quantizers.normal_float import NormalFloat
+from qlr_jax.core.quantizers.nvfp4 import NVFP4
 from qlr_jax.core.quantizers.scalar import ScalarGrid
 from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.errors import QLRError
@@ -14,6 +15,7 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "none": Nothing,
     "int": Integer,
     "nf": NormalFloat,
+    "nvfp4": NVFP4,
     "e8": Lattice,
     "trellis": Trellis,
 }
@@ -54,6 +56,7 @@ def usage() -> str:
 
 __all__ = [
     "DEFAULT_STATE_BITS",
+    "NVFP4",
     "QUANTIZERS",
     "BFloat16",
     "Integer",

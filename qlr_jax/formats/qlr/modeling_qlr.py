@@ -658,6 +658,13 @@ QUANTIZERS = {
         rf"nf-(?P<bits>[2-4]){_GROUP}",
         lambda name, rows, cols, *_: LevelPart(rows, cols, int(name["bits"]), _group(name), normal_levels(int(name["bits"]))),
     ),
+    "nvfp4": Row(
+        "nvfp4",
+        lambda name, rows, cols, *_: LevelPart(
+            rows, cols, 4, 16, [s * x for s in (1.0, -1.0) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)], torch.float8_e4m3fn
+        ),
+        True,
+    ),
     "e8": Row("e8-(?P<bits>[2-4])", lambda name, rows, cols, *_: LatticePart(rows, cols, int(name["bits"])), True, True),
     "trellis": Row(
         r"trellis-(?P<bits>[0-9.]+)",
