@@ -110,7 +110,7 @@ def test_zero_matrix_stays_zero(case):
     assert quantizer.unit_scale or not np.asarray(decoded).any()
 
 
-@pytest.mark.parametrize("name", ["none", "int-3g16a", "nf-4g32", "e8-3", "trellis-2"])
+@pytest.mark.parametrize("name", ["none", "int-3g16a", "nf-4g32", "nvfp4", "e8-3", "trellis-2"])
 def test_accelerators_take_it(name):
     """Rounding and decoding lower for TPU and CUDA, on a machine that has neither."""
     quantizer = parse_quantizer(name, state_bits=BITS)

@@ -23,6 +23,8 @@ WRITTEN = {
     "nf-4g64+r16@bf16": "nf-4g64+r16@bf16",
     "nf-3/rot": "nf-3/rot",
     "nf-2g32/rot+r8@e8-2,nf-4": "nf-2g32/rot+r8@e8-2,nf-4",
+    "nvfp4+r4@nvfp4,int-8": "nvfp4+r4@nvfp4,int-8",
+    "nvfp4/rot": "nvfp4/rot",
     "bf16": "bf16",
     "bf16/rot": "bf16/rot",
 }
@@ -58,6 +60,8 @@ BYTES = [
     ("e8-3", (5, 9), 5 * 2 * 3 + 4),  # 9 weights fill two eights
     ("e8-2+r6@e8-4", (16, 33), 16 * 5 * 2 + 4 + 6 * 2 * 4 + 6 * 5 * 4 + 6 * 2),  # Lᵀ (6, 16), R (6, 33); s
     ("nf-4g16+r4@e8-3,nf-2", (16, 32), 16 * 16 + 16 * 2 * 2 + 4 + 4 * 2 * 3 + 4 * 8 + 4 * 2 + 4 * 2),
+    ("nvfp4", (5, 33), 5 * 17 + 5 * 3 + 4),  # 33 codes of half a byte; a byte for 16; g
+    ("nvfp4/rot+r4@nvfp4", (5, 33), 5 * 17 + 5 * 3 + 4 + 4 * 3 + 4 * 1 + 4 * 17 + 4 * 3 + 4 * 2),
     ("int-4+r4@bf16,trellis-2", (64, 64), 64 * 32 + 64 * 2 + 4 + 4 * 64 * 2 + 1 * 64 + 4 * 2),
 ]
 
@@ -88,6 +92,8 @@ REFUSED = {
     "e8-2g32": "'e8-2g32' is not a quantizer",
     "nf-8": "nf-8 is not offered; pass 2 to 4 bits",
     "nf-4a": "'nf-4a' is not a quantizer",
+    "nvfp4-4": "'nvfp4-4' is not a quantizer",
+    "nvfp4g16": "'nvfp4g16' is not a quantizer; pass bf16, none, .*, nvfp4, ",
     "e8-2/rot": "e8-2 is rotated always; leave /rot out",
     "trellis-2/rot": "trellis-2 is rotated always; leave /rot out",
     "trellis-2+r0@bf16": r"rank 0 is written by leaving \+r out",

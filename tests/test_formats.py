@@ -134,7 +134,7 @@ DECODED = [
     *(f"int-{bits}{rest}" for bits, rest in zip(range(1, 9), ("", "g16", "g32a", "a", "g16a", "", "g32", "g20"), strict=True)),
     "int-3g16a/rot", "bf16", "bf16/rot", "none+r3@int-3", "none+r12@trellis-4,bf16", "int-4g16+r10@trellis-2.5",
     "trellis-2+r8@trellis-4", "nf-2", "nf-3g20", "nf-4g32/rot+r5@nf-4g16,nf-3", "e8-2", "e8-3", "e8-4", "e8-2+r6@e8-4",
-    "int-3+r3@e8-3,nf-2", "nf-4+r7@bf16,e8-2",
+    "int-3+r3@e8-3,nf-2", "nf-4+r7@bf16,e8-2", "nvfp4", "nvfp4/rot+r5@nvfp4",
 ]  # fmt: skip
 SETTINGS = [(0, 6), (32, 12), (16, 16)]  # rotation block, state bits
 
@@ -181,6 +181,8 @@ def to_torch(array):
     array = np.asarray(array)
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    if array.dtype == ml_dtypes.float8_e4m3fn:
+        return torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
     return torch.from_numpy(array.copy())
 
 

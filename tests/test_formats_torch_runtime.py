@@ -19,7 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM  # n
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 
 INPUT = torch.tensor(TOKENS)
-SPECS = ["trellis-2.25+r16@trellis-2", "int-4g32", "int-3g16a/rot", "nf-4g32", "e8-3+r4@e8-2,bf16", "none+r12@int-8"]
+SPECS = [
+    "trellis-2.25+r16@trellis-2", "int-4g32", "int-3g16a/rot", "nf-4g32", "nvfp4/rot+r4@nvfp4", "e8-3+r4@e8-2,bf16",
+    "none+r12@int-8",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -346,8 +349,10 @@ def test_the_folders_own_older_runtime_refuses(copy, monkeypatch):
 
     for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
         monkeypatch.delitem(mapping, "qlr")  # as in a process that has not imported ours
+    recorded = json.loads((copy / "config.json").read_text())["quantization_config"]["runtime_version"]
+    assert recorded == 5  # the oldest that reads its quantizers
     code = (copy / "modeling_qlr.py").read_text(encoding="utf-8")
-    old = re.sub(r"^RUNTIME_VERSION = \d+", "RUNTIME_VERSION = 1", code, flags=re.MULTILINE)
+    old = re.sub(r"^RUNTIME_VERSION = \d+", "RUNTIME_VERSION = 4", code, flags=re.MULTILINE)
     (copy / "modeling_qlr.py").write_text(old, encoding="utf-8")
     with pytest.raises(ValueError, match="needs qlr runtime version"):
         get(copy, trust_remote_code=True)

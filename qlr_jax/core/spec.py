@@ -3,6 +3,7 @@
 <backbone>[/rot][+r<rank>@<factors>[,<factors of R>]]
 
 trellis-2.25      trellis-2+r32@trellis-4      e8-2+r256@e8-4      int-4g32+r16@bf16      nf-4g64/rot      none+r64@int-8,bf16
+nvfp4             nvfp4/rot+r16@nvfp4
 """
 
 from __future__ import annotations

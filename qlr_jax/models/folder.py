@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  numpy learns bfloat16 before safetensors reads it
+import ml_dtypes  # numpy learns bfloat16 before safetensors reads it
 import numpy as np
 
 from qlr_jax.core.lazy import Lazy
@@ -150,11 +150,29 @@ def _reader(name: str, path: Path) -> Callable[[], np.ndarray]:
         try:
             # opened anew: what of a mapped file was read counts as this process's memory until it is closed
             with safe_open(path, framework="numpy") as handle:
-                return handle.get_tensor(name)
+                return read_tensor(handle, path, name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:
             raise QLRError(f"{path}: tensor {name} cannot be read ({error})") from None
 
     return read
+
+
+def read_tensor(handle: Any, path: Path, name: str) -> np.ndarray:
+    """A tensor of an open safetensors file.
+
+    Args:
+        handle: of `safe_open`, framework "numpy", which reads all types but float8 (safetensors 0.8).
+        path: of its file.
+        name: of the tensor.
+    """
+    if handle.get_slice(name).get_dtype() != "F8_E4M3":
+        return handle.get_tensor(name)
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+        begin, end = entry["data_offsets"]
+        file.seek(8 + length + begin)
+        return np.fromfile(file, np.uint8, end - begin).view(ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
 
 
 def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokenizer_from: str | Path | None = None) -> Path:

@@ -35,6 +35,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr.packed import JOB
+from qlr_jax.models.folder import read_tensor
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
 Key = tuple[str, str]  # matrix, spec
@@ -202,13 +203,12 @@ def _save(path: Path, solution: Solution) -> None:
 
 def _load(path: Path) -> Solution:
     import jax.numpy as jnp
-    import ml_dtypes  # noqa: F401  numpy learns bfloat16
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="np") as handle:
             recorded = json.loads((handle.metadata() or {})["solution"])
-            arrays = {name: jnp.asarray(handle.get_tensor(name)) for name in handle.keys()}  # noqa: SIM118  it is no mapping
+            arrays = {name: jnp.asarray(read_tensor(handle, path, name)) for name in handle.keys()}  # noqa: SIM118  it is no mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise QLRError(f"{path} cannot be read ({error}); remove it, and go on with --resume") from None
     layout = Layout(**{**recorded["layout"], "shape": tuple(recorded["layout"]["shape"])})

@@ -53,7 +53,7 @@ class Quantizer(ABC):
         plain: it stores the weights themselves, as the original model has them.
         empty: it stores nothing; factors must carry everything.
         group: weights that share a scale, 0 where a row does or nothing is shared.
-        runtime_version: of the PyTorch runtime that first reads it.
+        runtime_version: of the first PyTorch runtime that reads it; a folder records that of its newest quantizer.
     """
 
     examples: ClassVar[tuple[str, ...]]

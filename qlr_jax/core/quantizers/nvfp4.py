@@ -1,6 +1,7 @@
 """NVFP4: floats of 4 bits (e2m1), one float8 (e4m3) scale for 16 of them, one scale for all: what Blackwell GPUs multiply.
 
-Source: the Open Compute Project's Microscaling Formats, version 1.0, section 5.3.3 (e2m1); the scale search is ours.
+Source: the Open Compute Project's Microscaling Formats, version 1.0, section 5.3.3 (e2m1). That the largest weight of a group often
+does better on 4 than on 6: Four Over Six, arXiv 2512.02010; here a search among 43 scales does that and more.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from qlr_jax.core.typing import Array
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of codes 0 to 7; bit 3 is the sign
 VALUES = np.concatenate([MAGNITUDES, -MAGNITUDES])
 LARGEST = 448.0  # of e4m3
+COVERING = 256.0  # the largest scale that just covers its group: 1.55 times as much is within e4m3, too
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,6 @@ class NVFP4(ScalarGrid):
         72
     """
 
-    name = "nvfp4"
     width = 4
     group = 16
     examples = ("nvfp4",)
@@ -38,17 +39,29 @@ class NVFP4(ScalarGrid):
     unit_scale = True
     runtime_version = 6
     scale_dtype = ml_dtypes.float8_e4m3fn
-    top = 6.0
+
+    @property
+    def name(self) -> str:
+        return "nvfp4"
+
+    @property
+    def top(self) -> float:
+        return 6.0
+
+    @property
+    def shrinks(self) -> np.ndarray:
+        """At 1.5 the largest weight falls on 4 instead of 6, where steps are finer: a sixth less error on a Gaussian."""
+        return np.linspace(0.5, 1.55, 43)
 
     @classmethod
     def parse(cls, text: str) -> NVFP4 | None:
-        return cls() if text == cls.name else None
+        return cls() if text == "nvfp4" else None
 
     def unit_of(self, x: Array, per_row: bool) -> Array:
-        """The largest group scale of a matrix is the largest of e4m3; a row, whose scale is a component's, has unit size."""
+        """A matrix's scales fill e4m3's range, with room for the largest shrink; a row, which is a component, has unit size."""
         if per_row:
             return root_mean_square(x, True)
-        return jnp.abs(x).max((-2, -1), keepdims=True) / (self.top * LARGEST)
+        return jnp.abs(x).max((-2, -1), keepdims=True) * np.float32(1 / (self.top * COVERING))  # rounds alike in any batch
 
     def cast_scales(self, scales: Array) -> Array:
         return scales.clip(-LARGEST, LARGEST).astype(self.scale_dtype)  # beyond its range e4m3 has NaN

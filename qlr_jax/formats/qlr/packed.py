@@ -15,8 +15,8 @@ import numpy as np
 
 import qlr_jax
 from qlr_jax.core.matrix import Layout, QLRMatrix
+from qlr_jax.core.quantizers import Quantizer, trellis
 from qlr_jax.core.quantizers import e8 as lattice
-from qlr_jax.core.quantizers import trellis
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
@@ -28,7 +28,7 @@ from qlr_jax.models.folder import check_names, open_tensors
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
-RUNTIME_VERSION = 5  # of the runtime that is written along: an older one refuses the folder
+RUNTIME_VERSION = 6  # of the runtime that is written along; folders record the oldest that reads them, and an older one refuses
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
     "length": trellis.LENGTH,
@@ -235,7 +235,7 @@ def _config(
 ) -> dict[str, Any]:
     fields = ("spec", "shape", "seed", "rotation_block", "state_bits", "signs")
     quantization: dict[str, Any] = {"quant_method": "qlr", "format_version": FORMAT_VERSION}
-    quantization |= {"runtime_version": RUNTIME_VERSION, "qlr_version": qlr_jax.__version__}
+    quantization |= {"runtime_version": _runtime_version(matrices), "qlr_version": qlr_jax.__version__}
     if settings:
         quantization["settings"] = dict(settings)
     if extra:
@@ -246,6 +246,13 @@ def _config(
     name = runtime_class(FAMILIES[raw["model_type"]].architecture if raw.get("model_type") in FAMILIES else "LlamaForCausalLM")
     runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{name}"}}
     return raw | types | dict(extra or {}) | runtime | {"quantization_config": quantization}
+
+
+def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
+    """Of the oldest runtime that reads all of their quantizers."""
+    specs = [Spec.parse(spec) for spec in {matrix.layout.spec for matrix in matrices.values()}]
+    quantizers = [q for spec in specs for q in (spec.quantizer(), *(spec.factor_quantizers() if spec.rank else ()))]
+    return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers)])
 
 
 def _open(out: str | Path, plain: bool = False) -> tuple[Path, LlamaConfig, dict[str, Layout]]:
