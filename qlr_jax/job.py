@@ -51,7 +51,7 @@ def compress(
 ) -> JobResult:
     """Compress a Llama folder (or hub name) under a memory budget and write a folder that JAX and PyTorch load.
 
-    JAX is told to run one compiled loop at a time, where it has not started yet (`settings.host`).
+    JAX is set to run one compiled loop at a time, where it has not started yet (`settings.host`).
 
     Args:
         model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3, Gemma or OLMo2 model.

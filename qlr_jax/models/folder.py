@@ -148,7 +148,7 @@ def _reader(name: str, path: Path) -> Callable[[], np.ndarray]:
 
     def read() -> np.ndarray:
         try:
-            # opened anew: what of a mapped file was read counts as this process's memory until it is closed
+            # opened again: what of a mapped file was read counts as this process's memory until it is closed
             with safe_open(path, framework="numpy") as handle:
                 return read_tensor(handle, path, name)
         except (SafetensorError, OSError, TypeError, AttributeError) as error:

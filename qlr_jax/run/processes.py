@@ -105,7 +105,7 @@ def join(out: str | Path, coordinator: str | None = None, processes: int | None 
 
 
 def cost(problem: tuple, config: SolverConfig) -> float:
-    """Operations of one solve, about: m · n · (states searched + products with H), as often as Q may be found anew."""
+    """Operations of one solve, about: m · n · (states searched + products with H), as often as Q may be quantized again."""
     (m, n), spec = problem[0].shape, Spec.parse(problem[2])
     quantizers = [spec.quantizer(config.state_bits), *(spec.factor_quantizers(config.state_bits) if spec.rank else ())]
     searched = 2 * max(quantizer.search_cost.states for quantizer in quantizers)

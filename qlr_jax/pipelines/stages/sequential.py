@@ -52,7 +52,7 @@ def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver
     """The matrices of one allocation, each solved for W* = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ in the metric E[x̂ x̂ᵀ].
 
     Args:
-        specs: name -> spec, of one plan: another plan hands on other x̂, and is solved anew.
+        specs: name -> spec, of one plan: another plan hands on other x̂, and is solved again.
         tokens: (sequences, time) of calibration text.
         solver: problems -> solutions.
 
