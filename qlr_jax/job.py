@@ -109,7 +109,7 @@ def _job(
             if table is not None:
                 Sensitivity(table).check(source.prices, source.settings.target.nbytes)
         facts = job_facts(source.folder, recipe, texts.calibration, texts.held_out, table, constraints)
-        if session.assists:
+        if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
         session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target})
 
@@ -139,7 +139,8 @@ def _job(
 
         if recipe.sequential and not problem.keeps_original:
             with session.stage("solve in sequence"):
-                candidates[delivered] = stages.solve_in_sequence(run, candidates[delivered], texts.calibration)
+                again = stages.solve_in_sequence(run, candidates[delivered], texts.calibration)
+                candidates = {**candidates, delivered: again}
 
         if texts.held_out:
             with session.stage("evaluate"):

@@ -134,7 +134,7 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
     with pytest.raises(AllocationError, match="nothing_proj"):
         wrong = Constraints.parse(["nothing_proj=int-2"])
         job.compress(tiny, tmp_path / "no", "2.25bpw", text, LIGHT, table=table, constraints=wrong)
-    with pytest.raises(QLRError, match="is not to be compressed here; measure this model anew"):
+    with pytest.raises(QLRError, match="is not to be compressed here; measure this model again"):
         job.compress(tiny, tmp_path / "no", "2.25bpw", text, LIGHT.updated(include=("*.mlp.*",)), table=table)
     with pytest.raises(QLRError, match="notes say nothing"):
         job.compress(tiny, tmp_path / "no", "2.25bpw", text, LIGHT, table=dataclasses.replace(table, notes={}))

@@ -1,5 +1,6 @@
 """A job that is interrupted anywhere goes on, and ends with the same bytes; what was begun otherwise is refused."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -156,3 +157,15 @@ def test_resume_without_a_job_begins_one(tiny, text, tmp_path):
     log = (result.out / "job" / "log.txt").read_text()
     assert "compressing: model.layers.0.self_attn.q_proj int-" in log and "saving: done" in log
     assert json.loads((result.out / "report.json").read_text())["bits_per_weight"] <= 4
+
+
+def test_a_job_begun_before_a_setting_existed_goes_on(tmp_path):
+    facts = {"recipe": {item.name: item.default for item in dataclasses.fields(Recipe)}, "model": "m"}
+    facts = json.loads(json.dumps(facts))
+    old = {"recipe": {name: value for name, value in facts["recipe"].items() if name != "strategy"}, "model": "m"}
+    space = workspace.Workspace(tmp_path / "job", old)
+    space.write(space.root / "table.json", lambda path: path.write_text("{}"))
+    assert workspace.Workspace.open(tmp_path, facts, resume=True).begun
+    other = {**facts, "recipe": {**facts["recipe"], "strategy": "greedy"}}
+    with pytest.raises(QLRError, match=r'recipe strategy was "allocated" and is "greedy"'):
+        workspace.Workspace.open(tmp_path, other, resume=True)

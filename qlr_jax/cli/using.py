@@ -131,9 +131,9 @@ def generate(
     """
     with computing(as_json):
         from qlr_jax import progress
-        from qlr_jax.pipelines import generate as generating
+        from qlr_jax.pipelines import generate as pipeline
 
-        pieces = generating.generate(
+        pieces = pipeline.generate(
             out,
             prompt,
             max_new_tokens=max_new_tokens,
@@ -240,7 +240,7 @@ def adapt(
     with computing(as_json):
         from qlr_jax import progress
         from qlr_jax.adaptation import AdaptConfig
-        from qlr_jax.pipelines import adapt as tuning
+        from qlr_jax.pipelines import adapt as pipeline
         from qlr_jax.report import adapted_text
 
         added = added or fresh
@@ -263,7 +263,7 @@ def adapt(
             remat=remat,
             seed=seed,
         )
-        result = tuning.adapt(
+        result = pipeline.adapt(
             out,
             dest,
             text or None,
@@ -313,14 +313,14 @@ def export(
             raise QLRError(f"--base {base} is for --to peft; leave it out for --to {to}")
         if uniform_rank and to not in ("peft", "compressed-tensors"):
             raise QLRError(f"--uniform-rank is for --to peft and compressed-tensors; leave it out for --to {to}")
-        from qlr_jax import formats as exporting
+        from qlr_jax import formats
 
         settings: dict[str, Any] = {"dtype": dtype}
         if to in ("peft", "compressed-tensors"):
             settings["uniform_rank"] = uniform_rank
         if to == "peft":
             settings["base"] = base
-        write = getattr(exporting, f"export_{to.replace('-', '_')}")
+        write = getattr(formats, f"export_{to.replace('-', '_')}")
         write(out, dest, **settings)
         result = {"out": str(out), "dest": str(dest), "to": to, **settings}
         show(result, as_json, lambda _: f"{dest}: {to} model in {dtype}; {dest / 'README.md'} says how to load it")

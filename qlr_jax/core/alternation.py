@@ -103,7 +103,7 @@ def init(problem: MatrixProblem, start: str) -> State:
     if not problem.spec.rank:
         return state
     basis, steps, config = _random_basis(problem), problem.config.subspace_steps, problem.config
-    if problem.backbone.empty:  # the factors alone: a iterate already
+    if problem.backbone.empty:  # the factors alone: an iterate already
         factors, basis, error = _fit(problem, now.q, basis, steps)
         return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others

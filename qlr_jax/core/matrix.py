@@ -86,6 +86,8 @@ class QLRMatrix:
             u, v = (self.arrays[name].astype(jnp.float32) for name in ("output_signs", "input_signs"))
         return (u, u_block), (v, v_block)
 
+    sides = rotations  # another name of it, for callers outside of this library
+
     def backbone(self) -> Array:
         """g · Q (m, n) in the rotated basis."""
         rows, cols = self.shape

@@ -61,6 +61,8 @@ class Solution:
         """Spec, bits and error in a few words."""
         return f"{self.value.spec}: {self.bits:.4g} bits, error {self.stats['relative_error']:.4f}"
 
+    told = summary  # another name of it, for callers outside of this library
+
 
 def finish(
     problem: MatrixProblem, iterate: Iterate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool] | np.ndarray

@@ -39,6 +39,19 @@ def job_facts(
     }
 
 
+def completed(facts: Any) -> Any:
+    """What a job was begun as, its recipe filled up with the defaults of settings that did not exist then.
+
+    Example:
+        >>> completed({"recipe": {"seed": 3}})["recipe"]["strategy"]
+        'allocated'
+    """
+    if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
+        return facts
+    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
+    return {**facts, "recipe": {**defaults, **facts["recipe"]}}
+
+
 def digest_text(text: str) -> str:
     """What tells one text from another.
 

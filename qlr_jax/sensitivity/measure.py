@@ -62,12 +62,12 @@ class Sensitivity:
         """Refuse a table that is of other matrices, or that prices a spec otherwise, than the model and format at hand."""
         for row in self.table.rows:
             if row.name not in prices.index:
-                raise QLRError(f"the table has a row {row.name}, which is not to be compressed here; measure this model anew")
+                raise QLRError(f"the table has a row {row.name}, which is not to be compressed here; measure this model again")
             shape = tuple(self.table.notes["matrices"][row.name]["shape"])
             if row.weights != prices[row.name].weights or any(nbytes(Spec.parse(o.spec), shape) != o.bytes for o in row.options):
-                raise QLRError(f"the table's row {row.name} is of another matrix, target or version; measure this model anew")
+                raise QLRError(f"the table's row {row.name} is of another matrix, target or version; measure this model again")
         if missing := [name for name in prices.index if name not in self.table.index]:
-            raise QLRError(f"the table has no row {missing[0]}; measure this model anew, or exclude that matrix")
+            raise QLRError(f"the table has no row {missing[0]}; measure this model again, or exclude that matrix")
 
 
 def measure(

@@ -67,11 +67,6 @@ class Recipe:
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
     measure_tokens: int = _field(4096, "of calibration text, on which KL is measured while options are compared")
-    strategy: str = _field(
-        DEFAULT,
-        "of allocation, whose result is delivered: allocated (exact, refined by measuring) or, as it is, "
-        + ", ".join(name for name in STRATEGIES if name != DEFAULT),
-    )
     refine: int = _field(12, "other allocations, at most, that are built and measured after the first; 0 = none")
     refine_seconds: float = _field(600.0, "that these may take")
     sequential: bool = _field(
@@ -84,6 +79,11 @@ class Recipe:
     force: bool = _field(False, "go on with less calibration text than a matrix has inputs")
     thresholds: dict[str, Any] | None = _field(  # noqa: RUF009  as the others, and never changed
         None, "that qlr verify holds the result to, e.g. {kl: 0.05}; null = its defaults"
+    )
+    strategy: str = _field(
+        DEFAULT,
+        "of allocation, whose result is delivered: allocated (exact, refined by measuring) or, as it is, "
+        + ", ".join(name for name in STRATEGIES if name != DEFAULT),
     )
 
     def __post_init__(self) -> None:

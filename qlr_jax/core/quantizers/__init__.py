@@ -54,8 +54,11 @@ def usage() -> str:
     return f"{', '.join(first)} or {last}"
 
 
+KINDS = usage()
+
 __all__ = [
     "DEFAULT_STATE_BITS",
+    "KINDS",
     "NVFP4",
     "QUANTIZERS",
     "BFloat16",
