@@ -10,7 +10,12 @@ from qlr_jax.core.typing import Array
 
 
 def stream_bytes(count: int, bits: int) -> int:
-    """Bytes that a row of `count` codes of `bits` bits takes, padded to a whole byte."""
+    """Bytes that a row of `count` codes of `bits` bits takes, padded to a whole byte.
+
+    Example:
+        >>> stream_bytes(13, 3)
+        5
+    """
     return -(-count * bits // 8)
 
 
@@ -37,6 +42,14 @@ def pack_stream(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def unpack_stream(packed: Array, bits: int, count: int) -> Array:
     """Undo `pack_stream`: uint8 (rows, bytes) to int32 codes (rows, count).
+
+    Args:
+        packed: uint8 (rows, ceil(count · bits / 8)).
+        bits: of a code, 1 to 8.
+        count: codes a row; the bits that fill the last byte are left out.
+
+    Returns:
+        int32 (rows, count).
 
     Example:
         >>> unpack_stream(jnp.array([[33, 3]], jnp.uint8), 4, 3).tolist()

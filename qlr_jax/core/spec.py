@@ -25,8 +25,11 @@ COMPONENT_BYTES = 2  # one float16 a component, where a factor's grid has no sca
 class Spec:
     """How W ≈ g · Uᵀ (Q + L diag(s) R) V is stored: the grids of Q, L and R, the rank, and whether U, V rotate.
 
-    Raises:
-        QLRError: from `parse`, for text that is not a spec, naming the part that is wrong.
+    Attributes:
+        backbone: name of Q's quantizer, as `Quantizer.name` gives it.
+        rotated: whether Q is the quantized matrix of U W Vᵀ.
+        rank: columns of L and rows of R; 0 where there are none.
+        left, right: names of the quantizers of L and R; "" at rank 0.
 
     Example:
         >>> str(Spec.parse("trellis-2.0+r32@trellis-4,trellis-4"))
@@ -43,6 +46,18 @@ class Spec:
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
+        """The spec that a text means; a Spec is given back as it is.
+
+        Args:
+            text: <backbone>[/rot][+r<rank>@<factors>[,<factors of R>]].
+
+        Raises:
+            QLRError: for text that is not a spec, naming the part that is wrong.
+
+        Example:
+            >>> Spec.parse("int-4g32/rot+r16@int-8,bf16").right
+            'bf16'
+        """
         if isinstance(text, Spec):
             return text
         match = _PATTERN.fullmatch(text.strip())
@@ -76,7 +91,12 @@ class Spec:
         return self.left + (f",{self.right}" if self.right != self.left else "")
 
     def quantizer(self, state_bits: int = DEFAULT_STATE_BITS, shape: tuple[int, int] | None = None) -> Quantizer:
-        """The grid of Q, of a matrix of `shape` (out, in) where its tiles matter."""
+        """The quantizer of Q.
+
+        Args:
+            state_bits: of a trellis.
+            shape: (out, in) of the matrix, where its tiles matter.
+        """
         return parse_quantizer(self.backbone).for_backbone(shape, state_bits)
 
     def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
@@ -95,7 +115,18 @@ class Spec:
         return self.rank > 0 or not self.quantizer().plain
 
     def nbytes(self, shape: tuple[int, int]) -> int:
-        """Bytes of all that is stored for a matrix of `shape` (out, in): codes, scales, factors, padding."""
+        """Bytes of all that is stored for a matrix: codes, scales, factors, padding.
+
+        Args:
+            shape: (out, in).
+
+        Raises:
+            QLRError: the rank is larger than the matrix allows.
+
+        Example:
+            >>> Spec.parse("int-4g32").nbytes((2, 64))   # 64 bytes of codes, 4 float16 scales, one float32 for the matrix
+            76
+        """
         rows, cols = shape
         if self.rank > min(shape):
             raise QLRError(f"{self}: rank {self.rank} is larger than the {rows} × {cols} matrix allows; pass at most {min(shape)}")
@@ -113,6 +144,15 @@ class Spec:
 
 def expand_backbones(backbones: Sequence[str]) -> list[str]:
     """Backbones with ranges written out: `trellis-1.5..4` is every sixteenth from 1.5 to 4.
+
+    Args:
+        backbones: names as a recipe writes them.
+
+    Returns:
+        Canonical names, each once, in the order given.
+
+    Raises:
+        QLRError: for a name that is no backbone, or a range that has no numbers.
 
     Example:
         >>> expand_backbones(["trellis-2..2.125", "int-4g32"])

@@ -49,7 +49,12 @@ def magnitudes() -> np.ndarray:
 
 @lru_cache
 def roots() -> np.ndarray:
-    """The 256 points of E8 of the second stage at 3 bits, (256, 8): 0, the 240 of norm 2, 15 of the norm-4 ones ± 2 e_i."""
+    """The 256 points of E8 of the second stage at 3 bits, (256, 8): 0, the 240 of norm 2, 15 of the norm-4 ones ± 2 e_i.
+
+    Example:
+        >>> np.square(roots()).sum(1)[[0, 1, 240, 241]].tolist()
+        [0.0, 2.0, 2.0, 4.0]
+    """
     points = [np.zeros(SIZE)]
     for i, j in itertools.combinations(range(SIZE), 2):
         for a, b in itertools.product((1.0, -1.0), repeat=2):
@@ -63,6 +68,13 @@ def shifted_points(codes: Array, scale: float = 1.0) -> Array:
     """scale · points of E8 + ¼ for 16-bit codes, (*b,) -> (*b, 8).
 
     Bits 0-7 name |point ∓ ¼|, 8-14 are the signs of coordinates 0-6, bit 15 is set for + ¼.
+
+    Args:
+        codes: integers in [0, 2^16), shape (*b,).
+        scale: factor of the points.
+
+    Returns:
+        float32 (*b, 8).
 
     Example:
         >>> shifted_points(jnp.array([0, 0x8100])).tolist()[1]
@@ -87,6 +99,17 @@ def nearest_shifted(x: Float[Array, "8 vectors"]) -> Array:
     For a magnitude a and a shift s, the best signs are those of y = x − s; where their number has the wrong parity, the one
     that costs least, min 2 aᵢ|yᵢ|, is turned. So |x − point|² = |y|² − 2 (a·|y| − |a|²/2 − [wrong parity] 2 min aᵢ|yᵢ|), and
     the two shifts differ by |y|² = |x|² − 2 s Σ xᵢ + ½.
+
+    Args:
+        x: vectors in columns, (8, vectors), in units of the lattice.
+
+    Returns:
+        int32 (vectors,), as `shifted_points` reads them.
+
+    Example:
+        >>> point = shifted_points(jnp.array([0x8100]))
+        >>> nearest_shifted(point.T + 0.1).tolist() == [0x8100]
+        True
     """
     table, odd_sums = magnitudes(), _odd_sums() == 1
     y = x[None] - jnp.array([-0.25, 0.25])[:, None, None]
@@ -115,7 +138,15 @@ def nearest_shifted(x: Float[Array, "8 vectors"]) -> Array:
 
 
 def nearest_root(x: Float[Array, "8 vectors"]) -> Array:
-    """Names, (vectors,) int32, of the nearest of the 256 points of `roots`, for vectors in columns."""
+    """Names, (vectors,) int32, of the nearest of the 256 points of `roots`, for vectors in columns.
+
+    Args:
+        x: (8, vectors), in units of the lattice.
+
+    Example:
+        >>> nearest_root(jnp.asarray(roots()[[3, 200]]).T + 0.1).tolist()
+        [3, 200]
+    """
 
     def compare(best: tuple[Array, Array], entry: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array], None]:
         point, half_norm, name = entry
@@ -132,6 +163,14 @@ def nearest_root(x: Float[Array, "8 vectors"]) -> Array:
 @dataclass(frozen=True)
 class Lattice(Quantizer):
     """`e8-2`, `e8-3`, `e8-4`: 2, 3 or 4 bytes for every 8 weights of a row.
+
+    Attributes:
+        width: 2, 3 or 4 bits a weight.
+
+    Raises:
+        QLRError: a width that is not offered.
+
+    Source: QuIP#, arXiv 2402.04396, sections 4 and 4.3.
 
     Example:
         >>> code = Lattice(2)

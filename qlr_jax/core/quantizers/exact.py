@@ -14,7 +14,13 @@ from qlr_jax.core.typing import Array
 
 @dataclass(frozen=True)
 class BFloat16(Quantizer):
-    """`bf16`: 16 bits a weight, no scale."""
+    """`bf16`: 16 bits a weight, no scale.
+
+    Example:
+        >>> values, codes = BFloat16().round_block(jnp.array([[1.001]]), (), (), False)
+        >>> values.tolist(), codes.dtype.name
+        ([[1.0]], 'bfloat16')
+    """
 
     examples = ("bf16",)
     usage = "bf16"
@@ -50,7 +56,12 @@ class BFloat16(Quantizer):
 
 @dataclass(frozen=True)
 class Nothing(Quantizer):
-    """`none`: no backbone; the factors carry everything."""
+    """`none`: no backbone; the factors carry everything.
+
+    Example:
+        >>> Nothing().stored(4, 8), Nothing().decode({}, 1, 2).tolist()
+        ({}, [[0.0, 0.0]])
+    """
 
     examples = ("none",)
     usage = "none"

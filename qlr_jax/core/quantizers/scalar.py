@@ -23,8 +23,8 @@ class ScalarGrid(Quantizer):
     """Codes of `width` bits, each weight by itself, and one scale a group of weights of a row.
 
     A grid is a frozen dataclass with `width`, `group`, `name` and the two functions between weights and codes, `to_codes` and
-    `from_codes`; `top` and `shrinks` say which scales are tried. One with a zero point too overrides `candidates`, `stored_zeros`
-    and `pack_zeros`: see `integer.Integer`.
+    `from_codes`; `top` and `shrinks` say which scales are tried. One with a zero point too overrides `candidates`, `stored`,
+    `pack` and `stored_qparams`: see `integer.Integer`.
 
     Attributes:
         width: bits of a code.
