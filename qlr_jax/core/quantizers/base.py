@@ -184,7 +184,12 @@ class Quantizer(ABC):
 
     @abstractmethod
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        """The float32 matrix (rows, cols) that the stored arrays mean."""
+        """The float32 matrix (rows, cols) that the stored arrays mean.
+
+        Args:
+            arrays: by the names of `stored`.
+            rows, cols: of the matrix, without padding.
+        """
 
     @property
     def scales(self) -> str | None:
@@ -218,5 +223,15 @@ def root_mean_square(x: Array, per_row: bool) -> Array:
 
 
 def stored_bytes(quantizer: Quantizer, rows: int, cols: int) -> int:
-    """Bytes of everything that is stored for a (rows, cols) matrix."""
+    """Bytes of everything that is stored for a matrix, padding included.
+
+    Args:
+        quantizer: of the matrix.
+        rows, cols: of the matrix as it is stored.
+
+    Example:
+        >>> from qlr_jax.core.quantizers import parse_quantizer
+        >>> stored_bytes(parse_quantizer("int-4g32"), 2, 64)
+        72
+    """
     return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in quantizer.stored(rows, cols).values())

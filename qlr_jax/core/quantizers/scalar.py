@@ -129,7 +129,18 @@ class ScalarGrid(Quantizer):
 
 
 def grid_name(kind: str, width: int, group: int, asymmetric: bool = False) -> str:
-    """`<kind>-<width>[g<group>][a]`."""
+    """`<kind>-<width>[g<group>][a]`.
+
+    Args:
+        kind: what the name begins with.
+        width: bits of a code.
+        group: weights that share a scale; 0: a row, and not written.
+        asymmetric: whether a zero point is stored.
+
+    Example:
+        >>> grid_name("int", 3, 128, True)
+        'int-3g128a'
+    """
     return f"{kind}-{width}" + (f"g{group}" if group else "") + ("a" if asymmetric else "")
 
 
@@ -174,7 +185,17 @@ def split(x: Array, group: int) -> Array:
 
 
 def spread(per_group: Array, group: int, cols: int) -> Array:
-    """(*b, rows, groups) -> (*b, rows, cols)."""
+    """(*b, rows, groups) -> (*b, rows, cols).
+
+    Args:
+        per_group: one value a group.
+        group: weights of a group; 0: a row.
+        cols: of the matrix; the last group may be cut.
+
+    Example:
+        >>> spread(jnp.array([[1.0, 2.0]]), 2, 3).tolist()
+        [[1.0, 1.0, 2.0]]
+    """
     return jnp.repeat(per_group, group or cols, axis=-1)[..., :cols]
 
 

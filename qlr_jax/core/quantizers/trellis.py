@@ -167,7 +167,12 @@ class Trellis(Quantizer):
         return values.reshape(x.shape) * scale, states.astype(jnp.uint16).reshape(*lead, rows // height, LENGTH)
 
     def warm_start(self, rows: int, cols: int, codes: Array | None = None) -> np.ndarray:
-        """The tail-biting state of every sequence: its last one. −1 where it is not known."""
+        """The tail-biting state of every sequence: its last one. −1 where it is not known.
+
+        Args:
+            rows, cols: of the matrix.
+            codes: the states of a rounding before, (down, across, 256); None: not known.
+        """
         return np.full(self.tiles(rows, cols), -1, np.int32) if codes is None else np.asarray(codes[..., -1], np.int32)
 
     def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
@@ -218,7 +223,13 @@ def slabs(shape: tuple[int, ...]) -> list[slice]:
 
 
 def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, "*b 256"]:
-    """The states of sequences from their packed streams (…, bytes): each is L bits, found in three bytes."""
+    """The states of sequences from their packed streams: each is L bits, found in three bytes.
+
+    Args:
+        stream: uint8 (*b, bytes of a sequence).
+        ends: ⌊t b⌋ for t = 0 … 256, `Trellis.ends`.
+        state_bits: L.
+    """
     total = int(ends[-1])
     packed: Any = stream
     if not isinstance(stream, Tracer):

@@ -639,6 +639,7 @@ class Row:
     always_rotated: bool = False
 
     def match(self, name: str) -> re.Match | None:
+        """The name taken apart; None where it is no name of this kind."""
         return re.fullmatch(self.pattern, name)
 
 
@@ -687,7 +688,17 @@ def find_row(quantizer: str) -> tuple[Row, re.Match]:
 
 
 def make_part(quantizer: str, rows: int, cols: int, height: int, state_bits: int) -> Part | None:
-    """An empty part for the quantizer that a spec names; None for `none`."""
+    """An empty part for the quantizer that a spec names; None for `none`.
+
+    Args:
+        quantizer: e.g. `trellis-2.25`, `int-4g32`, `bf16`.
+        rows, cols: of the matrix as it is stored.
+        height: rows of a trellis sequence.
+        state_bits: of a trellis.
+
+    Raises:
+        ValueError: a quantizer that this runtime does not know.
+    """
     row, match = find_row(quantizer)
     return row.part(match, rows, cols, height, state_bits)
 

@@ -12,7 +12,14 @@ MOST_SPLITS = constant(16)  # programs that share a row: their sums are read at 
 
 @triton.jit
 def store_output(y, values, at, size, token, signs, bias, live):
-    """values, times signs and plus bias where there are any, into y (tokens, size), in its type."""
+    """values, times signs and plus bias where there are any, into y (tokens, size), in its type.
+
+    Args:
+        y: the output, (tokens, size).
+        values: float32 elements `at` of one token.
+        signs, bias: (size,), or None.
+        live: which of the places exist.
+    """
     if signs is not None:
         values = values * tl.load(signs + at, mask=live, other=0).to(tl.float32)
     if bias is not None:
@@ -26,7 +33,13 @@ def apply_factor(
 ):
     """A symmetric factor (LENGTH, LENGTH) times vectors whose elements are STRIDE apart, one a program and token.
 
-    `enter` multiplies x, `signs` the product; each of `enter`, `signs`, `bias` may be None.
+    Args:
+        x, y: (tokens, size), input and output.
+        factor: (LENGTH, LENGTH), symmetric.
+        enter, signs, bias: (size,) or None: `enter` multiplies x, `signs` the product, `bias` is added.
+        LENGTH, SIDE: of a vector, and the power of two that covers it.
+        STRIDE: between the elements of a vector.
+        CHUNK: elements that are read at a time.
     """
     which, token = tl.program_id(0), tl.program_id(1)
     start = which // STRIDE * (STRIDE * LENGTH) + which % STRIDE
@@ -45,7 +58,12 @@ def apply_factor(
 
 @triton.jit
 def sum_splits(sums, token, at, size, live, SPLITS: tl.constexpr, TOKENS: tl.constexpr):
-    """Elements `at` of one token of sums (splits, tokens, size), added over the splits."""
+    """Elements `at` of one token of sums (splits, tokens, size), added over the splits.
+
+    Args:
+        sums: (SPLITS, TOKENS, size), float32.
+        token: which token; `live` says which of the elements exist.
+    """
     split = tl.arange(0, MOST_SPLITS)
     here = (split < SPLITS)[:, None] & live[None, :]
     return tl.sum(tl.load(sums + (split * TOKENS + token)[:, None] * size + at[None, :], mask=here, other=0.0), 0)
@@ -57,7 +75,19 @@ def finish(
     GAIN: tl.constexpr, Q_SPLITS: tl.constexpr, R_SPLITS: tl.constexpr, TOKENS: tl.constexpr,
     LENGTH: tl.constexpr, SIDE: tl.constexpr, CHUNK: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """g (Q v + L diag(s) R v) from the sums, times a symmetric factor (LENGTH, LENGTH) where there is one."""
+    """g (Q v + L diag(s) R v) from the sums, times a symmetric factor (LENGTH, LENGTH) where there is one.
+
+    Args:
+        q_sums, r_sums: Q v (Q_SPLITS, TOKENS, size) and R v (R_SPLITS, TOKENS, rank).
+        l_codes, l_scales, l_zeros: the stored arrays of Lᵀ (rank, size), L its format; None at rank 0.
+        component, scale: s (rank,) and g (1,), or None.
+        factor: of the rotation, (LENGTH, LENGTH), or None; SIDE is the power of two that covers LENGTH.
+        signs, bias: (size,), or None, as `store_output` takes them.
+        y: the output, (TOKENS, size).
+        GAIN: of Q's code.
+        CHUNK: components that are read at a time.
+        DP4A: whether the device adds four bytes in one instruction.
+    """
     which, token = tl.program_id(0), tl.program_id(1)
     out = tl.arange(0, SIDE)
     at = which * LENGTH + out

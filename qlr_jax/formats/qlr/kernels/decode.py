@@ -41,7 +41,17 @@ def big_endian(loaded, BITS: tl.constexpr):
 
 @triton.jit
 def decode_weights(codes, scales, zeros, row, col, live, FORMAT: tl.constexpr, DP4A: tl.constexpr):
-    """Single weights of a part of any kind, each decoded by itself: fast enough for L and R. Codes are bytes here."""
+    """Single weights of a part of any kind, each decoded by itself: fast enough for L and R. Codes are bytes here.
+
+    Args:
+        codes, scales, zeros: the stored arrays; scales and zeros only where the kind has them.
+        row, col: places, broadcast against each other; `live` says which exist.
+        FORMAT: of the stored part.
+        DP4A: whether the device adds four bytes in one instruction.
+
+    Returns:
+        float32 values of the shape of `live`.
+    """
     if FORMAT.kind == "bf16":
         value = tl.load(codes + row * FORMAT.cols + col, mask=live, other=0.0).to(tl.float32)
     elif FORMAT.kind == "integer":
@@ -72,7 +82,13 @@ def decode_weights(codes, scales, zeros, row, col, live, FORMAT: tl.constexpr, D
 
 @triton.jit
 def zero_point(zeros, group, live, FORMAT: tl.constexpr):
-    """Zero points of groups of integers: stored where asymmetric, else the middle of the codes."""
+    """Zero points of groups of integers: stored where asymmetric, else the middle of the codes.
+
+    Args:
+        zeros: the stored array, None where symmetric.
+        group: index of each group in it; `live` says which exist.
+        FORMAT: of the stored part.
+    """
     if FORMAT.asymmetric:
         return tl.load(zeros + group, mask=live, other=0).to(tl.float32)
     else:

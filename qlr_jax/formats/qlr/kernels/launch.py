@@ -155,7 +155,13 @@ def replace_forward(linear: nn.Module) -> None:
 
 
 def forward(kernel: Kernel, ordinary: Callable[[Any, torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """W x by kernels where they serve this call, else by the layer's own forward."""
+    """W x by kernels where they serve this call, else by the layer's own forward.
+
+    Args:
+        kernel: of the layer.
+        ordinary: the layer's own forward.
+        x: (…, in).
+    """
     bias = kernel.linear.bias
     gradient = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
     few = 0 < x.numel() <= MOST_TOKENS * x.shape[-1]

@@ -20,6 +20,15 @@ def trellis_band(
 
     PER_WINDOW consecutive weights and the state before them fit in 64 bits. A thread loads those of some places; the rest is
     arithmetic in registers, with shifts that are known at compile time.
+
+    Args:
+        v: (TOKENS, in), rotated.
+        codes: the packed sequences of the part.
+        sums: the result, (splits, TOKENS, rows).
+        band, split: which rows, and which share of the columns.
+        SHARE: sequences of a split; SEQUENCES: of them, how many at a time.
+        FORMAT: of the stored part.
+        DP4A: whether the device adds four bytes in one instruction.
     """
     WIDTH: tl.constexpr = FORMAT.tile_cols
     PER_WINDOW: tl.constexpr = FORMAT.per_window
@@ -92,6 +101,14 @@ def integer_band(
     """Sums of ROWS rows over the columns of SHARE units, for all tokens: Σ (u − zero) · v, scaled once a unit.
 
     A code u of b bits is put below the exponent of 1, so that it is 1 + u / 2^b without a conversion; Σ v is subtracted afterwards.
+
+    Args:
+        v: (TOKENS, in), rotated where the part is.
+        codes, scales, zeros: the stored arrays.
+        sums: the result, (splits, TOKENS, rows).
+        band, split: which rows, and which share of the columns.
+        SHARE: units of a split; UNITS: of them, how many at a time.
+        FORMAT: of the stored part.
     """
     BITS: tl.constexpr = FORMAT.bits
     PER_UNIT: tl.constexpr = FORMAT.per_unit
@@ -146,7 +163,17 @@ def generic_band(
     v, codes, scales, zeros, sums, band, split, SHARE: tl.constexpr, TOKENS: tl.constexpr, SIDE: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, FORMAT: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """Sums of ROWS rows over SHARE columns, for all tokens, of a part of any kind."""
+    """Sums of ROWS rows over SHARE columns, for all tokens, of a part of any kind.
+
+    Args:
+        v: (TOKENS, in), rotated where the part is.
+        codes, scales, zeros: the stored arrays.
+        sums: the result, (splits, TOKENS, rows).
+        band, split: which rows, and which share of the columns; COLUMNS of them at a time.
+        SIDE: the power of two that covers TOKENS.
+        FORMAT: of the stored part.
+        DP4A: whether the device adds four bytes in one instruction.
+    """
     row = band * ROWS + tl.arange(0, ROWS)
     token = tl.arange(0, SIDE)
     total = tl.zeros((SIDE, ROWS, COLUMNS), tl.float32)
@@ -163,7 +190,14 @@ def generic_band(
 
 @triton.jit
 def store_sums(sums, values, split, row, TOKENS: tl.constexpr, SIDE: tl.constexpr, FORMAT: tl.constexpr):
-    """values (SIDE, rows) into sums (splits, tokens, all rows)."""
+    """values (SIDE, rows) into sums (splits, tokens, all rows).
+
+    Args:
+        sums: (splits, TOKENS, all rows), float32.
+        values: (SIDE, rows), SIDE the power of two that covers TOKENS.
+        split, row: where they belong.
+        FORMAT: of the stored part.
+    """
     token = tl.arange(0, SIDE)
     live = (token < TOKENS)[:, None] & (row < FORMAT.rows)[None, :]
     tl.store(sums + ((split * TOKENS + token) * FORMAT.rows)[:, None] + row[None, :], values, mask=live)
@@ -176,7 +210,19 @@ def products(
     TOKENS: tl.constexpr, SIDE: tl.constexpr, SEQUENCES: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
     GENERIC_ROWS: tl.constexpr, COLUMNS: tl.constexpr, DP4A: tl.constexpr,
 ):  # fmt: skip
-    """q_sums (splits of Q, tokens, out) and r_sums (splits of R, tokens, rank) of v (tokens, in)."""
+    """q_sums (splits of Q, tokens, out) and r_sums (splits of R, tokens, rank) of v (tokens, in).
+
+    Args:
+        v: (TOKENS, in), rotated where the layer is.
+        q_codes … q_zeros, r_codes … r_zeros: the stored arrays of Q and R; None where they have none.
+        q_sums, r_sums: the results, (splits, TOKENS, rows).
+        Q, R: formats; None where there is no backbone, no factors.
+        Q_SPLITS, Q_SHARE, R_SPLITS, R_SHARE: how many splits of the columns, and what of them one has.
+        Q_PROGRAMS: how many programs are Q's; the others are R's.
+        SIDE: the power of two that covers TOKENS.
+        SEQUENCES, ROWS, UNITS, GENERIC_ROWS, COLUMNS: tiles, by kind of part (`plan`).
+        DP4A: whether the device adds four bytes in one instruction.
+    """
     program = tl.program_id(0)
     if program < Q_PROGRAMS:
         band, split = program // Q_SPLITS, program % Q_SPLITS
