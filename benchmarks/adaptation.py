@@ -43,7 +43,7 @@ from qlr_jax.models import load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
-from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve
+from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve_plans
 from qlr_jax.progress import plain
 from qlr_jax.settings.recipe import DEMO
 
@@ -103,7 +103,7 @@ def compressed(work: Path, budgets: set[str]) -> None:
     table = measure(run).table
     for budget in missing:
         plan = allocate(run, allocators.Budget.parse(budget).on(table))[DEFAULT]
-        found = solve(run, {DEFAULT: plan})[DEFAULT]
+        found = solve_plans(run, {DEFAULT: plan})[DEFAULT]
         save_packed(work / budget, source.model, found.matrices, source=source.folder)
 
 

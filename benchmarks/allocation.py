@@ -27,7 +27,7 @@ from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
-from qlr_jax.pipelines.stages import allocate, calibrate, evaluate_on_calibration, measure, refine, solve
+from qlr_jax.pipelines.stages import allocate, calibrate, evaluate_on_calibration, measure, refine, solve_plans
 from qlr_jax.progress import plain
 from qlr_jax.report.content.allocation import rank_line
 from qlr_jax.settings.recipe import DEMO
@@ -55,7 +55,7 @@ def run(seed: int, budgets: list[str], refinements: int, state_bits: int | None,
     for budget in budgets:
         start = time.perf_counter()
         problem = allocators.Budget.parse(budget).on(table)
-        candidates = evaluate_on_calibration(job, solve(job, allocate(job, problem)))
+        candidates = evaluate_on_calibration(job, solve_plans(job, allocate(job, problem)))
         solved = time.perf_counter() - start
         first = candidates[DEFAULT]
         refined = None

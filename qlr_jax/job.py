@@ -126,7 +126,7 @@ def _job(
             plans = stages.allocate(run, problem)
 
         with session.stage("solve"):
-            candidates = stages.solve(run, plans)
+            candidates = stages.solve_plans(run, plans)
 
         with session.stage("judge"):  # as report.json calls it
             candidates = stages.evaluate_on_calibration(run, candidates)

@@ -14,7 +14,7 @@ import yaml
 from allocators import Budget
 from qlr_jax import cost
 from qlr_jax.cost import Machine, Work, advice, find_config, plan_job
-from qlr_jax.cost.solves import solve
+from qlr_jax.cost.solves import work_of_solve
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, input_of, known_config, linear_names, parameter_count, shape_of
 from qlr_jax.models.bundled import BUNDLED
@@ -339,7 +339,7 @@ def test_solves_of_large_matrices_lie_within_the_stated_error(size, seconds):
     config = LlamaConfig(2048, size, size, 1, 4)
     job = cost.Counted(config, Recipe(outputs="alike", ranks=(0, 64)), Machine("cpu", 24 * 2**30, 24 * 2**30, 2))
     rates = cost.RATES["cpu"]
-    assert 1 / rates.error < rates.cpu(solve(job, 1, (size, size), 12, True)) / seconds < rates.error
+    assert 1 / rates.error < rates.cpu(work_of_solve(job, 1, (size, size), 12, True)) / seconds < rates.error
 
 
 def planned(name):

@@ -11,7 +11,7 @@ from allocators.budget import format_size, parse_size
 from qlr_jax.errors import QLRError
 from qlr_jax.settings.limits import machine_memory
 
-KINDS = ("cpu", "gpu", "tpu")
+DEVICE_KINDS = ("cpu", "gpu", "tpu")
 EXAMPLE = "'24GiB', 'cpu:24GiB,cores=2' or 'gpu:80GiB,host=512GiB'"
 
 
@@ -56,7 +56,7 @@ class Machine:
         head, *settings = (part.strip() for part in text.split(","))
         kind, colon, size = head.rpartition(":")
         kind = kind.lower() if colon else "cpu"
-        if kind not in KINDS:
+        if kind not in DEVICE_KINDS:
             raise QLRError(f"--device {text!r}: {kind!r} is no kind of device; pass {EXAMPLE}")
         given: dict[str, int] = {}
         for setting in settings:

@@ -80,10 +80,10 @@ def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, fa
         b = 1  # siblings seldom get the same spec
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
     batches = count / b if shape[0] >= SMALL else max(distinct, math.ceil(count / b))
-    return solve(job, b, shape, state_bits, factors) * batches
+    return work_of_solve(job, b, shape, state_bits, factors) * batches
 
 
-def solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
+def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
     """One batch of `solver.solve_batch`, filled up where it is small.
 
     Args:

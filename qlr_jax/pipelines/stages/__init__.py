@@ -7,7 +7,7 @@ from qlr_jax.pipelines.stages.refine import refine
 from qlr_jax.pipelines.stages.save import save
 from qlr_jax.pipelines.stages.select import evaluate_held_out, evaluate_on_calibration, select
 from qlr_jax.pipelines.stages.sequential import solve_in_sequence
-from qlr_jax.pipelines.stages.solve import solve
+from qlr_jax.pipelines.stages.solve import solve_plans
 
 __all__ = [
     "allocate",
@@ -18,6 +18,6 @@ __all__ = [
     "refine",
     "save",
     "select",
-    "solve",
     "solve_in_sequence",
+    "solve_plans",
 ]

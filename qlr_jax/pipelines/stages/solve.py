@@ -10,7 +10,7 @@ from qlr_jax.core.solution import Solution
 from qlr_jax.pipelines.run import Candidate, Key, Run
 
 
-def solve(run: Run, plans: Mapping[str, allocators.Allocation]) -> dict[str, Candidate]:
+def solve_plans(run: Run, plans: Mapping[str, allocators.Allocation]) -> dict[str, Candidate]:
     """Every (matrix, spec) of these plans solved once, and the candidates that are made of them."""
     wanted = dict.fromkeys((name, spec) for plan in plans.values() for name, spec in plan.specs.items())
     problems = {key: run.statistics.problem(*key) for key in wanted}

@@ -93,6 +93,7 @@ def trellis_band(
             tl.store(sums + (split * TOKENS + token) * FORMAT.rows + row, rows, mask=(row < FORMAT.rows))
 
 
+# one loop whose registers are shared: Triton has no cheaper way to cut it
 @triton.jit
 def integer_band(
     v, codes, scales, zeros, sums, band, split, SHARE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr,
