@@ -11,6 +11,7 @@ from qlr_jax.cli.options import AsJson, Compressed, HeldOut, Original, Windows
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
+EARLIER_NAMES = {"fresh": "added", "states": "hidden-states", "reround-backbone": "requantize-backbone"}  # still taken
 EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
 HIDDEN_STATES = 2.5  # weight of hidden-state distillation, beside a trained backbone
 VALIDATE_EVERY, VALIDATIONS = 50, 15  # validation on held-out text: every 50 steps, or 15 times in a long training
@@ -168,7 +169,10 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
 
 
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
-@app.command(short_help="A compressed model, adapted on a text.")
+@app.command(
+    short_help="A compressed model, adapted on a text.",
+    context_settings={"token_normalize_func": lambda name: EARLIER_NAMES.get(name, name)},
+)
 def adapt(
     out: Compressed,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the adapted model; new or empty.")],
@@ -198,7 +202,6 @@ def adapt(
         str | None,
         typer.Option("--added", metavar="SIZE", help="Added components for so many bytes, e.g. 0.05bpw or 20kB."),
     ] = None,
-    fresh: Annotated[str | None, typer.Option("--fresh", metavar="SIZE", hidden=True)] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of the optimizer.")] = 600,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Sequences of one pass.")] = 8,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Passes that one step adds up.")] = 1,
@@ -211,12 +214,10 @@ def adapt(
             help=f"Weight of hidden-state distillation from the original. Default: {HIDDEN_STATES:g} with a backbone, else 0.",
         ),
     ] = None,
-    states: Annotated[float | None, typer.Option("--states", min=0, hidden=True)] = None,
     requantize_backbone: Annotated[
         int,
         typer.Option("--requantize-backbone", min=1, metavar="STEPS", help="Re-quantize trained backbones after so many steps."),
     ] = 20,
-    reround_backbone: Annotated[int | None, typer.Option("--reround-backbone", min=1, metavar="STEPS", hidden=True)] = None,
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass: less memory.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an adaptation that was interrupted.")] = False,
@@ -243,8 +244,6 @@ def adapt(
         from qlr_jax.pipelines import adapt as pipeline
         from qlr_jax.report import adapted_text
 
-        added = added or fresh
-        weight = hidden_states if hidden_states is not None else states
         more = ("factors",) if added or factors != "same" or rank else ()
         parts = tuple(train) if train else ("norms", "scales", "embeddings", *more)
         config = AdaptConfig(
@@ -258,8 +257,8 @@ def adapt(
             batch=batch,
             accumulate=accumulate,
             compute=compute,
-            states=weight if weight is not None else HIDDEN_STATES if "backbone" in parts and loss != "text" else 0.0,
-            reround_backbone=reround_backbone or requantize_backbone,
+            states=hidden_states if hidden_states is not None else HIDDEN_STATES if "backbone" in parts and loss != "text" else 0.0,
+            reround_backbone=requantize_backbone,
             remat=remat,
             seed=seed,
         )
