@@ -8,8 +8,7 @@ Example:
     'trellis-2+r32@trellis-4'
 """
 
-from importlib import import_module
-from typing import Any
+from qlr_jax.on_demand import resolver
 
 __version__ = "0.1.0"
 
@@ -31,10 +30,7 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'qlr_jax' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

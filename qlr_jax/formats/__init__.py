@@ -9,8 +9,7 @@
 Importing this starts neither JAX nor torch: names resolve on first use (PEP 562).
 """
 
-from importlib import import_module
-from typing import Any
+from qlr_jax.on_demand import resolver
 
 _HOMES = {
     "check_files": "qlr_jax.formats.checksums",
@@ -26,7 +25,4 @@ _HOMES = {
 __all__ = sorted(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'qlr_jax.formats' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _HOMES)

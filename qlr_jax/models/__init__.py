@@ -3,8 +3,7 @@
 Configurations, families, sites and names are light; what needs JAX is imported on first use (PEP 562).
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qlr_jax.models.config import LlamaConfig, RopeScaling
 from qlr_jax.models.families import FAMILIES, Family, Norms
@@ -21,6 +20,7 @@ from qlr_jax.models.names import (
     tensor_names,
 )
 from qlr_jax.models.sites import KINDS, SITES, Site
+from qlr_jax.on_demand import resolver
 
 if TYPE_CHECKING:
     from qlr_jax.models.folder import find_folder, load_model, load_tokenizer, save_model
@@ -63,7 +63,4 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'qlr_jax.models' has no attribute {name!r}")
+__getattr__ = resolver(__name__, _HOMES)
