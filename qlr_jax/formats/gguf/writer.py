@@ -60,6 +60,20 @@ def model_keys(
     Raises:
         QLRError: from that function, for a kind of rope scaling that GGUF does not have.
     """
+    numbers = {  # by the writer's names of them, in the order of the file
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": config.head_dim,
+        "value_length": config.head_dim,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+        "rope_freq_base": config.rope_theta,
+        "rope_dimension_count": config.head_dim,
+    }
 
     def add(writer: Any) -> None:
         library, scaling = gguf_package(), config.rope_scaling
@@ -67,18 +81,8 @@ def model_keys(
         _add_names(writer, name, base)
         writer.add_file_type(library.LlamaFileType[FILE_TYPES[_main_type(tensors)]])
         writer.add_quantization_version(library.GGML_QUANT_VERSION)
-        writer.add_vocab_size(config.vocab_size)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_theta)
-        writer.add_rope_dimension_count(config.head_dim)
+        for key, value in numbers.items():
+            getattr(writer, f"add_{key}")(value)
         if scaling is not None and scaling.kind == "linear":
             writer.add_rope_scaling_type(library.RopeScalingType.LINEAR)
             writer.add_rope_scaling_factor(scaling.factor)
