@@ -168,7 +168,5 @@ def _prompts(model: Llama, tokens: Any, new: int) -> list[list[int]]:
 
 
 def _stop_tokens(model: Llama, stop: Iterable[int] | None) -> Array:
-    if stop is None:
-        eos = model.config.eos_token_id
-        stop = () if eos is None else eos if isinstance(eos, tuple) else (eos,)
-    return jnp.asarray([*stop] or [-1], jnp.int32)  # no token is -1
+    stops = model.config.eos_ids if stop is None else stop
+    return jnp.asarray([*stops] or [-1], jnp.int32)  # no token is -1

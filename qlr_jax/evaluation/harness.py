@@ -59,9 +59,8 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """What ends a text: the tokenizer's EOS, else the model's."""
-        eos = self.model.config.eos_token_id
-        token = self.tokenizer.eos_token_id if self.tokenizer.eos_token_id is not None else eos
-        token = token[0] if isinstance(token, tuple) else token
+        token = self.tokenizer.eos_token_id
+        token = next(iter(self.model.config.eos_ids), None) if token is None else token
         if token is None:
             raise QLRError("neither the tokenizer nor the model names an end-of-text token; lm_eval's tasks need one")
         return token
@@ -69,8 +68,7 @@ class HarnessModel(TemplateLM):
     @property
     def stop_ids(self) -> set[int]:
         """Every token that ends a text: those of the model and the tokenizer's."""
-        eos = self.model.config.eos_token_id
-        return {self.eot_token_id, *(eos if isinstance(eos, tuple) else () if eos is None else (eos,))}
+        return {self.eot_token_id, *self.model.config.eos_ids}
 
     @property
     def prefix_token_id(self) -> int:

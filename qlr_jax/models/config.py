@@ -128,6 +128,13 @@ class LlamaConfig:
         return FAMILIES[self.family]
 
     @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text; empty where the config names none."""
+        if self.eos_token_id is None:
+            return ()
+        return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
+
+    @property
     def query_size(self) -> int:
         """Width of q of all heads together."""
         return self.num_attention_heads * self.head_dim

@@ -133,10 +133,9 @@ def _tokens(
 
 def _special(tokenizer: Any, config: LlamaConfig) -> tuple[tuple[tuple[str, bool], ...], tuple[tuple[str, int], ...]]:
     """(flags, ids): what is put around a text, as the tokenizer itself does it, and the ids that end one."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
     begin = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    end = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-    further = [i for i in ends if i != end]  # of all that end a text llama.cpp has three by id
+    end = next(iter(config.eos_ids), None) if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    further = [i for i in config.eos_ids if i != end]  # of all that end a text llama.cpp has three by id
     ids = {"bos": begin, "eos": end, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     ids |= dict(zip(("eot", "eom"), further, strict=False))
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
