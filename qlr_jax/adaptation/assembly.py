@@ -16,7 +16,7 @@ from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.requantize import Requantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
-from qlr_jax.models.llama import Llama
+from qlr_jax.models.llama import Llama, shallow_copy
 
 
 def assemble_model(
@@ -36,7 +36,7 @@ def assemble_model(
         requantizers: of the trained backbones.
         train: names of TRAINABLE.
     """
-    adapted: Llama = jax.tree.map(lambda leaf: leaf, model)
+    adapted = shallow_copy(model)
     linears, tensors = adapted.linears(), adapted.tensors()
     for name, matrix in student.matrices.items():
         packed = pack_matrix(

@@ -14,7 +14,7 @@ from qlr_jax.adaptation.config import AdaptConfig
 from qlr_jax.adaptation.losses import objective
 from qlr_jax.adaptation.sequences import Sequences
 from qlr_jax.core.typing import Array
-from qlr_jax.models.llama import Llama
+from qlr_jax.models.llama import Llama, shallow_copy
 
 
 def mean_over(sequences: Sequences, batch: int, loss: Callable[[tuple[Array, ...]], Any]) -> float:
@@ -63,7 +63,7 @@ def weight_gradients(model: Llama, sequences: Sequences, config: AdaptConfig) ->
     model, teacher = model.densified(), sequences.resident_teacher
 
     def loss(weights: dict[str, Array], model: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
-        copy: Llama = jax.tree.map(lambda leaf: leaf, model)
+        copy = shallow_copy(model)
         for name, linear in copy.linears().items():
             linear.weight.set_value(weights[name])
         return objective(config, copy(part[0]), _teacher_logits(teacher, part), part)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +24,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Llama
+from qlr_jax.models.llama import Llama, shallow_copy
 from qlr_jax.models.llama import dense as as_array
 
 ParameterTree = dict[str, dict[str, Array]]
@@ -123,7 +122,7 @@ def take_apart(
     """
     matrices: dict[str, StudentMatrix] = {}
     values: ParameterTree = {}
-    frame: Llama = jax.tree.map(lambda leaf: leaf, model)
+    frame = shallow_copy(model)
     linears = frame.linears()
     for name, matrix in packed_matrices(model).items():
         own = added_grid if name in added else grid

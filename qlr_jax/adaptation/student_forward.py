@@ -10,7 +10,7 @@ import jax
 
 from qlr_jax.adaptation.student import ParameterTree, Student, StudentMatrix, backbone, embedding, factors
 from qlr_jax.core.typing import Array, Float, Int
-from qlr_jax.models.llama import Llama, Product
+from qlr_jax.models.llama import Llama, Product, shallow_copy
 
 
 def student_logits(
@@ -38,7 +38,7 @@ def student_forward(
     rope, states = frame.rope(tokens.shape[1]), []
 
     def run(block: Any, x: Array, own: ParameterTree, prefix: str) -> Array:
-        block = jax.tree.map(lambda leaf: leaf, block)
+        block = shallow_copy(block)
         for name, param in block.tensors().items():
             if name.endswith("norm.weight"):
                 param.set_value(own[f"{prefix}{name}"]["norm"])
@@ -47,7 +47,7 @@ def student_forward(
             linear.product = partial(_apply, student.matrices.get(name), own.get(name, {}), product)
         return block(x, rope)
 
-    frame = jax.tree.map(lambda leaf: leaf, frame)
+    frame = shallow_copy(frame)
     for name in student.embeddings:
         frame.tensors()[name].set_value(embedding(values[name]))
     x = frame.embed(tokens)
@@ -72,7 +72,7 @@ def teacher_forward(
         tokens: (batch, time).
         product: x wᵀ.
     """
-    teacher, rope, states = jax.tree.map(lambda leaf: leaf, teacher), teacher.rope(tokens.shape[1]), []
+    teacher, rope, states = shallow_copy(teacher), teacher.rope(tokens.shape[1]), []
     for linear in teacher.linears().values():
         linear.product = product
     teacher.product = product

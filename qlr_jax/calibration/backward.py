@@ -12,9 +12,8 @@ from jaxtyping import Array
 
 from qlr_jax.core.sharding import HERE, Placement
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Block, Llama
+from qlr_jax.models.llama import Block, Llama, Rope
 
-Rope = tuple[Array, Array]
 SPILLED = 2**26  # bytes of hidden states beyond which they lie in a file
 
 

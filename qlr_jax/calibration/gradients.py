@@ -14,7 +14,7 @@ from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_on_host,
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
 from qlr_jax.models.forward import through
-from qlr_jax.models.llama import HIGHEST, Block, Llama, Top
+from qlr_jax.models.llama import HIGHEST, Block, Llama, Rope, Top
 from qlr_jax.models.names import layer_of, linear_names, shape_of
 from qlr_jax.models.sites import BY_PATH
 
@@ -249,7 +249,7 @@ class _BackwardPass:
                 self.tally.check()
             return zeroed(self.lost[j], x)
 
-        def pull_back(i: int, j: int, block: Block, x: Array, rope: Any, g: Array) -> tuple[Array, dict[str, Array]]:
+        def pull_back(i: int, j: int, block: Block, x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
             def pull() -> tuple[Array, dict[str, Array], dict[str, Array]]:
                 return _pull_back(block, self._finite_part(j, x), rope, probes.get(i, {}), self._finite_part(j, g), watch=watch)
 
@@ -318,7 +318,7 @@ def _head_gradient(top: Top, x: Float[Array, "batch time n"], labels: Int[Array,
 
 @partial(jax.jit, static_argnames=("watch",))
 def _pull_back(
-    block: Block, x: Array, rope: tuple[Array, Array], probes: dict[str, Any], g: Array, *, watch: str
+    block: Block, x: Array, rope: Rope, probes: dict[str, Any], g: Array, *, watch: str
 ) -> tuple[Array, dict[str, Array], dict[str, Bool[Array, "batch"]]]:
     """From ∂loss/∂(the block's output): ∂loss/∂x, and of its linear layers what each probe receives, and which rows are finite."""
     see = {"squares": _squares, "products": _products}[watch]

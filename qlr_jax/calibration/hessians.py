@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_rows, zeroed
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import HIGHEST, Block, Llama
+from qlr_jax.models.llama import HIGHEST, Block, Llama, Rope
 from qlr_jax.models.names import input_names, input_of, linear_names
 from qlr_jax.models.sites import INPUTS
 
@@ -204,7 +204,7 @@ def _embed(embedding: Any, tokens: Array) -> Array:
 
 @jax.jit
 def _advance(
-    block: Block, x: Array, rope: tuple[Array, Array], shares: dict[str, dict[str, Array]]
+    block: Block, x: Array, rope: Rope, shares: dict[str, dict[str, Array]]
 ) -> tuple[Array, dict[str, Array], dict[str, Bool[Array, "batch"]]]:
     """The block's output, Σ w x xᵀ for every w in shares[input], by its key, and which rows of every input are finite; names are
     local."""

@@ -12,6 +12,7 @@ from qlr_jax.formats.card import CARD, card_text
 from qlr_jax.formats.checksums import write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
+from qlr_jax.models.llama import unpacked
 
 TYPES = ("bfloat16", "float16", "float32")
 SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -110,7 +111,7 @@ def decoded(name: str, value: Any, dtype: str) -> np.ndarray:
     Raises:
         QLRError: where a number is beyond the range of float16.
     """
-    array = np.asarray(value.dense() if hasattr(value, "dense") else value)
+    array = np.asarray(unpacked(value))
     with np.errstate(over="ignore"):  # reported below, with the tensor's name
         cast = array.astype(jnp.dtype(dtype))
     if dtype == "float16" and not np.isfinite(cast).all():

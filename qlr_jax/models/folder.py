@@ -15,7 +15,7 @@ import numpy as np
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
-from qlr_jax.models.llama import Llama
+from qlr_jax.models.llama import Llama, unpacked
 from qlr_jax.models.names import tensor_names
 
 TOKENIZER_FILES = (
@@ -194,9 +194,8 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
     target = jnp.dtype(dtype)
     arrays = {}
     for name, param in model.tensors().items():
-        value = param.get_value()
         # safetensors writes the bytes of non-contiguous arrays in memory order, silently wrong.
-        arrays[name] = np.ascontiguousarray(np.asarray(value.dense() if hasattr(value, "dense") else value).astype(target))
+        arrays[name] = np.ascontiguousarray(np.asarray(unpacked(param.get_value())).astype(target))
     save_file(arrays, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)  # safetensors makes it readable by its owner alone
     config = model.config.to_hf(dtype)

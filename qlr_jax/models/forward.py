@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qlr_jax.models.llama import Block, Llama, Top
-
-Rope = tuple[Array, Array]
+from qlr_jax.models.llama import Block, Llama, Rope, Top
 
 
 def logits(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) -> Iterator[Float[Array, "batch time vocab"]]:

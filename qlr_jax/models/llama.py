@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from qlr_jax.models.sites import SITES
 
 Tap = Callable[[str, Array], None]
 """Called with (input name, x) for every distinct input of linear layers."""
+
+Rope = tuple[Array, Array]
+"""(cos, sin) of the rotary angles of positions, as `Llama.rope` gives them."""
 
 Adjust = Callable[[str, Array], Array]
 """Called with (linear name, y) for every linear output; what it returns takes y's place."""
@@ -29,15 +32,27 @@ Product = Callable[[Array, Array], Array]
 
 HIGHEST = jax.lax.Precision.HIGHEST
 
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def shallow_copy(module: Module) -> Module:
+    """The module with parameters of its own: what is set in the copy leaves the original as it is. Arrays are shared."""
+    return jax.tree.map(lambda leaf: leaf, module)
+
 
 def exact_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[Array, "*batch m"]:
     """x wᵀ at the highest precision, accumulated in float32; what every linear layer uses by default."""
     return jnp.einsum("...n,mn->...m", x, w, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
+def unpacked(weight: Any) -> Any:
+    """A weight as an array: what is packed or on disk (anything with `.dense()`) is decoded or read, an array stays as it is."""
+    return weight.dense() if hasattr(weight, "dense") else weight
+
+
 def dense(weight: Any, dtype: Any) -> Array:
-    """A weight as an array: packed matrices (anything with `.dense()`) are decoded, then cast to `dtype`."""
-    return (weight.dense() if hasattr(weight, "dense") else weight).astype(dtype)
+    """`unpacked`, then cast to `dtype`."""
+    return unpacked(weight).astype(dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -71,8 +86,7 @@ class Embedding(nnx.Module):
         self.weight, self.scale = nnx.Param(weight), scale
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
-        weight = self.weight.get_value()
-        rows = (weight.dense() if hasattr(weight, "dense") else weight)[tokens]
+        rows = unpacked(self.weight.get_value())[tokens]
         return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
 
 
@@ -113,7 +127,7 @@ class Attention(nnx.Module):
         self.q_norm = norm(query) if query else None
         self.k_norm = norm(key) if key else None
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], tap: Tap | None, adjust: Adjust, cache: Cache | None = None) -> Array:
+    def __call__(self, x: Array, rope: Rope, tap: Tap | None, adjust: Adjust, cache: Cache | None = None) -> Array:
         batch, time, _ = x.shape
         if tap is not None:
             tap("self_attn.qkv", x)
@@ -175,7 +189,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch time n"],
-        rope: tuple[Array, Array],
+        rope: Rope,
         tap: Tap | None = None,
         adjust: Adjust | None = None,
         cache: Cache | None = None,
@@ -281,7 +295,7 @@ class Llama(nnx.Module):
         block = self.model.layers[i]
         if not any(hasattr(param.get_value(), "dense") for param in block.tensors().values()):
             return block
-        dtype, copy = self.model.norm.weight.get_value().dtype, jax.tree.map(lambda leaf: leaf, block)
+        dtype, copy = self.model.norm.weight.get_value().dtype, shallow_copy(block)
         for param in copy.tensors().values():
             param.set_value(jnp.asarray(dense(param.get_value(), dtype)))
         return copy
@@ -311,10 +325,10 @@ class Llama(nnx.Module):
 
     def densified(self) -> "Llama":
         """A copy whose packed weights are decoded: the same logits, faster to call again and again, more memory."""
-        copy: Llama = jax.tree.map(lambda leaf: leaf, self)
+        dtype, copy = self.model.norm.weight.get_value().dtype, shallow_copy(self)
         for param in copy.tensors().values():
             if hasattr(param.get_value(), "dense"):
-                param.set_value(param.get_value().dense().astype(self.model.norm.weight.get_value().dtype))
+                param.set_value(dense(param.get_value(), dtype))
         return copy
 
     def tensors(self) -> dict[str, nnx.Param]:
@@ -326,7 +340,7 @@ class Llama(nnx.Module):
         return out if self.lm_head is None else out | {"lm_head.weight": self.lm_head.weight}
 
 
-def rotate(x: Float[Array, "batch heads time d"], rope: tuple[Array, Array]) -> Float[Array, "batch heads time d"]:
+def rotate(x: Float[Array, "batch heads time d"], rope: Rope) -> Float[Array, "batch heads time d"]:
     """Rotate each pair (x[i], x[i + d/2]) by its angle; in float32, returned in x's type."""
     cos, sin = rope
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -8,6 +8,7 @@ import numpy as np
 
 from qlr_jax.evaluation import Reference, divergence
 from qlr_jax.models import Llama
+from qlr_jax.models.llama import unpacked
 
 
 def knockout(
@@ -26,7 +27,7 @@ def knockout(
     for name, error in errors.items():
         weight = linears[name].weight
         original = weight.get_value()
-        dense = original.dense() if hasattr(original, "dense") else original
+        dense = unpacked(original)
         weight.set_value((dense + error).astype(dense.dtype))
         try:
             kl[name] = max(divergence(model, reference).kl, 0.0)

@@ -13,7 +13,7 @@ from qlr_jax.calibration.backward import backward
 from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, layer_of
-from qlr_jax.models.llama import Block, Top
+from qlr_jax.models.llama import Block, Rope, Top, shallow_copy
 
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 
@@ -81,7 +81,7 @@ def path_shares(
 
 def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]) -> Block:
     """The block with `steps` · ΔW added to its matrices; names are local."""
-    copy: Block = jax.tree.map(lambda leaf: leaf, block)
+    copy = shallow_copy(block)
     linears = copy.linears()
     for name, error in errors.items():
         weight = linears[name].weight
@@ -91,7 +91,7 @@ def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]
 
 
 @jax.jit
-def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: tuple[Array, Array]) -> Array:
+def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: Rope) -> Array:
     return _moved(block, errors, dict.fromkeys(errors, at))(x, rope)
 
 
@@ -107,9 +107,7 @@ def _head_gradient(top: Top, x: Array, logp: Array, live: Array) -> Array:
 
 
 @jax.jit
-def _pull_back(
-    block: Block, errors: dict[str, Array], at: Array, x: Array, rope: tuple[Array, Array], g: Array
-) -> tuple[Array, dict[str, Array]]:
+def _pull_back(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
     """∂ΣKL/∂x, and ⟨∂ΣKL/∂W_i, ΔW_i⟩: the derivative in a step length of every matrix's own."""
     steps = {name: jnp.asarray(at, jnp.float32) for name in errors}
     return jax.vjp(lambda x, steps: _moved(block, errors, steps)(x, rope), x, steps)[1](g)

@@ -12,6 +12,7 @@ import numpy as np
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama
+from qlr_jax.models.llama import shallow_copy
 
 SKETCH = 4096  # vocabularies beyond are folded to so many columns, signs at random: inner products stay right on the mean
 BATCH_BYTES = 500_000_000  # that the vectors of all matrices may take for one batch of windows
@@ -80,7 +81,7 @@ def _fisher_weighted(model: Llama, tokens: Array, tangents: dict[str, Array], ch
     weights = {name: model.linears()[name].weight.get_value() for name in tangents}
 
     def logits(values: dict[str, Array]) -> Array:
-        copy: Llama = jax.tree.map(lambda leaf: leaf, model)
+        copy = shallow_copy(model)
         linears = copy.linears()
         for name, value in values.items():
             linears[name].weight.set_value(value)

@@ -24,6 +24,7 @@ from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, w
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
+from qlr_jax.models.llama import unpacked
 
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
@@ -224,7 +225,7 @@ def _entries(model: Llama, matrices: Mapping[str, QLRMatrix]) -> dict[str, Entry
 
 
 def _bf16(value: Any) -> np.ndarray:
-    return np.asarray(value.dense() if hasattr(value, "dense") else value).astype(ml_dtypes.bfloat16)
+    return np.asarray(unpacked(value)).astype(ml_dtypes.bfloat16)
 
 
 def _config(
