@@ -220,7 +220,7 @@ class Block(nnx.Module):
         return out
 
 
-class Backbone(nnx.Module):
+class Stack(nnx.Module):
     """What Hugging Face calls `model`: embedding, layers, final norm."""
 
     def __init__(self, config: LlamaConfig, rows: Any, make: Make, norm: Norm):
@@ -275,7 +275,7 @@ class Llama(nnx.Module):
             return RMSNorm(jnp.full(n, 1.0 - offset, dtype), config.rms_norm_eps, offset, wide)
 
         self.config, self.product = config, product
-        self.model = Backbone(config, weight(config.vocab_size, config.hidden_size), make, norm)
+        self.model = Stack(config, weight(config.vocab_size, config.hidden_size), make, norm)
         self.lm_head = None if config.tie_word_embeddings else Linear(weight(config.vocab_size, config.hidden_size), product)
 
     def __call__(
