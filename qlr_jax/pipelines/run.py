@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 import allocators
@@ -17,6 +16,7 @@ from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import Comparison, Reference
 from qlr_jax.models import Llama
+from qlr_jax.models.llama import shallow_copy
 from qlr_jax.pipelines.source import Source
 from qlr_jax.progress import Progress, silent
 from qlr_jax.sensitivity import Sensitivity, Statistics
@@ -131,7 +131,7 @@ def with_weights(model: Llama, matrices: Mapping[str, QLRMatrix]) -> Llama:
 
     Where a model's weight stays on disk, the matrix is looked up, and decoded, whenever the weight is used.
     """
-    copy: Llama = jax.tree.map(lambda leaf: leaf, model)
+    copy = shallow_copy(model)
     linears = copy.linears()
     for name in matrices:
         weight = linears[name].weight

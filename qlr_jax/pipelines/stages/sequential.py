@@ -16,7 +16,7 @@ from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import divergence
 from qlr_jax.models import input_of, layer_of
 from qlr_jax.models.forward import through
-from qlr_jax.models.llama import Block
+from qlr_jax.models.llama import Block, shallow_copy
 from qlr_jax.pipelines.run import Candidate, Key, Run
 from qlr_jax.pipelines.stages.calibrate import calibration_tokens
 from qlr_jax.pipelines.stages.solve import solutions_of
@@ -82,7 +82,7 @@ def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver
 
 
 def _placed(block: Block, weights: Mapping[str, jax.Array]) -> Block:
-    copy = jax.tree.map(lambda leaf: leaf, block)
+    copy = shallow_copy(block)
     for name, linear in copy.linears().items():
         if name in weights:
             linear.weight.set_value(weights[name].astype(linear.weight.get_value().dtype))
