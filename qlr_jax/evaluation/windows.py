@@ -56,8 +56,16 @@ def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows 
     return cut(text, tokenizer, length).rows
 
 
-def batches(rows: Int[np.ndarray, "windows length"], batch: int) -> Iterator[tuple[Int[np.ndarray, "batch length"], int]]:
-    """(rows of one batch, how many of them count); the last batch is filled up, so that one compilation serves all."""
+def batches(rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(rows of one batch, how many of them count); the last batch is filled up with its last row: one compilation serves all.
+
+    Args:
+        rows: (windows, ...), tokens or what belongs to them.
+        batch: rows of a batch, at most.
+
+    Raises:
+        QLRError: a batch below 1.
+    """
     if batch < 1:
         raise QLRError(f"batch is {batch}; give at least 1")
     batch = min(batch, len(rows))

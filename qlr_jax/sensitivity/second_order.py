@@ -11,6 +11,7 @@ import numpy as np
 
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
+from qlr_jax.evaluation.windows import batches
 from qlr_jax.models import Llama
 from qlr_jax.models.llama import shallow_copy
 
@@ -66,13 +67,12 @@ def logit_changes(model: Llama, errors: Mapping[str, np.ndarray], windows: np.nd
     tangents = {name: jnp.asarray(error, jnp.float32) for name, error in errors.items()}
     columns = min(model.config.vocab_size, SKETCH)
     batch = max(1, min(len(windows), BATCH_BYTES // (4 * len(tangents) * windows.shape[1] * columns)))
-    for start in range(0, len(windows), batch):
-        rows = windows[start : start + batch]
-        tokens = jnp.asarray(np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows), axis=0)]))
+    for rows, live in batches(windows, batch):
+        tokens = jnp.asarray(rows)
         for name in tangents:
             chosen = {other: jnp.float32(other == name) for other in tangents}
             vectors = _fisher_weighted(model, tokens, tangents, chosen, columns=columns)
-            yield name, np.asarray(vectors)[: len(rows)].reshape(-1)
+            yield name, np.asarray(vectors)[:live].reshape(-1)
 
 
 @partial(jax.jit, static_argnames=("columns",))
