@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -49,15 +49,10 @@ def path_shares(
     batch = min(batch, len(windows))
     starts = range(0, len(windows), batch)
     batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
-    current: list[Any] = [-1, {}]  # the errors of one block at a time, which may have to be read
 
+    @lru_cache(maxsize=1)  # of one block at a time: errors may have to be read
     def of_block(i: int) -> dict[str, Array]:
-        if current[0] != i:
-            current[:] = (
-                i,
-                {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]},
-            )
-        return current[1]
+        return {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]}
 
     def gradient(j: int, x: Array) -> Array:
         part = reference.logp[starts[j] : starts[j] + batch]
