@@ -7,6 +7,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 import numpy as np
 
 from allocators import ModelFacts, Option, OptionTable, Row
+from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig, tensor_names
@@ -41,7 +42,7 @@ def options(
     offered = []
     for backbone in expand_backbones(backbones):
         endings = [f"+r{rank}@{grids}" for rank in ranks if 0 < rank < min(shape) for grids in factors]
-        endings = endings if backbone.startswith("none") else ["", *endings]
+        endings = endings if parse_quantizer(backbone.partition("/")[0]).empty else ["", *endings]
         specs = [Spec.parse(backbone + ending) for ending in endings]
         offered += [str(spec) for spec in specs if holds(spec, shape) and nbytes(spec, shape) < 2 * shape[0] * shape[1]]
     return list(dict.fromkeys(offered))

@@ -122,7 +122,7 @@ def _absorbed(metric: jnp.ndarray, group: int, seed: int, block: int, damping: f
     return values / values.sum()
 
 
-def predict(profile: Profile, spec: Spec | str, state_bits: int = 12) -> float:
+def predict(profile: Profile, spec: Spec | str, state_bits: int = DEFAULT_STATE_BITS) -> float:
     """The relative error √(tr(G E H Eᵀ) / tr(G W H Wᵀ)) that a solve should reach; `correction` refines it by solves.
 
     Args:
