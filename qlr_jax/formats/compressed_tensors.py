@@ -28,6 +28,7 @@ from qlr_jax.formats.files import SHARD_BYTES, Entry, refuse_occupied, staged, w
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import CT_INTEGERS, Target, find_target
 from qlr_jax.models import kind_of, layer_of
+from qlr_jax.models.sites import BY_KIND
 
 FORMAT = "pack-quantized"
 ADAPTER = "adapter"  # a folder of its own: beside the model, transformers would attach it before the integers are decoded
@@ -71,7 +72,8 @@ def export_compressed_tensors(
     out, dest = Path(out).expanduser(), Path(dest).expanduser()
     raw, _ = read_config(out)
     refuse_occupied(dest)
-    values = {name: param.get_value() for name, param in load(out).tensors().items()}
+    model = load(out)
+    values = {name: param.get_value() for name, param in model.tensors().items()}
     target = find_target("compressed-tensors")
     packed = _integers(values, target)
     if not packed:
@@ -80,8 +82,7 @@ def export_compressed_tensors(
     common = common_rank(ranked, uniform_rank)
     arrays = {name: pack(matrix) for name, matrix in packed.items()}
     schemes = {name: matrix.spec.backbone for name, matrix in packed.items()}
-    linears = [name.removesuffix(".weight") for name in values if name.endswith("_proj.weight")]
-    plain = [name for name in linears if name not in packed]
+    plain = [name for name in model.linears() if name not in packed]
     config = with_type(raw, dtype) | {"quantization_config": quantization_config(schemes, plain)}
 
     with staged(dest) as folder:
@@ -198,7 +199,7 @@ def split_ties(schemes: Mapping[str, str], ties: Sequence[Sequence[str]]) -> lis
     for name, scheme in schemes.items():
         for i, tie in enumerate(ties):
             if any(fnmatchcase(name, pattern) for pattern in tie):
-                found.setdefault((layer_of(name), i), {})[f"{kind_of(name)}_proj"] = scheme
+                found.setdefault((layer_of(name), i), {})[BY_KIND[kind_of(name)].name] = scheme
     return [
         f"layer {layer}: " + ", ".join(f"{part} {scheme}" for part, scheme in parts.items())
         for (layer, _), parts in found.items()
