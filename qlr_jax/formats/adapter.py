@@ -29,7 +29,7 @@ def backbone(value: Any) -> Any:
     """A tensor as the base model has it: Q' of a matrix with factors (zeros where it is factors only), else the tensor itself."""
     if not isinstance(value, QLRMatrix) or not value.spec.rank:
         return value
-    return np.broadcast_to(np.float32(0), value.shape) if value.spec.backbone == "none" else value.without_factors()
+    return np.broadcast_to(np.float32(0), value.shape) if value.spec.quantizer().empty else value.without_factors()
 
 
 def common_rank(ranked: Mapping[str, QLRMatrix], uniform: bool) -> int:

@@ -42,6 +42,7 @@ class Target:
         ties: groups of patterns of matrices that must share a backbone.
         fault: (spec, (out, in)) -> why the backbone cannot be represented exactly, or "".
         nbytes: (spec, (out, in)) -> bytes in this format, its adapter's included.
+        any_factors: whether factors of every quantizer are represented exactly; else those in bf16 alone, which become an adapter.
 
     Example:
         >>> TARGETS["gguf"].fault(Spec.parse("int-3g256"), (64, 96))
@@ -56,10 +57,11 @@ class Target:
     ties: tuple[tuple[str, ...], ...]
     fault: Callable[[Spec, Shape], str]
     nbytes: Callable[[Spec, Shape], int]
+    any_factors: bool = False
 
     def holds(self, spec: Spec, shape: Shape) -> bool:
         """Whether a matrix of `shape` (out, in) is represented exactly, factors included, in the bytes that `nbytes` returns."""
-        exact = self.name in ("qlr", "adapter") or not spec.rank or (spec.left == ADAPTER and spec.right == ADAPTER)
+        exact = self.any_factors or not spec.rank or (spec.left == ADAPTER and spec.right == ADAPTER)
         return exact and not self.fault(spec, shape)
 
     def check(self, name: str, spec: Spec, shape: Shape) -> None:
@@ -153,6 +155,7 @@ TARGETS = {
             (),
             lambda spec, shape: "",
             lambda spec, shape: spec.nbytes(shape),
+            any_factors=True,
         ),
         Target(
             "compressed-tensors",
@@ -170,6 +173,7 @@ TARGETS = {
             (),
             lambda spec, shape: "" if _plain(spec) else f"a given backbone is kept as it is, and {spec.backbone} is another",
             lambda spec, shape: spec.nbytes(shape) - 2 * shape[0] * shape[1],
+            any_factors=True,
         ),
     )
 }
