@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from jaxtyping import Float
 
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.errors import QLRError
+from qlr_jax.models.folder import locate_tensor
 from qlr_jax.models.names import input_of, kind_of, layer_of
 from qlr_jax.models.sites import BY_KIND, siblings
 
@@ -110,12 +110,8 @@ def _mapped(file: Path, key: str) -> np.ndarray | None:
             array = np.load(file, mmap_mode="r")
             return array.view(np.ndarray) if array.dtype == np.float32 else None
         if file.suffix == ".safetensors":
-            with file.open("rb") as opened:
-                length = int.from_bytes(opened.read(8), "little")
-                entry = json.loads(opened.read(length))[key]
-            if entry["dtype"] == "F32":
-                offset = 8 + length + entry["data_offsets"][0]
-                return np.memmap(file, np.float32, "r", offset, tuple(entry["shape"])).view(np.ndarray)
+            kind, shape, offset = locate_tensor(file, key)
+            return np.memmap(file, np.float32, "r", offset, shape).view(np.ndarray) if kind == "F32" else None
     except Exception:  # `_read` says what is wrong
         return None
     return None

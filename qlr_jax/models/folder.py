@@ -1,6 +1,7 @@
 """Hugging Face folders in and out: config.json, safetensors (one file or shards) and the tokenizer."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -167,12 +168,16 @@ def read_tensor(handle: Any, path: Path, name: str) -> np.ndarray:
     """
     if handle.get_slice(name).get_dtype() != "F8_E4M3":
         return handle.get_tensor(name)
+    _, shape, offset = locate_tensor(path, name)
+    return np.fromfile(path, np.uint8, math.prod(shape), offset=offset).view(ml_dtypes.float8_e4m3fn).reshape(shape)
+
+
+def locate_tensor(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
+    """(safetensors' name of its type, its shape, the byte at which it begins) of a tensor, from the head of its file."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
-        begin, end = entry["data_offsets"]
-        file.seek(8 + length + begin)
-        return np.fromfile(file, np.uint8, end - begin).view(ml_dtypes.float8_e4m3fn).reshape(entry["shape"])
+    return entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
 
 
 def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokenizer_from: str | Path | None = None) -> Path:
