@@ -13,6 +13,7 @@ import yaml
 
 import qlr_jax
 from allocators.strategies import DEFAULT
+from qlr_jax.errors import QLRError
 
 CARD = "README.md"
 LIBRARIES = {"gguf": "gguf"}  # by target; transformers loads the others
@@ -39,8 +40,7 @@ def card_text(out: str | Path, *, target: str, snippet: str, notes: Sequence[str
     Returns:
         Markdown, for README.md.
     """
-    from qlr_jax.errors import QLRError
-    from qlr_jax.formats.qlr.packed import read_config
+    from qlr_jax.formats.qlr.packed import read_config  # brings JAX along, which `card_of` does not need
 
     try:
         quantization = read_config(out)[1]
