@@ -23,8 +23,8 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.formats.checksums import write_checksums
-from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, complete, dense_entries, with_type
-from qlr_jax.formats.files import SHARD_BYTES, Entry, refuse_occupied, staged, write_tensors
+from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, complete, dense_entries
+from qlr_jax.formats.files import SHARD_BYTES, Entry, refuse_occupied, staged, with_type, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import CT_INTEGERS, Target, find_target
 from qlr_jax.models import kind_of, layer_of

@@ -10,7 +10,7 @@ import numpy as np
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.card import CARD, card_text
 from qlr_jax.formats.checksums import write_checksums
-from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, write_json, write_tensors
+from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.models.llama import unpacked
 
@@ -73,11 +73,6 @@ def check_type(dtype: str) -> None:
     """Raise QLRError unless weights of this type can be written."""
     if dtype not in TYPES:
         raise QLRError(f"dtype {dtype!r} is not offered; pass one of {', '.join(TYPES)}")
-
-
-def with_type(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json's content with the type of the weights under the keys that it had (transformers 4: torch_dtype)."""
-    return {**raw, **({key: dtype for key in ("dtype", "torch_dtype") if key in raw} or {"dtype": dtype})}
 
 
 def dense_entries(values: Mapping[str, Any], dtype: str) -> dict[str, Entry]:

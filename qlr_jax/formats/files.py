@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from qlr_jax.errors import QLRError
 
 SHARD_BYTES = 4_000_000_000
+INDEX = "model.safetensors.index.json"
 
 Entry = tuple[int, Callable[[], np.ndarray]]
 """A tensor to write: its bytes, and a function that makes it when its shard is written."""
@@ -93,7 +95,7 @@ def write_tensors(folder: Path, entries: Mapping[str, Entry], shard_bytes: int =
     if len(shards) > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         total = sum(size for size, _ in entries.values())
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def write_json(path: Path, value: object, *, indent: int = 2, allow_nan: bool = True) -> Path:
@@ -133,6 +135,11 @@ def replace_text(path: Path, text: str) -> Path:
         temporary.unlink(missing_ok=True)
         raise QLRError(f"{path} cannot be written: {error.strerror or error}; pass a file in a folder that exists") from None
     return path
+
+
+def with_type(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json's content with the type of the weights under the keys that it had (transformers 4: torch_dtype)."""
+    return {**raw, **({key: dtype for key in ("dtype", "torch_dtype") if key in raw} or {"dtype": dtype})}
 
 
 def copy_companions(source: Path, folder: Path) -> None:

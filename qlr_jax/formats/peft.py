@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.formats.compressed_tensors import export_compressed_tensors
-from qlr_jax.formats.dense import bytes_of, check_type, complete, dense_entries, with_type
-from qlr_jax.formats.files import SHARD_BYTES, refuse_occupied, staged, write_json, write_tensors
+from qlr_jax.formats.dense import bytes_of, check_type, complete, dense_entries
+from qlr_jax.formats.files import INDEX, SHARD_BYTES, refuse_occupied, staged, with_type, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 
 BASES = ("dense", "compressed-tensors")
-INDEX = "model.safetensors.index.json"
 SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "path/to/this/folder"
@@ -65,7 +65,7 @@ def export_peft(
     out, dest = Path(out).expanduser(), Path(dest).expanduser()
     raw, quantization = read_config(out)
     refuse_occupied(dest)
-    if not any("+r" in entry.get("spec", "") for entry in quantization.get("matrices", {}).values()):
+    if not any(Spec.parse(entry.get("spec", "bf16")).rank for entry in quantization.get("matrices", {}).values()):
         raise QLRError(f"no matrix of {out} has a rank, so there is no adapter to write; export it as {' or '.join(BASES)}")
     if base == "compressed-tensors":
         return export_compressed_tensors(out, dest, dtype=dtype, uniform_rank=uniform_rank, shard_bytes=shard_bytes)

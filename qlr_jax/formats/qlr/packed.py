@@ -20,7 +20,7 @@ from qlr_jax.core.quantizers import e8 as lattice
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
-from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, write_json, write_tensors
+from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
@@ -243,10 +243,9 @@ def _config(
         quantization["extra_config"] = sorted(extra)  # so that `read_config` knows what the original did not have
     quantization |= CODES
     quantization["matrices"] = {name: {f: getattr(m.layout, f) for f in fields} for name, m in matrices.items()}
-    types = {key: "bfloat16" for key in ("dtype", "torch_dtype") if key in raw} or {"dtype": "bfloat16"}
     name = runtime_class(FAMILIES[raw["model_type"]].architecture if raw.get("model_type") in FAMILIES else "LlamaForCausalLM")
     runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{name}"}}
-    return raw | types | dict(extra or {}) | runtime | {"quantization_config": quantization}
+    return with_type(raw, "bfloat16") | dict(extra or {}) | runtime | {"quantization_config": quantization}
 
 
 def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
