@@ -39,7 +39,7 @@ LENGTH = 256  # weights a sequence
 MULTIPLIER, ADDEND = 2847382671, 1201005453  # of the hash: the best of 130 random pairs by error at 12 state bits
 TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
 FACTOR_ROWS = 4  # at most, in a factor
-_RATE = re.compile("[0-9.]+")
+_RATE = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 # By state bits: time of a search in a solve, over that with 12, and the part of it that all cores work at.
 SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}
 SHARED = {6: 0.0, 8: 0.0, 10: 0.3, 12: 0.9, 14: 0.95, 16: 0.95}
@@ -94,12 +94,7 @@ class Trellis(Quantizer):
     @classmethod
     def parse(cls, text: str) -> Trellis | None:
         bits = text.partition("-")[2]
-        try:
-            return cls(Fraction(bits)) if _RATE.fullmatch(bits) else None
-        except QLRError:
-            raise
-        except ValueError:
-            return None
+        return cls(Fraction(bits)) if _RATE.fullmatch(bits) else None
 
     @property
     def name(self) -> str:
