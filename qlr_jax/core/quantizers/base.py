@@ -118,7 +118,13 @@ class Quantizer(ABC):
             per_row: asks a `unit_scale` quantizer for one scale a row instead of one a matrix.
             unit: that scale, (*b, 1 or rows, 1), where it is given; None: it is chosen.
         """
-        return ()
+        if not self.unit_scale:
+            return ()
+        return (self.unit_of(x, per_row) if unit is None else unit,)
+
+    def unit_of(self, x: Array, per_row: bool) -> Array:
+        """The scale of the whole that a `unit_scale` quantizer chooses for a batch, (*b, 1 or rows, 1)."""
+        return root_mean_square(x, per_row)
 
     def broadcast_qparams(self, qparams: QParams, cols: int) -> QParams:
         """The qparams of every weight: each (*b, rows or 1, cols or 1)."""

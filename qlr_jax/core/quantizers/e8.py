@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, SearchCost, Traced, root_mean_square
+from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, SearchCost, Traced
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 
@@ -213,9 +213,6 @@ class Lattice(Quantizer):
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((rows, -(-cols // SIZE), self.width), np.dtype(np.uint8))}
-
-    def fit_qparams(self, x: Array, per_row: bool, unit: Array | None = None) -> QParams:
-        return (root_mean_square(x, per_row) if unit is None else unit,)
 
     def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """What 8 weights can be off inside the code: E8's covering radius is 1, that of E8 + ¼ made smaller at 4 bits.

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
-from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, Traced, root_mean_square
+from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, Traced
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
@@ -79,15 +79,9 @@ class ScalarGrid(Quantizer):
         full = full if self.top == 1 else full / self.top
         return (full,), lambda shrink: (self.cast_scales(full * shrink).astype(jnp.float32),)
 
-    def unit_of(self, x: Array, per_row: bool) -> Array:
-        """The scale of the whole that a `unit_scale` grid is given, (*b, 1 or rows, 1)."""
-        return root_mean_square(x, per_row)
-
     def fit_qparams(self, x: Array, per_row: bool, unit: Array | None = None) -> QParams:
-        if not self.unit_scale:
-            return self._fit(x)
-        unit = self.unit_of(x, per_row) if unit is None else unit
-        return unit, *self._fit(divided(x, unit))
+        whole = super().fit_qparams(x, per_row, unit)
+        return *whole, *self._fit(divided(x, *whole) if whole else x)
 
     def _fit(self, x: Array) -> QParams:
         parts = split(x, self.group)

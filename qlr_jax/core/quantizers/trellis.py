@@ -23,15 +23,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from qlr_jax.core.quantizers.base import (
-    DEFAULT_STATE_BITS,
-    Arrays,
-    QParams,
-    Quantizer,
-    SearchCost,
-    Traced,
-    root_mean_square,
-)
+from qlr_jax.core.quantizers.base import DEFAULT_STATE_BITS, Arrays, QParams, Quantizer, SearchCost, Traced
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
 
@@ -137,9 +129,6 @@ class Trellis(Quantizer):
 
     def stored(self, rows: int, cols: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         return {"codes": ((*self.tiles(rows, cols), int(LENGTH * self.rate) // 8), np.dtype(np.uint8))}
-
-    def fit_qparams(self, x: Array, per_row: bool, unit: Array | None = None) -> QParams:
-        return (root_mean_square(x, per_row) if unit is None else unit,)
 
     def static(self) -> Trellis:
         return replace(self, rate=Fraction(2))
