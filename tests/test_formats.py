@@ -199,11 +199,11 @@ def test_constants_are_one_and_the_same():
     np.testing.assert_array_equal(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain))
     for bits in (2, 3, 4):
         np.testing.assert_array_equal(np.float32(runtime.normal_levels(bits)), normal_float.levels(bits))
-    magnitudes, _, _, roots = (table.numpy() for table in runtime.lattice_tables(torch.device("cpu")))
+    magnitudes, _, _, roots = (table.numpy() for table in runtime.lattice_tables())
     np.testing.assert_array_equal(magnitudes, lattice.magnitudes())
     np.testing.assert_array_equal(roots, lattice.roots())
     code = torch.arange(2**16)
-    points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte(), 1.0)
+    points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte())
     np.testing.assert_array_equal(points, lattice.shifted_points(jnp.arange(2**16)))  # every point there is
 
 

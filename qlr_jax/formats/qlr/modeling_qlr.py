@@ -452,33 +452,29 @@ def _quarters(index: torch.Tensor, roots: bool) -> torch.Tensor:
 def lattice_words(roots: bool, device: torch.device) -> torch.Tensor:
     """All points of the first stage, or the 256 roots, in quarters: eight int8 an int64, so that a point is one look-up."""
     code = torch.arange(2**16, device="cpu")
-    points = lattice_tables(code.device)[3] if roots else shifted_points(code.byte(), (code >> 8).byte(), 1.0)
+    points = lattice_tables()[3] if roots else shifted_points(code.byte(), (code >> 8).byte())
     return (4 * points).to(torch.int8).view(torch.int64).view(-1).to(device)
 
 
-def shifted_points(name: torch.Tensor, rest: torch.Tensor, scale: float) -> torch.Tensor:
-    """Points scale · (σ ∘ a ± ¼) of the first stage.
+def shifted_points(name: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """Points σ ∘ a ± ¼ of the first stage, float32 (n, 8).
 
     Args:
         name: uint8 (n,), number of the vector of magnitudes a.
         rest: uint8 (n,), seven signs and, in the top bit, the shift; the eighth sign follows from the parity.
-        scale: of the points.
-
-    Returns:
-        float32 (n, 8).
     """
-    magnitudes, odd, signs, _ = lattice_tables(name.device)
+    magnitudes, odd, signs, _ = lattice_tables()
     name = name.int()
     pattern = ((rest & 127) << 1) | odd.index_select(0, name)
-    points = (scale * magnitudes).index_select(0, name)
+    points = magnitudes.index_select(0, name)
     points *= signs.index_select(0, pattern.int())
-    points += ((rest >> 7).float() * (scale / 2) - scale / 4)[:, None]
+    points += ((rest >> 7).float() / 2 - 0.25)[:, None]
     return points
 
 
 @constant
-def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Tables of the E8 code.
+def lattice_tables() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tables of the E8 code, on the processor.
 
     Returns:
         magnitudes (256, 8); 1 where their sum is odd, (256,); signs by pattern and that parity, (256, 8); and the 256 roots that
@@ -497,7 +493,7 @@ def lattice_tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor, to
     roots += [a * one[i] + b * one[j] for i, j in itertools.combinations(range(8), 2) for a, b in pairs]
     roots += [torch.tensor(s, device="cpu") for s in itertools.product((0.5, -0.5), repeat=8) if sum(s) % 2 == 0]
     roots += [a * one[i] for i in range(8) for a in (2, -2)]
-    return magnitudes.to(device), odd.byte().to(device), signs.to(device), torch.stack(roots[:256]).to(device)
+    return magnitudes, odd.byte(), signs, torch.stack(roots[:256])
 
 
 class TrellisPart(Part):
