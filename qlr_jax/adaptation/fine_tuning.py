@@ -6,7 +6,6 @@ import dataclasses
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from qlr_jax.adaptation.loop import TrainingTask, train
 from qlr_jax.adaptation.measure import mean_loss, weight_gradients
 from qlr_jax.adaptation.metrics import measure_metrics
 from qlr_jax.adaptation.result import AdaptationVerdict, Adapted
-from qlr_jax.adaptation.sequences import Sequences, prepare_sequences
+from qlr_jax.adaptation.sequences import prepare_sequences
 from qlr_jax.adaptation.student import packed_matrices, take_apart
 from qlr_jax.adaptation.teacher import TeacherLogits
 from qlr_jax.core.matrix import QLRMatrix
@@ -78,8 +77,13 @@ def fine_tune(
     config, progress, started = config or AdaptConfig(), progress or silent(), time.perf_counter()
     matrices = packed_matrices(model)
     sequences, validation = prepare_sequences(model, tokens, held_out, teacher, held_out_teacher, config, progress)
-    added = _added(model, matrices, sequences, config, progress)
+    weights = sum(m.shape[0] * m.shape[1] for m in matrices.values())
     grid, added_grid = (None if g == "same" else g for g in (config.factors, config.fresh_grid))
+    added: dict[str, Array] = {}
+    if config.fresh is not None:
+        with progress.stage("placing added components"):
+            gradients = weight_gradients(model, sequences.part(GRADIENT_TOKENS // sequences.tokens.shape[1]), config)
+            added = added_components(matrices, gradients, added_bytes(config.fresh, weights), added_grid, seed=config.seed)
     student, values, frame = take_apart(model, config.train, config.rank, added, grid, added_grid)
     metrics = measure_metrics(model, matrices, student, values, sequences.tokens, config, progress)
     folder = Path(checkpoint).expanduser() if checkpoint else None
@@ -94,9 +98,7 @@ def fine_tune(
     verdict = AdaptationVerdict.STOPPED_EARLY if trained.stopped_early else AdaptationVerdict.IMPROVED
     if not after < before:
         verdict, adapted = AdaptationVerdict.NOT_IMPROVED, model
-    weights, bytes_before = sum(m.shape[0] * m.shape[1] for m in matrices.values()), sum(m.nbytes for m in matrices.values())
-    result = Adapted(adapted, verdict)
-    bytes_after = sum(m.nbytes for name, m in result.matrices.items() if name in matrices)
+    bytes_before, bytes_after = (sum(m.nbytes for m in packed.values()) for packed in (matrices, packed_matrices(adapted)))
     stats = {
         "before": before,
         "after": after,
@@ -109,20 +111,7 @@ def fine_tune(
         "seconds": time.perf_counter() - started,
         "history": trained.history,
     }
-    return replace(result, stats=stats)
-
-
-def _added(
-    model: Llama, matrices: Mapping[str, QLRMatrix], sequences: Sequences, config: AdaptConfig, progress: Progress
-) -> dict[str, Array]:
-    """R of the components that matrices are given, where such are asked for."""
-    if config.fresh is None:
-        return {}
-    with progress.stage("placing added components"):
-        budget = added_bytes(config.fresh, sum(m.shape[0] * m.shape[1] for m in matrices.values()))
-        gradients = weight_gradients(model, sequences.part(GRADIENT_TOKENS // sequences.tokens.shape[1]), config)
-        grid = None if config.fresh_grid == "same" else config.fresh_grid
-        return added_components(matrices, gradients, budget, grid, seed=config.seed)
+    return Adapted(adapted, verdict, stats)
 
 
 def _fingerprint(matrices: Mapping[str, QLRMatrix], tokens: np.ndarray, config: AdaptConfig) -> str:
