@@ -23,8 +23,8 @@ from qlr_jax.adaptation.metrics import backbone_metric
 from qlr_jax.adaptation.products import bf16_product
 from qlr_jax.adaptation.rounding import factor_shifts, quantize_left, quantize_right
 from qlr_jax.adaptation.sequences import Sequences, epoch_order
-from qlr_jax.adaptation.student import EMBEDDINGS, dense, packed_matrices, split_matrix, take_apart
-from qlr_jax.adaptation.student_forward import student_forward, student_logits, teacher_forward
+from qlr_jax.adaptation.student import EMBEDDINGS, backbone, factors, packed_matrices, split_matrix, take_apart
+from qlr_jax.adaptation.student_forward import student_forward, teacher_forward
 from qlr_jax.adaptation.trainer import learning_rates, make_trainer, row_trust
 from qlr_jax.core import hadamard
 from qlr_jax.core.hadamard import INPUT, OUTPUT
@@ -52,6 +52,19 @@ ZOO = SMALL | {
     "mlp.down_proj": "trellis-2+r4@int-8,trellis-2",
 }
 SMALL, ZOO = ({LAYER + name: spec for name, spec in specs.items()} for specs in (SMALL, ZOO))
+
+
+def dense(matrix, values, base):
+    """W (m, n) as it is being trained: what a student's layer multiplies with."""
+    total = backbone(matrix, values, base)
+    if matrix.rank:
+        total = total + jnp.matmul(*factors(matrix, values), precision="highest")
+    total = values["gain"] * total
+    return values["rows"][:, None] * total * values["columns"] if "rows" in values else total
+
+
+def student_logits(*arguments):
+    return student_forward(*arguments)[1]
 
 
 def compressed(model, specs):

@@ -24,8 +24,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Llama, shallow_copy
-from qlr_jax.models.llama import dense as as_array
+from qlr_jax.models.llama import Llama, dense, shallow_copy
 
 ParameterTree = dict[str, dict[str, Array]]
 """Name of a matrix, norm or embedding -> its arrays by name; one tree has what is trained and what is not."""
@@ -135,7 +134,7 @@ def take_apart(
     values |= {name: {"norm": frame.tensors()[name].get_value().astype(jnp.float32)} for name in norms}
     embeddings = tuple(name for name in EMBEDDINGS if name in frame.tensors()) if "embeddings" in train else ()
     for name in embeddings:
-        weight = as_array(frame.tensors()[name].get_value(), jnp.float32)
+        weight = dense(frame.tensors()[name].get_value(), jnp.float32)
         size = jnp.sqrt(jnp.mean(jnp.square(weight)))
         # a power of two, so that a row that is not trained comes back to the bit
         unit = jnp.exp2(jnp.round(jnp.log2(jnp.where(size > 0, size, 1.0))))
@@ -279,20 +278,6 @@ def backbone(matrix: StudentMatrix, values: Mapping[str, Array], base: Array) ->
     assert quantizer.scales is not None  # or the backbone would have no groups
     arrays[quantizer.scales] = arrays[quantizer.scales].astype(jnp.float32) * values["groups"]
     return _unrotate(values["scale"][0] * quantizer.decode(arrays, *matrix.layout.shape), matrix) + values["rest"]
-
-
-def dense(matrix: StudentMatrix, values: Mapping[str, Array], base: Array) -> Float[Array, "m n"]:
-    """W (m, n) as it is being trained.
-
-    Args:
-        matrix, values, base: as `backbone` takes them.
-    """
-    total = backbone(matrix, values, base)
-    if matrix.rank:
-        left, right = factors(matrix, values)
-        total = total + jnp.matmul(left, right, precision="highest")
-    total = values["gain"] * total
-    return values["rows"][:, None] * total * values["columns"] if "rows" in values else total
 
 
 def embedding(values: Mapping[str, Array]) -> Float[Array, "vocab n"]:

@@ -13,17 +13,6 @@ from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.models.llama import Llama, Product, shallow_copy
 
 
-def student_logits(
-    student: Student, frame: Llama, values: ParameterTree, tokens: Int[Array, "batch time"], product: Product, remat: bool = False
-) -> Float[Array, "batch time vocab"]:
-    """The student's logits (batch, time, vocab).
-
-    Args:
-        student, frame, values, tokens, product, remat: as `student_forward` takes them.
-    """
-    return student_forward(student, frame, values, tokens, product, remat)[1]
-
-
 def student_forward(
     student: Student, frame: Llama, values: ParameterTree, tokens: Int[Array, "batch time"], product: Product, remat: bool = False
 ) -> tuple[list[Float[Array, "batch time n"]], Float[Array, "batch time vocab"]]:
