@@ -16,8 +16,8 @@ from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity.attribution import Case, attribute
-from qlr_jax.sensitivity.measure import Sensitivity, matrix_note, measured_table
-from qlr_jax.sensitivity.predict import predict, profile
+from qlr_jax.sensitivity.measure import Sensitivity, matrix_note, measured_profiles, measured_table
+from qlr_jax.sensitivity.predict import predict
 from qlr_jax.sensitivity.statistics import Statistics
 
 
@@ -51,14 +51,8 @@ def measure_given(
     """
     largest = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
     errors = LazyMap(table.index, lambda name: np.asarray(statistics.weights[name]) - np.asarray(statistics.backbones[name]))
-    profiles, base = {}, {}
-    with progress.stage("spectra", total=len(errors)) as stage:
-        for name, error in errors.items():
-            hessian, output = statistics.hessians[name], statistics.outputs.get(name)
-            profiles[name] = profile(error, hessian, largest, output=output, seed=seed, damping=config.damping)
-            pair = np.asarray(statistics.weights[name])[None], np.asarray(statistics.backbones[name])[None], hessian[None]
-            base[name] = float(relative_error(*pair, None if output is None else output[None])[0])
-            stage.advance(note=name)
+    profiles = measured_profiles(errors, statistics, largest, config=config, seed=seed, progress=progress)
+    base = {name: _backbone_error(statistics, name) for name in errors}
     with progress.stage("sensitivity", total=len(errors)) as stage:
         case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, statistics.hessians, statistics.outputs)
         kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
@@ -72,3 +66,10 @@ def measure_given(
     rows = tuple(replace(row, options=tuple(with_damage(row.name, option) for option in row.options)) for row in table.rows)
     matrices = {n: matrix_note(n, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors}
     return measured_table(table, rows, matrices, method, config.state_bits)
+
+
+def _backbone_error(statistics: Statistics, name: str) -> float:
+    """The relative error that a given backbone leaves."""
+    weight, backbone = (np.asarray(matrices[name])[None] for matrices in (statistics.weights, statistics.backbones))
+    output = statistics.outputs.get(name)
+    return float(relative_error(weight, backbone, statistics.hessians[name][None], None if output is None else output[None])[0])

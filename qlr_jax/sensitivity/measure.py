@@ -24,7 +24,7 @@ from qlr_jax.sensitivity.attribution import Case, attribute
 from qlr_jax.sensitivity.correction import Correction, correction_key
 from qlr_jax.sensitivity.offers import Bytes
 from qlr_jax.sensitivity.predict import Profile, predict, profile
-from qlr_jax.sensitivity.statistics import Statistics, final_error
+from qlr_jax.sensitivity.statistics import Matrix, Statistics, final_error
 
 NOTED_COMPONENTS = 64  # of every spectrum, that a saved table carries
 
@@ -101,7 +101,9 @@ def measure(
         solver: `solve_many`, or what calls it.
     """
     offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows}
-    profiles = _profiles(statistics, offered, seed, config, progress)
+    largest = max((spec.rank for listed in offered.values() for spec in listed), default=0)
+    weights = LazyMap(offered, lambda name: statistics.weights[name])
+    profiles = measured_profiles(weights, statistics, largest, config=config, seed=seed, progress=progress)
     probes = {name: probe(listed) for name, listed in offered.items()}
     problems = {key: statistics.problem(*key) for key in anchors(offered, probes)}
     with progress.stage("probing", total=len(problems)) as stage:
@@ -132,17 +134,26 @@ def measure(
     return measured_table(table, rows, matrices, method, config.state_bits)
 
 
-def _profiles(
-    statistics: Statistics, offered: Mapping[str, Sequence[Spec]], seed: int, config: SolverConfig, progress: Progress
+def measured_profiles(
+    matrices: Mapping[str, Matrix], statistics: Statistics, max_rank: int, *, config: SolverConfig, seed: int, progress: Progress
 ) -> dict[str, Profile]:
-    """The profile of every matrix, with as many components as the largest rank that is offered."""
-    largest, profiles = max((s.rank for listed in offered.values() for s in listed), default=0), {}
-    with progress.stage("spectra", total=len(offered)) as stage:
-        for name in offered:
+    """The profile of every matrix.
+
+    Args:
+        matrices: name -> what is approximated: W, or what a given backbone leaves of it.
+        statistics: H and G of each.
+        max_rank: the largest rank that is offered.
+        config: of the final solves.
+        seed: of rotations.
+        progress: where the stage goes.
+    """
+    profiles = {}
+    with progress.stage("spectra", total=len(matrices)) as stage:
+        for name, matrix in matrices.items():
             profiles[name] = profile(
-                np.asarray(statistics.weights[name]),
+                np.asarray(matrix),
                 statistics.hessians[name],
-                largest,
+                max_rank,
                 output=statistics.outputs.get(name),
                 seed=seed,
                 block=config.rotation_block,
