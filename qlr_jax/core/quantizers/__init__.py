@@ -54,7 +54,7 @@ def usage() -> str:
     return f"{', '.join(first)} or {last}"
 
 
-KINDS = usage()
+KINDS = usage()  # another name of the same, for callers outside of this library
 
 __all__ = [
     "DEFAULT_STATE_BITS",

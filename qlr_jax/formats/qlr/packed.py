@@ -29,7 +29,6 @@ from qlr_jax.models.llama import unpacked
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
-RUNTIME_VERSION = 6  # of the runtime that is written along; folders record the oldest that reads them, and an older one refuses
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
     "length": trellis.LENGTH,
@@ -249,7 +248,7 @@ def _config(
 
 
 def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
-    """Of the oldest runtime that reads all of their quantizers."""
+    """Of the oldest runtime that reads all of their quantizers; one that is older still refuses the folder."""
     specs = [Spec.parse(spec) for spec in {matrix.layout.spec for matrix in matrices.values()}]
     quantizers = [q for spec in specs for q in (spec.quantizer(), *(spec.factor_quantizers() if spec.rank else ()))]
     return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers)])
