@@ -212,29 +212,24 @@ def compared(
     return replace(found, baselines=others)
 
 
-def job_plans(
-    table: OptionTable, limit: int, *, gap: float = 0.0, seconds: float = 10.0, seed: int = 0, strategy: str = DEFAULT
-) -> dict[str, Allocation]:
+def job_plans(best: Allocation, strategy: str = DEFAULT) -> dict[str, Allocation]:
     """The allocations that a job solves and measures: under "allocated" the strategy's, beside it the baseline and the control.
 
     Args:
-        table, limit, gap, seconds, seed, strategy: as in `compared`.
+        best: the strategy's allocation, as `compared` returns it with those of the others.
+        strategy: the same name of STRATEGIES.
 
     Returns:
         Allocations by the names of `solved_strategies`, those that exist at this limit.
-
-    Raises:
-        Infeasible: where the limit is below the table's least, or the strategy has no allocation within it.
-        AllocationError: for a strategy that does not exist.
 
     Example:
         >>> from allocators.options import Option, Row
         >>> options = (Option("int-2", 16, 3.0), Option("int-3", 24, 1.5), Option("int-4", 32, 1.0))
         >>> table = OptionTable((Row("q", 64, options), Row("k", 64, options)))
-        >>> {name: plan.method for name, plan in job_plans(table, 56, strategy="greedy").items()}
+        >>> plans = job_plans(compared(table, 56, strategy="greedy"), "greedy")
+        >>> {name: plan.method for name, plan in plans.items()}
         {'allocated': 'greedy', 'uniform': 'uniform', 'rank0': 'rank0'}
     """
-    best = compared(table, limit, gap=gap, seconds=seconds, seed=seed, strategy=strategy)
     beside = {**best.baselines, strategy: best}
     return {DEFAULT: best} | {name: beside[name] for name in solved_strategies() if name != DEFAULT and name in beside}
 

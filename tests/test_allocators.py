@@ -368,7 +368,7 @@ def test_the_table_of_strategies_is_whole():
 def test_a_job_builds_what_was_asked_for_beside_baseline_and_control(name):
     table = smooth_table(3, layers=2)
     limit = int(2.25 / 8 * table.weights())
-    plans = job_plans(table, limit, seed=5, strategy=name)
+    plans = job_plans(compared(table, limit, seed=5, strategy=name), name)
     assert tuple(plans) == solved_strategies()
     assert plans[DEFAULT].specs == STRATEGIES[name].allocate(table, limit, seed=5).specs
     assert all(plans[other].specs == STRATEGIES[other].allocate(table, limit).specs for other in (BASELINE, CONTROL))

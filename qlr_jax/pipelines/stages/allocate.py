@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import allocators
-from allocators.strategies import job_plans, solved_strategies
+from allocators.strategies import compared, job_plans, solved_strategies
 from qlr_jax.pipelines.run import Run
 
 PROVED_GAP = 1e-4  # of the predicted damage; the predictions are good to a few parts in a hundred
@@ -18,4 +18,5 @@ def allocate(run: Run, problem: allocators.Problem) -> dict[str, allocators.Allo
         same = allocators.allocate(table := allocators.OptionTable(kept), table.most_bytes)
         return dict.fromkeys(solved_strategies(), same)
     with run.progress.stage("allocating"):
-        return job_plans(problem.table, problem.limit, gap=PROVED_GAP, strategy=run.recipe.strategy)
+        strategy = run.recipe.strategy
+        return job_plans(compared(problem.table, problem.limit, gap=PROVED_GAP, strategy=strategy), strategy)
