@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlr_jax.core.batch import batches
+from qlr_jax.core.batch import batches, solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.errors import QLRError
 from qlr_jax.run import processes as distributed
@@ -246,11 +246,12 @@ def test_gather_waits_for_what_is_missing(tmp_path, monkeypatch):
     space = Workspace.open(tmp_path, {}, resume=False)
     metric = np.eye(32, dtype=np.float32)
     problems = {(name, "int-4g16"): (np.full((32, 32), i + 1, np.float32), metric, "int-4g16") for i, name in enumerate("ab")}
-    space.solve("final", problems, seed=0, config=CONFIG)
+    store = space.store("final")
+    solve_many(problems, seed=0, config=CONFIG, into=store)
     away = tmp_path / "away"
     path = space.root / "final" / "a.int-4g16.safetensors"
     shutil.move(path, away)
-    looks = []
+    looks, done = [], []
 
     def look():
         looks.append(len(looks))
@@ -258,11 +259,11 @@ def test_gather_waits_for_what_is_missing(tmp_path, monkeypatch):
             shutil.move(away, path)
 
     monkeypatch.setattr(distributed, "POLL", 0.0)
-    found = gather(space, "final", problems, still_there=look)
-    assert len(looks) == 3 and set(found) == set(problems)
+    gather(store, problems, lambda key, _: done.append(key), look)
+    assert len(looks) == 3 and done == [("b", "int-4g16"), ("a", "int-4g16")]
 
     def lost():
         raise QLRError("process 1 is lost")
 
     with pytest.raises(QLRError, match="lost"):
-        gather(space, "final", [("c", "int-4g16")], still_there=lost)
+        gather(store, [("c", "int-4g16")], None, lost)

@@ -10,7 +10,7 @@ JAX brings the processes together (`jax.distributed`) and is let go then: solves
 service kept up, JAX would abort all processes some time after it has lost one. From a request each process knows its own share,
 solves it on its own devices, and writes what it finds as files, of which process 0 reads the others'. What is written does not say
 who wrote it: a job that lost a process goes on with any number of them, and ends with the bytes of one process alone, as long as
-each has as many devices (`core.devices`).
+each has as many devices (`core.sharding`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from qlr_jax.core.batch import Problems, batches
+from qlr_jax.core.batch import Problems, batches, solve_many
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
@@ -37,7 +37,7 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB
-from qlr_jax.run.workspace import Key, Workspace
+from qlr_jax.run.workspace import Key, SolutionStore, Workspace
 
 WORKERS = "workers"
 POLL, HEARTBEAT = 0.2, 1.0  # seconds between looks at the folder, and between signs of life
@@ -135,19 +135,16 @@ def share(problems: Problems[Key], process: int, processes: int, config: SolverC
 
 
 def gather(
-    space: Workspace,
-    kind: str,
-    keys: Iterable[Key],
-    *,
-    on_done: Callable[[Key, Solution], None] | None = None,
-    still_there: Callable[[], None] = lambda: None,
-) -> LazyMap[Key, Solution]:
-    """Every solution from the workspace, each noted as soon as its file is there, whoever writes it.
+    store: SolutionStore, keys: Iterable[Key], on_done: Callable[[Key, Solution], None] | None, still_there: Callable[[], None]
+) -> None:
+    """Wait until all of these solutions are kept, each noted as soon as its file is there, whoever writes it.
 
     Args:
-        still_there: called between looks; raises where there is no point in waiting on.
+        store: where they will be.
+        keys: whose solutions are waited for.
+        on_done: called as soon as one is there.
+        still_there: called between two checks of the folder; raises where there is no point in waiting on.
     """
-    store, keys = space.store(kind), list(keys)
     missing = dict.fromkeys(keys)
     while missing:
         for key in [key for key in missing if key in store]:
@@ -157,15 +154,14 @@ def gather(
         if missing:
             still_there()
             time.sleep(POLL)
-    return LazyMap(keys, store.__getitem__)
 
 
 @dataclass
 class WorkerGroup:
     """One job's processes while they work: a context in which each shows that it is there.
 
-    Process 0 tells where its statistics lie (`publish`) and calls `solve` as it would the workspace's; every other one takes the
-    statistics and calls `serve`, which returns when it is no longer needed.
+    Process 0 writes where its statistics lie (`publish`) and calls `solve`; every other one takes the statistics and calls `serve`,
+    which returns when it is no longer needed.
 
     Attributes:
         root: the job's folder, which all of them see.
@@ -249,14 +245,24 @@ class WorkerGroup:
         config: SolverConfig,
         on_done: Callable[[Key, Solution], None] | None = None,
     ) -> LazyMap[Key, Solution]:
-        """`Workspace.solve` on all processes: what is new is asked of them, this one does its share, and the rest is waited for.
+        """`solve_many` on all processes: what is new is asked of them, this one does its share, and the rest is waited for.
+
+        Args:
+            space: where solutions are kept.
+            kind: of the solutions, a folder there.
+            problems, seed, config, on_done: as for `solve_many`.
+
+        Returns:
+            Every solution, read where it is used.
 
         Raises:
             QLRError: a process is lost or has stopped; what is solved is kept.
         """
-        if self.alone:
-            return space.solve(kind, problems, seed=seed, config=config, on_done=on_done)
         store = space.store(kind)
+        found = LazyMap(problems, store.__getitem__)
+        if self.alone:
+            solve_many(problems, seed=seed, config=config, on_done=on_done, into=store)
+            return found
         todo = [keys for keys in batches(problems) if not all(key in store for key in keys)]
         mine = wanted = {key: problems[key] for keys in todo for key in keys}
         if len(todo) > 1:
@@ -264,9 +270,9 @@ class WorkerGroup:
             self._write(self.folder / f"request-{self._asked}.json", request)
             self._asked += 1
             mine = share(wanted, 0, self.cluster.processes, config)
-        space.solve(kind, mine, seed=seed, config=config, on_done=on_done)
-        gather(space, kind, [key for key in problems if key not in mine], on_done=on_done, still_there=self._check)
-        return LazyMap(problems, store.__getitem__)
+        solve_many(mine, seed=seed, config=config, on_done=on_done, into=store)
+        gather(store, [key for key in problems if key not in mine], on_done, self._check)
+        return found
 
     def serve(self, space: Workspace, problem: Callable[[str, str], tuple], on_done: Callable[[Key, Solution], None]) -> int:
         """Solve this process's share of every request until process 0 needs no more.
@@ -287,7 +293,8 @@ class WorkerGroup:
             config = SolverConfig(**request["config"])
             problems = {(name, spec): problem(name, spec) for name, spec in request["keys"]}
             mine = share(problems, self.cluster.process, self.cluster.processes, config)
-            space.solve(request["kind"], mine, seed=request["seed"], config=config, on_done=self._while_asked(on_done))
+            store = space.store(request["kind"])
+            solve_many(mine, seed=request["seed"], config=config, on_done=self._while_asked(on_done), into=store)
             solved += len(mine)
         return solved
 

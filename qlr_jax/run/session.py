@@ -37,6 +37,9 @@ class Session:
         QLRError: `out` holds something other than a job under way.
     """
 
+    _space: Workspace  # these two since it was begun
+    _journal: Journal
+
     def __init__(
         self,
         out: str | Path,
@@ -50,8 +53,6 @@ class Session:
         self.progress, self.clock = progress or silent(), Clock()
         self._workers = WorkerGroup(cluster or Cluster(), self.out / JOB)
         self.assists = self._workers.cluster.process > 0
-        self._space = Workspace(self.out / JOB, {})
-        self._journal = Journal(self.clock, self._space.write_report, {})
 
     def __enter__(self) -> Session:
         self._workers.__enter__()
@@ -99,9 +100,9 @@ class Session:
 
     def solver(self, kind: str) -> Callable[..., LazyMap[Key, Solution]]:
         """What solves matrices of this kind, on all processes, and keeps each as soon as it is done."""
-        if kind == "sequential":  # each block waits for the one before it: nothing to share
-            return self._journal.watched(self._space.solve, kind)
-        return self._journal.watched(partial(self._workers.solve, self._space), kind)
+        # in sequence each block waits for the one before it: nothing to share
+        workers = WorkerGroup(Cluster(), self._space.root) if kind == "sequential" else self._workers
+        return self._journal.watched(partial(workers.solve, self._space), kind)
 
     def note(self, **facts: Any) -> None:
         """Put what is known so far into job/report.json."""

@@ -7,8 +7,8 @@
     job/report.json           how far the job is: stages, figures so far, a line a matrix
     job/log.txt               one line a matrix and a stage
 
-Every file is written under another name and renamed, so that one that is there is whole. Solutions are not kept in memory: what
-`solve` returns reads each where it is used.
+Every file is written under another name and renamed, so that one that is there is whole. Solutions are not kept in memory: a
+`SolutionStore` reads each where it is used.
 """
 
 from __future__ import annotations
@@ -28,9 +28,6 @@ from typing import Any
 import numpy as np
 
 from allocators import OptionTable
-from qlr_jax.core.batch import Problems, solve_many
-from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
@@ -85,22 +82,8 @@ class Workspace:
         """Whether anything is kept."""
         return (self.root / BEGUN).is_file()
 
-    def solve(
-        self,
-        kind: str,
-        problems: Problems[Key],
-        *,
-        seed: int,
-        config: SolverConfig,
-        on_done: Callable[[Key, Solution], None] | None = None,
-    ) -> LazyMap[Key, Solution]:
-        """`solve_many`, of which what is kept is not solved again, and what is new is kept as soon as it is done."""
-        store = self.store(kind)
-        solve_many(problems, seed=seed, config=config, on_done=on_done, into=store)
-        return LazyMap(problems, store.__getitem__)
-
     def store(self, kind: str) -> SolutionStore:
-        """The solutions of one kind, a file each."""
+        """The solutions of one kind, a file each; `solve_many` into it keeps what is new and does not solve again what is kept."""
         return SolutionStore(self, self.root / kind)
 
     def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
