@@ -74,6 +74,12 @@ class QLRMatrix:
         """Bytes of the stored arrays."""
         return sum(int(a.nbytes) for a in self.arrays.values())
 
+    @property
+    def bits(self) -> float:
+        """Bits per weight, as stored."""
+        rows, cols = self.shape
+        return 8 * self.nbytes / (rows * cols)
+
     def part(self, name: str) -> dict[str, Array]:
         """The arrays of `backbone`, `left` or `right`, by their own names."""
         return {key.split(".", 1)[1]: value for key, value in self.arrays.items() if key.startswith(name + ".")}

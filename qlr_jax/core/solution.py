@@ -54,8 +54,7 @@ class Solution:
     @property
     def bits(self) -> float:
         """Bits per weight, as stored."""
-        rows, cols = self.value.shape
-        return 8 * self.value.nbytes / (rows * cols)
+        return self.value.bits
 
     def summary(self) -> str:
         """Spec, bits and error in a few words."""

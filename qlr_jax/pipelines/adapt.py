@@ -164,7 +164,7 @@ def _updated(report: dict[str, Any], found: adaptation.Adapted) -> None:
     for row in report.get("matrices") or ():
         if row.get("name") in matrices:
             value = matrices[row["name"]]
-            row |= {"spec": str(value.spec), "bytes": value.nbytes, "bits": 8 * value.nbytes / (value.shape[0] * value.shape[1])}
+            row |= {"spec": str(value.spec), "bytes": value.nbytes, "bits": value.bits}
     gained = found.stats["bytes"] - found.stats["bytes_before"]
     report["bits_per_weight"] = found.stats["bits_per_weight"]
     if isinstance(sizes := report.get("bytes"), dict):

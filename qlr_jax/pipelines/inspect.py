@@ -23,14 +23,8 @@ def inspect(out: str | Path) -> dict[str, Any]:
     """
     matrices = read_matrices(Path(out))
     rows = [
-        {
-            "name": n,
-            "spec": str(m.spec),
-            "shape": list(m.shape),
-            "bytes": m.nbytes,
-            "bits": 8 * m.nbytes / (m.shape[0] * m.shape[1]),
-        }
-        for n, m in matrices.items()
+        {"name": name, "spec": str(matrix.spec), "shape": list(matrix.shape), "bytes": matrix.nbytes, "bits": matrix.bits}
+        for name, matrix in matrices.items()
     ]
     total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
     settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
