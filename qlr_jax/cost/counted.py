@@ -97,9 +97,8 @@ class Counted:
     @cached_property
     def outputs(self) -> int:
         """Bytes of the output Hessians once; 0 where they are not made."""
-        once = sum(4 * m * m for m, _ in self.shapes.values())
         fits = self.streaming or self.settings.outputs_fit
-        return once if self.recipe.outputs == "fisher" and fits else 0
+        return self.settings.output_bytes // 2 if self.recipe.outputs == "fisher" and fits else 0
 
     @property
     def length(self) -> int:

@@ -20,11 +20,11 @@ def notes(job: Counted) -> list[str]:
             f"seconds were compared with jobs of up to {FITTED / 1e6:.0f} million parameters, and single matrices of up to 4096 × "
             "4096: for larger models, more cores or another processor they are extrapolated"
         )
-    once = sum(8 * m * m for m, _ in job.shapes.values())
     if job.recipe.outputs == "fisher" and not job.outputs:
         found.append(
-            f"output Hessians would take {once / 1e9:,.1f} GB while they are summed, more than {OUTPUTS_SHARE:g} of the host's "
-            f"{job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs count alike"
+            f"output Hessians would take {job.settings.output_bytes / 1e9:,.1f} GB while they are summed, more than "
+            f"{OUTPUTS_SHARE:g} of the host's {job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs count "
+            "alike"
         )
     found += _on_disk(job)
     if job.recipe.backbone_from:

@@ -23,7 +23,8 @@ class Settings:
         matrices: name -> (out, in) of the linear layers to compress.
         sequence_length: tokens of one sequence of text.
         streaming: whether weights and statistics stay on disk and are read block by block.
-        outputs_fit: whether the output Hessians of all matrices fit in memory at once while they are summed.
+        output_bytes: that the output Hessians of all matrices take in memory while they are summed.
+        outputs_fit: whether that is within their share of the machine's memory.
         target: the format to compress for.
         solver: of the final solves.
         search: of the solves while options are measured.
@@ -32,6 +33,7 @@ class Settings:
     matrices: dict[str, tuple[int, int]]
     sequence_length: int
     streaming: bool
+    output_bytes: int
     outputs_fit: bool
     target: Target
     solver: SolverConfig
@@ -56,13 +58,14 @@ class Settings:
         """
         memory = machine_memory() if memory is None else memory
         matrices = _matrices(recipe, config)
-        outputs = sum(2 * 4 * rows**2 for rows, _ in matrices.values())  # bytes, while they are summed and after
+        output_bytes = sum(2 * 4 * rows**2 for rows, _ in matrices.values())  # the sums, and what they become
         weights = 4 * parameter_count(config)
         return cls(
             matrices,
             sequence_length(config, recipe.sequence_length),
             weights > WEIGHTS_SHARE * memory if recipe.streaming is None else recipe.streaming,
-            outputs <= OUTPUTS_SHARE * memory,
+            output_bytes,
+            output_bytes <= OUTPUTS_SHARE * memory,
             find_target(recipe.target),
             _solver(recipe, recipe.state_bits),
             _solver(recipe, recipe.search_state_bits),

@@ -47,7 +47,7 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
         if source.settings.outputs_fit or (source.settings.streaming and spill):
             outputs = _output_hessians(source, tokens, progress, keep("outputs"))
         else:
-            needed, room = sum(2 * 4 * w.shape[0] ** 2 for w in source.weights.values()), OUTPUTS_SHARE * machine_memory()
+            needed, room = source.settings.output_bytes, OUTPUTS_SHARE * machine_memory()
             progress.say(
                 f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
                 "machine's memory): all outputs count alike"
