@@ -28,7 +28,7 @@ from qlr_jax.settings.recipe import DEMO, Recipe
 
 @dataclass(frozen=True)
 class JobResult:
-    """Where the compressed model lies, and its report (what report.json holds)."""
+    """Where the compressed model lies, and what report.json holds; of a process that only assists, how many matrices it solved."""
 
     out: Path
     report: dict[str, Any]

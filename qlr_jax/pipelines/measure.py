@@ -10,6 +10,7 @@ from typing import Any
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.formats.files import refuse_occupied, staged
 from qlr_jax.models.bundled import BUNDLED_NAME
+from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.pipelines.stages.calibrate import calibrate
@@ -20,8 +21,6 @@ from qlr_jax.report.html.sensitivity_page import write_pictures
 from qlr_jax.run.journal import Clock
 from qlr_jax.settings.host import one_loop_at_a_time
 from qlr_jax.settings.recipe import Recipe
-
-TABLE = "table.json"
 
 
 @one_blas_thread()
@@ -43,7 +42,7 @@ def sensitivity(
         calibration: text file(s); "bundled" has its own.
         recipe: a Recipe or a YAML file; its budget plays no part.
         matrix: whose error is drawn against bits; that of the largest damage where not given.
-        progress, command: where to tell how far it is, and what was typed, for the table's notes.
+        progress, command: where to report how far it is, and what was typed, for the table's notes.
 
     Returns:
         out, table (its path), matrices and options (how many), seconds, notes.

@@ -19,12 +19,10 @@ from qlr_jax.models import Llama
 from qlr_jax.models.llama import shallow_copy
 from qlr_jax.pipelines.source import Source
 from qlr_jax.progress import Progress, silent
+from qlr_jax.run.workspace import Key
 from qlr_jax.sensitivity import Sensitivity, Statistics
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings
-
-Key = tuple[str, str]
-"""A matrix and the spec that it is solved for."""
 
 
 class Solver(Protocol):
@@ -48,7 +46,7 @@ class Run:
         source: the original model, its recipe, and what of it is compressed.
         statistics: weights, and the Hessians of their inputs and outputs.
         reference: the original's log-probabilities on a part of the calibration text.
-        progress: where stages tell how far they are.
+        progress: where stages report how far they are.
         solver: "probe", "final" or "sequential" -> what solves such matrices.
         note: is given by name what is known so far.
     """

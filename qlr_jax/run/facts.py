@@ -11,13 +11,14 @@ import jax
 
 import qlr_jax
 from allocators import OptionTable
+from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
 
 SAMPLE = 2**16  # bytes at both ends of a file of weights that stand for all of it
 
 
 def job_facts(
-    folder: Path, recipe: Recipe, calibration: str, held_out: str, table: OptionTable | None, constraints: Any
+    folder: Path, recipe: Recipe, calibration: str, held_out: str, table: OptionTable | None, constraints: Constraints
 ) -> dict[str, Any]:
     """Recipe, model, texts, constraints and versions of a job, as plain values.
 
@@ -25,7 +26,7 @@ def job_facts(
         folder: of the original model.
         calibration, held_out: the texts themselves.
         table: an option table that was given, None where it is measured.
-        constraints: a `Constraints`.
+        constraints: locks and ties of the table's rows.
     """
     settings = dataclasses.asdict(recipe)
     return {

@@ -50,7 +50,7 @@ class Journal:
     """
 
     def __init__(self, clock: Clock, write: Callable[[Mapping[str, Any]], None], facts: Mapping[str, Any]):
-        self.clock, self.facts, self._write = clock, facts, write
+        self.clock, self._write = clock, write
         self._state: dict[str, Any] = {"format": 1, **facts, "stage": None, "seconds": clock.seconds}
         self._matrices: dict[str, list[dict[str, Any]]] = {}
         self._written = 0.0

@@ -36,7 +36,8 @@ from qlr_jax.models.folder import read_tensor
 from qlr_jax.run.facts import completed
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
-Key = tuple[str, str]  # matrix, spec
+Key = tuple[str, str]
+"""A matrix and the spec that it is solved for."""
 
 
 @dataclass

@@ -11,8 +11,9 @@ from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import Comparison, divergence
 from qlr_jax.models import kind_of, layer_of
-from qlr_jax.pipelines.run import Candidate, Key, Run
+from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.pipelines.stages.solve import solutions_of
+from qlr_jax.run.workspace import Key
 
 
 def refine(
@@ -36,8 +37,8 @@ def refine(
         if key not in measured:
             missing = {item: run.statistics.problem(*item) for item in specs.items() if item not in solved}
             solved.update(run.solver("final")(missing, seed=run.recipe.seed, config=run.settings.solver))
-            built = Candidate(candidates[DEFAULT].plan, solutions_of(specs, solved))
-            measured[key] = divergence(built.model(run.original), run.reference)
+            matrices = LazyMap(specs, lambda name: solved[name, specs[name]].value)
+            measured[key] = divergence(with_weights(run.original, matrices), run.reference)
         return measured[key].kl
 
     groups: dict[str, set[str]] = {}

@@ -18,9 +18,7 @@ def evaluate_on_calibration(run: Run, candidates: Mapping[str, Candidate]) -> di
 
 
 def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str) -> dict[str, Candidate]:
-    """The candidates with their perplexity and KL on held-out text; as they are where there is none."""
-    if not text:
-        return dict(candidates)
+    """The candidates with their perplexity and KL on held-out text."""
     rows = evaluation.windows(text, run.source.tokenizer, run.settings.sequence_length)
     rows = calibration.subsample(rows, run.recipe.evaluation_tokens)
     compare = lambda model: evaluation.compare(run.original, model, rows)  # noqa: E731

@@ -17,9 +17,10 @@ from qlr_jax.evaluation import divergence
 from qlr_jax.models import input_of, layer_of
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import Block, shallow_copy
-from qlr_jax.pipelines.run import Candidate, Key, Run
+from qlr_jax.pipelines.run import Candidate, Run
 from qlr_jax.pipelines.stages.calibrate import calibration_tokens
 from qlr_jax.pipelines.stages.solve import solutions_of
+from qlr_jax.run.workspace import Key
 
 BATCH = 8  # sequences of one pass
 

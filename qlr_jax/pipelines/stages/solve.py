@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import allocators
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
-from qlr_jax.pipelines.run import Candidate, Key, Run
+from qlr_jax.pipelines.run import Candidate, Run
+from qlr_jax.run.workspace import Key
 
 
 def solve_plans(run: Run, plans: Mapping[str, allocators.Allocation]) -> dict[str, Candidate]:
