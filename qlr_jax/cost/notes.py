@@ -23,8 +23,8 @@ def notes(job: Counted) -> list[str]:
     if job.recipe.outputs == "fisher" and not job.outputs:
         found.append(
             f"output Hessians would take {job.settings.output_bytes / 1e9:,.1f} GB while they are summed, more than "
-            f"{OUTPUTS_SHARE:g} of the host's {job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs count "
-            "alike"
+            f"{OUTPUTS_SHARE:g} of the host's {job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs "
+            "count alike"
         )
     found += _on_disk(job)
     if job.recipe.backbone_from:
