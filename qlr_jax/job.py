@@ -71,8 +71,8 @@ def compress(
     Raises:
         QLRError, allocators.AllocationError: one sentence on what cannot be used; nothing is written then.
     """
+    session = Session(out, command, resume, cluster, progress, sources=[model])
     texts, asked = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget)
-    session = Session(out, command, resume, cluster, progress)
     return _job(model, asked, texts, session, table, constraints or Constraints())
 
 
@@ -86,7 +86,7 @@ def demo(
     command: str = "qlr demo",
 ) -> JobResult:
     """`compress` on the bundled model, calibrated and evaluated on the standard library's text of this machine."""
-    session = Session(out, command, resume, progress=progress)
+    session = Session(out, command, resume, progress=progress, sources=[BUNDLED])
     return _job(BUNDLED, Recipe.of(recipe or DEMO, budget), Texts.standard_library(), session, None, Constraints())
 
 
@@ -100,6 +100,7 @@ def _job(
     constraints: Constraints,
 ) -> JobResult:
     one_loop_at_a_time()
+    recipe = recipe.located()
     budget = allocators.Budget.parse(recipe.budget)
     with session:
         with session.stage("load", "loading"):

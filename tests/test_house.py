@@ -32,6 +32,8 @@ ROOMS = (
     "qlr_jax.models",
     "qlr_jax.core",
     "qlr_jax.native",
+    "qlr_jax.locks",
+    "qlr_jax.paths",
     "qlr_jax.on_demand",
     "qlr_jax.progress",
     "qlr_jax.errors",

@@ -24,6 +24,7 @@ from qlr_jax.adaptation.teacher import TeacherLogits
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.typing import Array
 from qlr_jax.models import Llama
+from qlr_jax.paths import local
 from qlr_jax.progress import Progress, silent
 
 GRADIENT_TOKENS, EVALUATED_ROWS = 8192, 64
@@ -86,7 +87,7 @@ def fine_tune(
             added = added_components(matrices, gradients, added_bytes(config.fresh, weights), added_grid, seed=config.seed)
     student, values, frame = take_apart(model, config.train, config.rank, added, grid, added_grid)
     metrics = measure_metrics(model, matrices, student, values, sequences.tokens, config, progress)
-    folder = Path(checkpoint).expanduser() if checkpoint else None
+    folder = local(checkpoint) if checkpoint else None
     fingerprint = _fingerprint(matrices, sequences.tokens, config)
     task = TrainingTask(student, frame, config, sequences, validation, metrics, folder, fingerprint)
     trained = train(task, values, progress)

@@ -13,6 +13,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models.folder import locate_tensor
 from qlr_jax.models.names import input_of, kind_of, layer_of
 from qlr_jax.models.sites import BY_KIND, siblings
+from qlr_jax.paths import local
 
 SUFFIXES = (".safetensors", ".npz", ".npy")
 
@@ -47,7 +48,7 @@ def read_hessians(
         ...     read_hessians(Path(folder) / "all.npz", {name: 4})[name].shape
         (4, 4)
     """
-    path = Path(source).expanduser()
+    path = local(source)
     if not path.exists():
         raise QLRError(f"{source} does not exist; pass a folder or a file of Hessians ({', '.join(SUFFIXES)})")
     files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES) if path.is_dir() else [path]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import local
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -63,7 +64,7 @@ def read_text(paths: Sequence[str | Path] | str | Path) -> str:
     """
     texts = []
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        file = Path(path)
+        file = local(path)
         if not file.is_file():
             raise QLRError(f"text file {file} does not exist; give a UTF-8 text file")
         try:

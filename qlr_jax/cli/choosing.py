@@ -10,6 +10,7 @@ import typer
 from qlr_jax.cli.options import AsJson, AtLeast, Lock, Saved, StrategyName, TieBackbone, TieSpec
 from qlr_jax.cli.shell import app, clear_errors, plain, show
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import output_file, output_folder
 
 
 @app.command(short_help="The best specs under a budget, from a saved table.")
@@ -43,6 +44,8 @@ def allocate(
     with clear_errors(as_json):
         if not budget:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw")
+        if out:
+            output_file(out)  # refused before anything is searched
         from allocators.strategies import DEFAULT
         from qlr_jax.pipelines.allocate import plan, read_table, write_plans
         from qlr_jax.report.terminal.allocations import allocations_text
@@ -87,6 +90,8 @@ def frontier(
         from qlr_jax.report.terminal.frontier import frontier_text
         from qlr_jax.settings.constraints import Constraints
 
+        if out:
+            output_folder(out, keep=None)
         whole = read_table(table)
         constrained = Constraints.parse(lock, at_least, tie, tie_spec).on(whole)
         found = curves(constrained, points) | {"measured": measured_points(whole, beside or ())}

@@ -12,6 +12,7 @@ from typing import Any
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages, peak, resident
 from qlr_jax.models import parameter_count
+from qlr_jax.paths import local, resolved
 from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, WEIGHTS_SHARE
 
 WORTH = 0.99  # a setting that leaves more of the peak than this is not worth what it costs elsewhere
@@ -60,7 +61,7 @@ def disk_shortages(disk: Mapping[str, int], out: Path) -> list[str]:
         disk: bytes of the output, of job/ and statistics beside it, and of the temporary folder.
         out: the output folder, which need not exist.
     """
-    path = out.expanduser().absolute()
+    path = resolved(local(out))
     place, spare = next(p for p in (path, *path.parents) if p.exists()), Path(tempfile.gettempdir())
     needed = {place: disk["output"] + disk["job"] + disk["statistics"]}
     if disk["temporary"]:

@@ -9,6 +9,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from qlr_jax.models.known import KNOWN
+from qlr_jax.paths import local
 
 
 def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
@@ -24,7 +25,7 @@ def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
         32
     """
     text = str(model)
-    folder = BUNDLED if text == BUNDLED_NAME else Path(text).expanduser()
+    folder = BUNDLED if text == BUNDLED_NAME else local(text)
     if folder.is_dir():
         return LlamaConfig.from_hf(folder), sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
     if folder.is_file():

@@ -15,6 +15,7 @@ import numpy as np
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
+from qlr_jax.paths import local
 from qlr_jax.progress import Progress, silent
 
 PAPER_TASKS: Mapping[str, tuple[str, str | None]] = {
@@ -117,9 +118,9 @@ def _load(tasks: Sequence[str], include_path: str | Path | None, shots: int | No
         raise QLRError("zero-shot tasks need lm_eval, which is not installed; run: pip install 'qlr-jax[eval]'")
     from lm_eval.tasks import TaskManager
 
-    if include_path is not None and not Path(include_path).is_dir():
+    if include_path is not None and not (include_path := local(include_path)).is_dir():
         raise QLRError(f"{include_path} is no folder; give the folder that holds the YAML files of your tasks")
-    names = [name for task in tasks for name in (PAPER_TASKS if task == "paper" else [task])]
+    names = [name for task in tasks for name in (PAPER_TASKS if task == "paper" else [_place(task)])]
     if not names:
         raise QLRError(f"no task is given; name some of lm_eval's, or 'paper' for {', '.join(PAPER_TASKS)}")
     paths = None if include_path is None else str(include_path)
@@ -146,6 +147,11 @@ def _load(tasks: Sequence[str], include_path: str | Path | None, shots: int | No
         task.set_config(key="num_fewshot", value=own if keeps else shots or 0)
         task.set_fewshot_seed(seed=seed)
     return loaded
+
+
+def _place(task: str) -> str:
+    """A YAML file by its whole path; a name as it is."""
+    return str(path) if task.strip() and (path := local(task)).is_file() else task
 
 
 def _unavailable(name: str, error: Exception) -> str:

@@ -14,6 +14,7 @@ import yaml
 import qlr_jax
 from allocators.strategies import DEFAULT
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import local
 
 CARD = "README.md"
 LIBRARIES = {"gguf": "gguf"}  # by target; transformers loads the others
@@ -47,7 +48,7 @@ def card_text(out: str | Path, *, target: str, snippet: str, notes: Sequence[str
     except QLRError:
         quantization = {}
     try:
-        report = json.loads((Path(out).expanduser() / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((local(out) / "report.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         report = None
     base = _part(quantization, "settings").get("base_model")

@@ -8,6 +8,7 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import write_json
+from qlr_jax.paths import local
 
 CHECKSUMS = "checksums.json"
 SKIP_CHECKSUMS = "QLR_SKIP_CHECKSUMS"  # set to 1, a load compares nothing
@@ -31,7 +32,7 @@ def check_weights(folder: str | Path) -> None:
     Raises:
         QLRError: naming the file that has changed; or if checksums.json is unreadable.
     """
-    folder = Path(folder)
+    folder = local(folder)
     if os.environ.get(SKIP_CHECKSUMS) == "1" or not (folder / CHECKSUMS).is_file():
         return
     try:
@@ -54,7 +55,7 @@ def check_files(folder: str | Path) -> int:
     Raises:
         QLRError: naming the first file that is missing or differs; or if there is no checksums.json.
     """
-    folder = Path(folder)
+    folder = local(folder)
     try:
         listed = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:

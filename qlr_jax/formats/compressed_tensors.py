@@ -24,11 +24,12 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.formats.checksums import write_checksums
 from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, complete, dense_entries
-from qlr_jax.formats.files import SHARD_BYTES, Entry, refuse_occupied, staged, with_type, write_tensors
+from qlr_jax.formats.files import SHARD_BYTES, Entry, staged, with_type, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import CT_INTEGERS, Target, find_target
 from qlr_jax.models import kind_of, layer_of
 from qlr_jax.models.sites import BY_KIND
+from qlr_jax.paths import local, output_folder
 
 FORMAT = "pack-quantized"
 ADAPTER = "adapter"  # a folder of its own: beside the model, transformers would attach it before the integers are decoded
@@ -69,9 +70,8 @@ def export_compressed_tensors(
             `export_dense` raises. Nothing is then written.
     """
     check_type(dtype)
-    out, dest = Path(out).expanduser(), Path(dest).expanduser()
+    out, dest = local(out), output_folder(dest, sources=[out])
     raw, _ = read_config(out)
-    refuse_occupied(dest)
     model = load(out)
     values = {name: param.get_value() for name, param in model.tensors().items()}
     target = find_target("compressed-tensors")

@@ -13,6 +13,7 @@ from qlr_jax.formats.checksums import write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.models.llama import unpacked
+from qlr_jax.paths import local, output_folder
 
 TYPES = ("bfloat16", "float16", "float32")
 SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -39,7 +40,7 @@ def export_dense(out: str | Path, dest: str | Path, dtype: str = "bfloat16", *, 
         QLRError: `out` cannot be loaded, `dest` already holds something, an unknown dtype, a weight beyond float16's range.
     """
     check_type(dtype)
-    out, dest = Path(out).expanduser(), Path(dest).expanduser()
+    out, dest = local(out), output_folder(dest, sources=[out])
     raw, _ = read_config(out)
     with staged(dest) as folder:
         values = {name: param.get_value() for name, param in load(out).tensors().items()}

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from qlr_jax.errors import QLRError
+from qlr_jax.locks import locked
+from qlr_jax.paths import PARTIAL, output_file, output_folder
 
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -22,14 +24,14 @@ Entry = tuple[int, Callable[[], np.ndarray]]
 
 @contextmanager
 def staged(out: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
-    """A new folder beside `out`, moved into its place when the block ends well, deleted when it does not.
+    """A new folder inside `out`; when the block ends well its content is moved up, and when it does not it is deleted.
 
     Args:
         out: what is to be written; it may exist if it is empty but for entries named in `keep`.
         keep: names of those entries; they stay where they are.
 
     Raises:
-        QLRError: if `out` is a file or holds anything else; nothing is then touched.
+        QLRError: if `out` cannot be written, holds anything else, or is being written by another; nothing is then touched.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as parent:
@@ -38,33 +40,32 @@ def staged(out: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
         ...     print([p.name for p in (Path(parent) / "model").iterdir()])
         ['config.json']
     """
-    out = Path(out).expanduser()
-    refuse_occupied(out, keep)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.absolute().parent))
+    out = output_folder(out, keep)
+    with locked(out):
+        # inside of it: it may be a disk of its own, where a folder beside it is on another
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
+        try:
+            yield partial
+            _move(partial, out)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move(partial: Path, out: Path) -> None:
+    """Move what is in `partial` into `out`: all of it, or nothing."""
+    moved = []
     try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o777 & ~umask)  # mkdtemp's own is for its maker alone
-        if out.is_dir() and any(out.iterdir()):
-            # config.json makes it a model folder, so it comes last
-            for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
-                os.replace(path, out / path.name)
-        else:
-            os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def refuse_occupied(out: Path, keep: Collection[str] = ()) -> None:
-    """Raise QLRError if `out` is a file, or a folder with anything in it that is not named in `keep`."""
-    if out.exists() and not out.is_dir():
-        raise QLRError(f"{out} is a file; give a folder to write to")
-    others = sorted(p.name for p in out.iterdir() if p.name not in keep) if out.is_dir() else []
-    if others:
-        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-        raise QLRError(f"{out} already holds {others[0]}{more}; give a new or empty folder")
+        # config.json makes it a model folder, so it comes last
+        for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+            moved.append(out / path.name)
+            os.replace(path, moved[-1])
+    except BaseException:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 def write_tensors(folder: Path, entries: Mapping[str, Entry], shard_bytes: int = SHARD_BYTES) -> None:
@@ -125,8 +126,7 @@ def replace_text(path: Path, text: str) -> Path:
     Raises:
         QLRError: where the place cannot be written.
     """
-    if path.is_dir():
-        raise QLRError(f"{path} is a folder; pass the name of a file")
+    path = output_file(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

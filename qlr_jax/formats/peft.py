@@ -14,8 +14,9 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.adapter import backbone, common_rank, rank_note, with_rank, write_adapter
 from qlr_jax.formats.compressed_tensors import export_compressed_tensors
 from qlr_jax.formats.dense import bytes_of, check_type, complete, dense_entries
-from qlr_jax.formats.files import INDEX, SHARD_BYTES, refuse_occupied, staged, with_type, write_json, write_tensors
+from qlr_jax.formats.files import INDEX, SHARD_BYTES, staged, with_type, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
+from qlr_jax.paths import local, output_folder
 
 BASES = ("dense", "compressed-tensors")
 SNIPPET = """from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -62,9 +63,8 @@ def export_peft(
     check_type(dtype)
     if base not in BASES:
         raise QLRError(f"base {base!r} is not offered; pass one of {', '.join(BASES)}")
-    out, dest = Path(out).expanduser(), Path(dest).expanduser()
+    out, dest = local(out), output_folder(dest, sources=[out])
     raw, quantization = read_config(out)
-    refuse_occupied(dest)
     if not any(Spec.parse(entry.get("spec", "bf16")).rank for entry in quantization.get("matrices", {}).values()):
         raise QLRError(f"no matrix of {out} has a rank, so there is no adapter to write; export it as {' or '.join(BASES)}")
     if base == "compressed-tensors":

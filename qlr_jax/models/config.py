@@ -8,6 +8,7 @@ from typing import Any
 from qlr_jax.errors import QLRError
 from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
 from qlr_jax.models.sites import BY_KIND
+from qlr_jax.paths import local
 
 # Attributes that change no logit here: they are read past, each by name, so that a new one is noticed.
 IRRELEVANT = frozenset({
@@ -183,7 +184,7 @@ class LlamaConfig:
         Raises:
             QLRError: an unknown architecture, an unknown attribute, or a value that is not supported; names it.
         """
-        raw = dict(source) if isinstance(source, dict) else _read(Path(source))
+        raw = dict(source) if isinstance(source, dict) else _read(local(source))
         family = find_family(raw)
         _refuse(raw, family)
         raw = {**family.defaults, **raw}

@@ -18,6 +18,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.llama import Llama, unpacked
 from qlr_jax.models.names import tensor_names
+from qlr_jax.paths import local
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
@@ -34,7 +35,7 @@ def find_folder(source: str | Path) -> Path:
     Raises:
         QLRError: neither is there.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     if path.is_dir():
         return path
     if path.is_file():
@@ -194,7 +195,7 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
     """
     from safetensors.numpy import save_file
 
-    out = Path(folder)
+    out = local(folder)
     out.mkdir(parents=True, exist_ok=True)
     target = jnp.dtype(dtype)
     arrays = {}
@@ -209,8 +210,8 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
     (out / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
     if tokenizer_from is not None:
         for name in TOKENIZER_FILES:
-            if (Path(tokenizer_from) / name).is_file():
-                shutil.copyfile(Path(tokenizer_from) / name, out / name)
+            if (local(tokenizer_from) / name).is_file():
+                shutil.copyfile(local(tokenizer_from) / name, out / name)
     return out
 
 

@@ -13,10 +13,11 @@ from qlr_jax import adaptation, calibration, evaluation
 from qlr_jax.adaptation import AdaptConfig
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, divergence, reference
-from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
+from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.models import Llama, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED_NAME
+from qlr_jax.paths import local, output_folder
 from qlr_jax.pipelines.source import locate
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.limits import REFERENCE_BYTES
@@ -63,8 +64,26 @@ def adapt(
         QLRError: no text, too little of it, no original where one is needed; and what `adaptation.fine_tune` raises.
     """
     config, progress = config or AdaptConfig(), progress or silent()
-    out, dest = Path(out).expanduser(), Path(dest).expanduser()
-    refuse_occupied(dest, keep=(JOB,))
+    out, dest = local(out), output_folder(dest, (JOB,), [out, original])
+    refuse_locked(dest)
+    with locked(dest):
+        return _adapt(out, dest, text, config, original, held_out, sequences, evaluation_tokens, resume, progress, command)
+
+
+# one line a step, as in a job
+def _adapt(
+    out: Path,
+    dest: Path,
+    text: Sequence[str | Path] | None,
+    config: AdaptConfig,
+    original: str | Path | None,
+    held_out: Sequence[str | Path] | None,
+    sequences: int,
+    evaluation_tokens: int,
+    resume: bool,
+    progress: Progress,
+    command: str,
+) -> dict[str, Any]:
     checkpoint = dest / JOB / "adapt"
     if checkpoint.exists() and not resume:
         raise QLRError(f"{dest} holds an adaptation that was interrupted; go on with it (--resume), or remove {dest / JOB}")

@@ -15,6 +15,7 @@ from allocators import AllocationError, Infeasible, OptionTable
 from allocators.strategies import CONTROL, DEFAULT, compared, solved_strategies
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.files import replace_text, write_json
+from qlr_jax.paths import local, output_folder
 
 TABLE = "table.json"
 GAP, SECONDS, POINTS = 1e-4, 10.0, 200
@@ -27,7 +28,7 @@ def read_table(source: str | Path) -> OptionTable:
         QLRError: where there is none.
         AllocationError: where it is something else, or of another version.
     """
-    path = Path(source).expanduser()
+    path = local(source)
     path = path / TABLE if path.is_dir() else path
     try:
         text = path.read_bytes()
@@ -162,7 +163,7 @@ def measured_points(table: OptionTable, folders: Sequence[str | Path] = ()) -> l
     for row in table.notes.get("measured") or ():
         if _is_number(row.get("bytes")) and _is_number(row.get("kl")):
             found.append({"label": row.get("label") or row.get("kind"), **row})
-    given = [point for folder in folders for point in _report_points(table, Path(folder).expanduser())]
+    given = [point for folder in folders for point in _report_points(table, local(folder))]
     known = {(point["kind"], point["bytes"], point["kl"]) for point in given}
     return [row for row in found if (row.get("kind"), row["bytes"], row["kl"]) not in known] + given
 
@@ -204,7 +205,7 @@ def write_plans(path: str | Path, plans: Sequence[Mapping[str, Any]]) -> Path:
     Raises:
         QLRError: where the place cannot be written.
     """
-    return write_json(Path(path).expanduser(), plans, indent=1, allow_nan=False)
+    return write_json(local(path), plans, indent=1, allow_nan=False)
 
 
 def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
@@ -220,13 +221,8 @@ def write_frontier(out: str | Path, found: Mapping[str, Any]) -> list[Path]:
     from qlr_jax.report.html.drawings.frontier import frontier_svg
     from qlr_jax.report.html.drawings.svg import standalone
 
-    path = Path(out).expanduser()
-    if path.exists() and not path.is_dir():
-        raise QLRError(f"{path} is a file; pass --out a folder, new or not")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise QLRError(f"folder {path} cannot be made: {error.strerror or error}; pass another") from None
+    path = output_folder(out, keep=None)
+    path.mkdir(parents=True, exist_ok=True)
     drawing = standalone(frontier_svg(found, found.get("measured") or ()))
     data = write_json(path / "frontier.json", found, indent=1, allow_nan=False)
     return [data, replace_text(path / "frontier.svg", drawing)]

@@ -16,6 +16,7 @@ from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.models import Llama, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.paths import local
 from qlr_jax.pipelines.source import locate
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.resolved import sequence_length
@@ -101,7 +102,7 @@ def _on_text(
 
 def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray) -> dict[str, Any]:
     """Every choice that perplexity depends on, as data and in a sentence."""
-    file, bos = Path(out) / "tokenizer.json", None if whole.bos is None else tokenizer.decode([whole.bos])
+    file, bos = local(out) / "tokenizer.json", None if whole.bos is None else tokenizer.decode([whole.bos])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else None
     named = f"{len(tokenizer)} tokens" + (f", sha256 {digest} of tokenizer.json" if digest else "")
     used = f"{len(rows)} of {len(whole.rows)} windows" if len(rows) < len(whole.rows) else f"{len(rows)} windows"

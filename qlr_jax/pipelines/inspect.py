@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.formats.qlr.packed import read_config, read_matrices
+from qlr_jax.paths import local
 
 
 def inspect(out: str | Path) -> dict[str, Any]:
@@ -21,14 +22,14 @@ def inspect(out: str | Path) -> dict[str, Any]:
     Raises:
         QLRError: no compressed folder.
     """
-    matrices = read_matrices(Path(out))
+    matrices = read_matrices(out)
     rows = [
         {"name": name, "spec": str(matrix.spec), "shape": list(matrix.shape), "bytes": matrix.nbytes, "bits": matrix.bits}
         for name, matrix in matrices.items()
     ]
     total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
     settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
-    size = sum(f.stat().st_size for f in Path(out).glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in local(out).glob("*.safetensors"))
     return {
         "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
         "bits_per_weight": 8 * total / count if count else None, "safetensors_bytes": size,

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.formats.files import refuse_occupied, staged
+from qlr_jax.formats.files import staged
+from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.models.bundled import BUNDLED_NAME
+from qlr_jax.paths import output_folder
 from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
@@ -48,11 +50,26 @@ def sensitivity(
         out, table (its path), matrices and options (how many), seconds, notes.
 
     Raises:
-        QLRError: no calibration text, an `out` that holds something, a model or recipe that cannot be used.
+        QLRError: no calibration text, an `out` that cannot be written, holds something or belongs to another job, a model or recipe
+            that cannot be used.
     """
     one_loop_at_a_time()
-    progress, recipe, out, clock = progress or silent(), Recipe.of(recipe), Path(out).expanduser(), Clock()
-    refuse_occupied(out)
+    progress, recipe, out, clock = progress or silent(), Recipe.of(recipe).located(), output_folder(out, sources=[model]), Clock()
+    refuse_locked(out)
+    with locked(out):
+        return _measured(model, out, calibration, recipe, matrix, progress, clock, command)
+
+
+def _measured(
+    model: str | Path,
+    out: Path,
+    calibration: Files,
+    recipe: Recipe,
+    matrix: str | None,
+    progress: Progress,
+    clock: Clock,
+    command: str,
+) -> dict[str, Any]:
     own = str(model) == BUNDLED_NAME and not calibration
     texts = Texts.standard_library() if own else Texts.read(calibration)
     with clock.stage("load"), progress.stage("loading"):

@@ -16,6 +16,7 @@ import numpy as np
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_files
 from qlr_jax.formats.qlr.packed import load, read_config
+from qlr_jax.paths import local
 from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.progress import Progress, silent
 from qlr_jax.report.words import number
@@ -64,7 +65,7 @@ def verify(
         QLRError: `out` is no compressed folder, or what `evaluate` asks for is missing.
     """
     progress = progress or silent()
-    if thresholds is None and (own := Path(out) / RECIPE).is_file():
+    if thresholds is None and (own := local(out) / RECIPE).is_file():
         thresholds = own
     if not isinstance(thresholds, Thresholds | Mapping | None):
         thresholds = Thresholds.from_yaml(thresholds)
@@ -117,7 +118,7 @@ def _checksums(out: str | Path) -> Check:
 
 def _relative_error(out: str | Path, threshold: float) -> Check:
     try:
-        report = json.loads((Path(out) / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((local(out) / "report.json").read_text(encoding="utf-8"))
         errors = {row["name"]: float(row["relative_error"]) for row in report["matrices"]}
         worst = max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])
     except (OSError, ValueError, KeyError, TypeError):

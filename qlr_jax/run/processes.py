@@ -35,8 +35,9 @@ from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB
+from qlr_jax.locks import release, take
+from qlr_jax.paths import output_folder
 from qlr_jax.run.workspace import Key, SolutionStore, Workspace
 
 WORKERS = "workers"
@@ -64,8 +65,8 @@ def join(out: str | Path, coordinator: str | None = None, processes: int | None 
         process: which one this is, from 0.
 
     Raises:
-        QLRError: numbers that do not fit, an `out` that holds something else or is not seen here, JAX in use already, or
-            processes that do not come within five minutes.
+        QLRError: numbers that do not fit, an `out` that cannot be written, holds something else or is not seen here, JAX in use
+            already, or processes that do not come within five minutes.
 
     Example:
         >>> join("small", processes=1)
@@ -83,15 +84,17 @@ def join(out: str | Path, coordinator: str | None = None, processes: int | None 
         raise QLRError(f"process {process} of {processes} does not exist; count from 0 to processes - 1")
     if not coordinator.rpartition(":")[2].isdigit():
         raise QLRError(f"the coordinator {coordinator!r} is no host:port; pass e.g. 10.0.0.1:9911")
-    folder = Path(out).expanduser() / JOB / WORKERS
+    place = output_folder(out, keep=(JOB,))
+    folder = place / JOB / WORKERS
     if not process:  # before the others can come: what they find there is of this run
-        refuse_occupied(folder.parents[1], keep=(JOB,))
+        take(place)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     try:
         jax.distributed.initialize(coordinator, processes, process)
         jax.distributed.shutdown()
     except (RuntimeError, ValueError) as error:
+        release(place)
         raise QLRError(
             f"the processes did not come together: {str(error).splitlines()[0]}; start all of them with the same coordinator and "
             "count, before anything is computed"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import numpy as np
 from allocators import OptionTable
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
-from qlr_jax.formats.files import refuse_occupied
 from qlr_jax.formats.qlr.packed import JOB
+from qlr_jax.locks import locked, refuse_locked
+from qlr_jax.paths import output_folder
 from qlr_jax.progress import Progress, logged, silent
 from qlr_jax.run.journal import Clock, Journal
 from qlr_jax.run.processes import Cluster, WorkerGroup
@@ -34,7 +35,8 @@ class Session:
         assists: whether this process only solves for process 0.
 
     Raises:
-        QLRError: `out` holds something other than a job under way.
+        QLRError: `out` cannot be written, holds something other than a job, another job is at work there, or it lies inside one of
+            `sources`, which are read.
     """
 
     _space: Workspace  # these two since it was begun
@@ -47,21 +49,27 @@ class Session:
         resume: bool = False,
         cluster: Cluster | None = None,
         progress: Progress | None = None,
+        sources: Iterable[str | Path | None] = (),
     ):
-        self.out, self.command, self.resume = Path(out).expanduser(), command, resume
-        refuse_occupied(self.out, keep=(JOB,))
+        self.out, self.command, self.resume = output_folder(out, (JOB,), sources), command, resume
         self.progress, self.clock = progress or silent(), Clock()
         self._workers = WorkerGroup(cluster or Cluster(), self.out / JOB)
         self.assists = self._workers.cluster.process > 0
+        self._lock = ExitStack()
+        if not self.assists:
+            refuse_locked(self.out)
 
     def __enter__(self) -> Session:
+        if not self.assists:
+            self._lock.enter_context(locked(self.out))
         self._workers.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._workers.__exit__(*error)
-        if error[0] is None and not self.assists:
-            self._space.finish()
+        with self._lock:
+            self._workers.__exit__(*error)
+            if error[0] is None and not self.assists:
+                self._space.finish()
 
     @contextmanager
     def stage(self, name: str, title: str | None = None) -> Iterator[None]:

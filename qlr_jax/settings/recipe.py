@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from allocators.strategies import DEFAULT, STRATEGIES
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import local
 from qlr_jax.settings.thresholds import Thresholds
 
 if TYPE_CHECKING:
@@ -138,8 +139,14 @@ class Recipe:
     @classmethod
     def of(cls, recipe: Recipe | str | Path | None = None, budget: str | None = None) -> Recipe:
         """A recipe that is given as such or as a YAML file, the defaults where none is, with another budget where one is given."""
-        found = recipe if isinstance(recipe, Recipe) else cls.from_yaml(Path(recipe)) if recipe else cls()
+        found = recipe if isinstance(recipe, Recipe) else cls.from_yaml(local(recipe)) if recipe else cls()
         return found.updated(budget=budget) if budget else found
+
+    def located(self) -> Recipe:
+        """This recipe with whole paths, so that it means the same files wherever it is used again."""
+        named = {name: getattr(self, name) for name in ("backbone_from", "hessians_from")}
+        # where there is no such file it may be a name on the hub
+        return dataclasses.replace(self, **{k: str(local(v)) for k, v in named.items() if v and local(v).exists()})
 
     @classmethod
     def from_yaml(cls, source: str | Path) -> Recipe:
@@ -179,7 +186,7 @@ def read_settings(source: str | Path) -> dict[str, Any]:
     if isinstance(source, Path) or not ("\n" in source or re.match(r"\s*(\w+\s*:(\s|$)|\{|#|$)", source)):
         what = f"recipe {source}"
         try:
-            source = Path(source).read_text(encoding="utf-8")
+            source = local(source).read_text(encoding="utf-8")
         except OSError as error:
             raise QLRError(f"recipe file {source} cannot be read: {error.strerror or error}; give a YAML file") from None
         except UnicodeDecodeError:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Thresholds:
         Raises:
             QLRError: no such file, no YAML mapping, an unknown name, a value out of its range.
         """
-        file = Path(path)
+        file = local(path)
         try:
             raw = yaml.safe_load(file.read_text(encoding="utf-8"))
         except OSError:

@@ -19,7 +19,7 @@ from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.packing import unpack_stream
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.dense import check_type, complete, decoded
-from qlr_jax.formats.files import refuse_occupied, staged
+from qlr_jax.formats.files import staged
 from qlr_jax.formats.gguf.blocks import fold_scale, pack_blocks
 from qlr_jax.formats.gguf.names import gguf_name, reorder, rope_factors
 from qlr_jax.formats.gguf.tokenizer import Vocabulary, read_vocabulary
@@ -27,6 +27,7 @@ from qlr_jax.formats.gguf.writer import Tensor, adapter_keys, gguf_package, mode
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import TARGETS, gguf_type
 from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.paths import local, output_folder
 from qlr_jax.progress import Progress, silent
 
 MODEL, ADAPTER = "model.gguf", "adapter.gguf"
@@ -71,8 +72,7 @@ def export_gguf(out: str | Path, dest: str | Path, *, dtype: str = "bfloat16", p
     """
     check_type(dtype)
     gguf_package()
-    out, dest = Path(out).expanduser(), Path(dest).expanduser()
-    refuse_occupied(dest)
+    out, dest = local(out), output_folder(dest, sources=[out])
     base = read_config(out)[1].get("settings", {}).get("base_model")
     progress = progress or silent()
     model = load(out)

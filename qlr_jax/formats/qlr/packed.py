@@ -25,6 +25,7 @@ from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
 from qlr_jax.models.llama import unpacked
+from qlr_jax.paths import local
 
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
@@ -75,7 +76,7 @@ def save_packed(
     Raises:
         QLRError: `out` has other files in it; a name in `matrices` that the model does not have; a shape that differs.
     """
-    out, source = Path(out).expanduser(), find_folder(source)
+    out, source = local(out), find_folder(source)
     with staged(out, keep=(JOB,)) as folder:
         write_tensors(folder, _entries(model, matrices), shard_bytes)
         copy_companions(source, folder)
@@ -139,7 +140,7 @@ def read_config(out: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         QLRError: not a qlr folder, or a newer format.
     """
-    folder = Path(out).expanduser()
+    folder = local(out)
     if not folder.is_dir():
         raise QLRError(f"folder {out} does not exist; give a folder that `qlr compress` wrote")
     try:
@@ -265,7 +266,7 @@ def _open(out: str | Path, plain: bool = False) -> tuple[Path, LlamaConfig, dict
             raise QLRError(f"{out}: config.json describes {name} in an unknown way ({error}); the folder is damaged") from None
         if plain or layout.spec != "bf16":
             layouts[name] = layout
-    return Path(out).expanduser(), LlamaConfig.from_hf(raw), layouts
+    return local(out), LlamaConfig.from_hf(raw), layouts
 
 
 def _check(folder: Path, config: LlamaConfig, layouts: Mapping[str, Layout], found: set[str]) -> None:

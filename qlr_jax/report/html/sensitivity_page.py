@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlr_jax.errors import QLRError
+from qlr_jax.paths import local
 from qlr_jax.report.content.sensitivity import UNIT, how_measured, measured_matrices, probe_cells, share, totals, worst_matrix
 from qlr_jax.report.html.drawings.errors import error_bits
 from qlr_jax.report.html.drawings.heat import coefficient_map, damage_map
@@ -55,7 +56,7 @@ def write_pictures(options: OptionTable | Mapping[str, Any], out: str | Path, ma
     Returns:
         The files, the page first.
     """
-    options, out = _option_table(options), Path(out)
+    options, out = _option_table(options), local(out)
     drawings = {
         "damage.svg": damage_map(options.notes),
         "coefficient.svg": coefficient_map(options.notes),
