@@ -20,11 +20,11 @@ from qlr_jax.formats import check_files, load, read_matrices, save_packed
 from qlr_jax.formats.gguf import export as exporter
 from qlr_jax.formats.gguf.blocks import fold_scale, pack_blocks
 from qlr_jax.formats.gguf.export import export_gguf, model_tensors
-from qlr_jax.formats.gguf.names import LINEARS, gguf_name
-from qlr_jax.formats.gguf.tokenizer import LLAMA3
 from qlr_jax.formats.targets import GGUF_BLOCKS
 from qlr_jax.models import KINDS, Llama, LlamaConfig, load_model, parts_of, save_model, shape_of
 from qlr_jax.models.folder import load_tokenizer
+from qlr_jax.models.gguf.names import LINEARS, gguf_name
+from qlr_jax.models.gguf.pre_tokenizers import LLAMA3
 from qlr_jax.progress import plain, silent
 
 BUNDLED = Path(qlr_jax.__file__).parent / "bundled"

@@ -57,7 +57,7 @@ def demo(
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
 @app.command(short_help="A Llama model under a memory budget.")
 def compress(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, or its name on the hub.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed model; new or empty.")],
     budget: BudgetText = None,
     calibration: Calibration = None,
@@ -180,7 +180,7 @@ def compress(
 def plan(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, 'bundled', or a known name such as Llama-2-70B."),
+        typer.Argument(metavar="MODEL", help="Folder, name on the hub, GGUF file, 'bundled', or a known name such as Llama-2-70B."),
     ],
     budget: BudgetText = None,
     device: Annotated[
@@ -221,7 +221,8 @@ def plan(
 @app.command(short_help="What every matrix is sensitive to, as a table.")
 def sensitivity(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Llama folder in Hugging Face format, its name on the hub, or 'bundled'.")
+        str,
+        typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, a GGUF file, or 'bundled'."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
     calibration: Calibration = None,

@@ -47,7 +47,8 @@ HessiansFrom = Annotated[
 ]
 HeldOut = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out UTF-8 text; may repeat.")]
 Original = Annotated[
-    Path | None, typer.Option("--original", metavar="MODEL", help="Folder of the original, for the divergence from it.")
+    Path | None,
+    typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original, to compare with."),
 ]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")]
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]

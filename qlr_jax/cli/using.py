@@ -183,7 +183,7 @@ def adapt(
     ] = None,
     original: Annotated[
         Path | None,
-        typer.Option("--original", metavar="MODEL", help="Folder of the original: the teacher of the losses kl and mix."),
+        typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original: the teacher of kl and mix."),
     ] = None,
     train: Annotated[
         list[str] | None,

@@ -8,12 +8,13 @@ from pathlib import Path
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.models.gguf.file import find_gguf, read_gguf
 from qlr_jax.models.known import KNOWN
 from qlr_jax.paths import local
 
 
 def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
-    """The configuration of a folder, of "bundled", or of a name on the hub, and the bytes of its weights where they are here.
+    """The configuration of a folder or GGUF file, of "bundled", or of a hub name, and the bytes of its weights where they are here.
 
     A name is looked for among the well-known models; of any other on the hub, config.json alone is fetched.
 
@@ -26,6 +27,8 @@ def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
     """
     text = str(model)
     folder = BUNDLED if text == BUNDLED_NAME else local(text)
+    if (gguf := find_gguf(folder)) is not None:
+        return LlamaConfig.from_hf(gguf), sum(path.stat().st_size for path in read_gguf(gguf).paths)
     if folder.is_dir():
         return LlamaConfig.from_hf(folder), sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
     if folder.is_file():

@@ -13,6 +13,8 @@ import numpy as np
 
 from qlr_jax.errors import QLRError
 from qlr_jax.locks import locked
+from qlr_jax.models.gguf.file import read_gguf
+from qlr_jax.models.gguf.tokenizer import write_companions
 from qlr_jax.paths import PARTIAL, output_file, output_folder
 
 SHARD_BYTES = 4_000_000_000
@@ -143,9 +145,16 @@ def with_type(raw: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy what belongs to a model beside its weights: tokenizer files, chat template, generation_config.json."""
+    """Copy what belongs to a model beside its weights: tokenizer files, chat template, generation_config.json.
+
+    Args:
+        source: a model's folder, or a GGUF file, whose metadata are written as such files.
+        folder: where to.
+    """
     from qlr_jax.models.folder import TOKENIZER_FILES  # brings JAX along, which writing a text does not need
 
+    if source.is_file():
+        return write_companions(read_gguf(source), folder)
     for name in (*TOKENIZER_FILES, "generation_config.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

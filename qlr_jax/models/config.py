@@ -7,6 +7,8 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
+from qlr_jax.models.gguf.config import config_json
+from qlr_jax.models.gguf.file import find_gguf, read_gguf
 from qlr_jax.models.sites import BY_KIND
 from qlr_jax.paths import local
 
@@ -176,7 +178,7 @@ class LlamaConfig:
 
     @classmethod
     def from_hf(cls, source: dict[str, Any] | str | Path) -> "LlamaConfig":
-        """Read a config.json in the spelling of transformers 4 or 5.
+        """Read a config.json in the spelling of transformers 4 or 5, or a GGUF file's metadata.
 
         Args:
             source: the file, its folder, or the dictionary in it.
@@ -184,7 +186,7 @@ class LlamaConfig:
         Raises:
             QLRError: an unknown architecture, an unknown attribute, or a value that is not supported; names it.
         """
-        raw = dict(source) if isinstance(source, dict) else _read(local(source))
+        raw = dict(source) if isinstance(source, dict) else read_config_json(local(source))
         family = find_family(raw)
         _refuse(raw, family)
         raw = {**family.defaults, **raw}
@@ -220,7 +222,14 @@ class LlamaConfig:
         return head | out | {"eos_token_id": eos, "rope_scaling": scaled, "rope_parameters": rope} | fixed | types
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_config_json(path: Path) -> dict[str, Any]:
+    """The content of config.json: that file or the one in a folder, or what a GGUF file's metadata say in its place.
+
+    Raises:
+        QLRError: there is none, or it is damaged.
+    """
+    if (gguf := find_gguf(path)) is not None:
+        return config_json(read_gguf(gguf))
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise QLRError(f"{file} does not exist; give the folder of a Hugging Face Llama model, which holds a config.json")

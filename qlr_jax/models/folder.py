@@ -1,9 +1,10 @@
-"""Hugging Face folders in and out: config.json, safetensors (one file or shards) and the tokenizer."""
+"""Hugging Face folders in and out: config.json, safetensors (one file or shards) and the tokenizer; GGUF files in."""
 
 import json
 import math
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ import numpy as np
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
+from qlr_jax.models.gguf.file import find_gguf, read_gguf
+from qlr_jax.models.gguf.tensors import gguf_readers
+from qlr_jax.models.gguf.tokenizer import write_companions
 from qlr_jax.models.llama import Llama, unpacked
 from qlr_jax.models.names import tensor_names
 from qlr_jax.paths import local
@@ -32,14 +36,18 @@ _REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|mo
 def find_folder(source: str | Path) -> Path:
     """The local folder of a model: `source` itself, or the snapshot of a hub name such as "meta-llama/Llama-3.2-1B".
 
+    Of a model in a GGUF file it is the file, whether that is given or the folder that holds it (and no safetensors).
+
     Raises:
         QLRError: neither is there.
     """
     path = local(source)
+    if (gguf := find_gguf(path)) is not None:
+        return gguf
     if path.is_dir():
         return path
     if path.is_file():
-        raise QLRError(f"{source} is a file; give the folder that holds config.json and model.safetensors")
+        raise QLRError(f"{source} is a file; give the folder that holds config.json and model.safetensors, or a GGUF file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
         raise QLRError(f"folder {source} does not exist; give the folder of a Hugging Face Llama model, or a hub name owner/name")
     from huggingface_hub import snapshot_download
@@ -52,7 +60,7 @@ def find_folder(source: str | Path) -> Path:
 
 
 def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = False) -> Llama:
-    """Import a folder (or hub name) of a Llama or of a related family; weights are cast to `dtype`.
+    """Import a folder (or hub name, or GGUF file) of a Llama or of a related family; weights are cast to `dtype`.
 
     With `on_disk` the blocks' tensors are read where they are used and not kept (`Llama.block`), so that memory does not grow with
     the number of blocks; what only reading would show is then found there.
@@ -68,7 +76,7 @@ def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = 
     """
     folder = find_folder(source)
     config = LlamaConfig.from_hf(folder)
-    readers = open_tensors(folder)
+    readers = gguf_readers(read_gguf(folder), config) if folder.is_file() else open_tensors(folder)
     expected = tensor_names(config)
     if config.tie_word_embeddings:
         # Some folders store the tied head a second time; it must then be the embedding itself.
@@ -224,6 +232,10 @@ def load_tokenizer(source: str | Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     folder = find_folder(source)
+    if folder.is_file():
+        with tempfile.TemporaryDirectory() as temporary:
+            write_companions(read_gguf(folder), Path(temporary))
+            return load_tokenizer(temporary)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise QLRError(f"{folder} holds no tokenizer; give a folder with tokenizer.json")
     try:

@@ -21,12 +21,13 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.dense import check_type, complete, decoded
 from qlr_jax.formats.files import staged
 from qlr_jax.formats.gguf.blocks import fold_scale, pack_blocks
-from qlr_jax.formats.gguf.names import gguf_name, reorder, rope_factors
 from qlr_jax.formats.gguf.tokenizer import Vocabulary, read_vocabulary
-from qlr_jax.formats.gguf.writer import Tensor, adapter_keys, gguf_package, model_keys, write_gguf
+from qlr_jax.formats.gguf.writer import Tensor, adapter_keys, model_keys, write_gguf
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import TARGETS, gguf_type
 from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.models.gguf.file import gguf_package
+from qlr_jax.models.gguf.names import gguf_name, reorder, rope_factors
 from qlr_jax.paths import local, output_folder
 from qlr_jax.progress import Progress, silent
 
@@ -71,7 +72,7 @@ def export_gguf(out: str | Path, dest: str | Path, *, dtype: str = "bfloat16", p
             exactly; an unknown dtype; `dest` is not empty. Nothing is then written.
     """
     check_type(dtype)
-    gguf_package()
+    gguf_package("writing")
     out, dest = local(out), output_folder(dest, sources=[out])
     base = read_config(out)[1].get("settings", {}).get("base_model")
     progress = progress or silent()

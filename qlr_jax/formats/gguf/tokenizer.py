@@ -16,13 +16,7 @@ from typing import Any
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
 from qlr_jax.models.folder import load_tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # GGUF's token types
-SPACE = "▁"  # SentencePiece's own space
-# How Llama 3 cuts text before it merges; a tokenizer is known by it.
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# By the steps of the original's pre-tokenizer (`_steps`): llama.cpp's name, and whether whole words pass by the merges there.
-PRE_TOKENIZERS = {("gpt2",): ("gpt-2", False), ("digit", "gpt2"): ("smollm", False), (LLAMA3, "bytes"): ("llama-bpe", True)}
+from qlr_jax.models.gguf.pre_tokenizers import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, named
 
 
 class _Unsupported(Exception):
@@ -149,15 +143,18 @@ def _pre_tokenizer(description: dict[str, Any]) -> tuple[str, list[str]]:
     steps = _steps(description.get("pre_tokenizer"))
     if not {"gpt2", "bytes"} & set(steps):
         raise _Unsupported("its tokenizer works neither on bytes nor with byte fallback")
-    name, whole_words = PRE_TOKENIZERS.get(steps, ("default", False))
-    if steps not in PRE_TOKENIZERS or description.get("normalizer") is not None:
+    ignoring = bool(description["model"].get("ignore_merges"))
+    normalizer = description.get("normalizer")
+    found = named(steps, ignoring, (normalizer or {}).get("type") == "NFC")
+    if found is None or normalizer is not None:
+        name = found[0] if found else "default"
         return name, [
             f"The way this tokenizer cuts text before merging is none that qlr-jax knows by name, so `tokenizer.ggml.pre` is "
             f"{name!r}: llama.cpp may cut some texts differently. Compare token ids before you rely on them."
         ]
-    differ = "A word that is a token stays whole here" if whole_words else "A word that is a token may be cut here"
-    same = bool(description["model"].get("ignore_merges")) == whole_words
-    return name, [] if same else [f"{differ}, unlike in the original, where its own merges do not make it."]
+    name, way = found
+    differ = "A word that is a token stays whole here" if way.whole_words else "A word that is a token may be cut here"
+    return name, [] if way.whole_words == ignoring else [f"{differ}, unlike in the original, where its own merges do not make it."]
 
 
 def _steps(pre: dict[str, Any] | None) -> tuple[str, ...]:

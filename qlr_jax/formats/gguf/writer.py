@@ -18,6 +18,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.gguf.tokenizer import Vocabulary
 from qlr_jax.formats.targets import GGUF_BLOCKS
 from qlr_jax.models import LlamaConfig
+from qlr_jax.models.gguf.file import gguf_package
 from qlr_jax.progress import Progress
 
 PLAIN_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
@@ -76,7 +77,7 @@ def model_keys(
     }
 
     def add(writer: Any) -> None:
-        library, scaling = gguf_package(), config.rope_scaling
+        library, scaling = gguf_package("writing"), config.rope_scaling
         writer.add_type("model")
         _add_names(writer, name, base)
         writer.add_file_type(library.LlamaFileType[FILE_TYPES[_main_type(tensors)]])
@@ -123,7 +124,7 @@ def write_gguf(path: Path, keys: Callable[[Any], None], tensors: Mapping[str, Te
         tensors: by GGUF's names, in the order of the file.
         progress: takes the progress of writing.
     """
-    library = gguf_package()
+    library = gguf_package("writing")
     writer = library.GGUFWriter(path, "llama")
     keys(writer)
     for name, tensor in tensors.items():
@@ -149,12 +150,3 @@ def _main_type(tensors: Mapping[str, Tensor]) -> str:
         if name.startswith("blk.") and len(tensor.shape) == 2:
             weights[tensor.kind] += math.prod(tensor.shape)
     return weights.most_common(1)[0][0]
-
-
-def gguf_package() -> Any:
-    """The gguf package; QLRError where it is not installed."""
-    try:
-        import gguf
-    except ImportError:
-        raise QLRError("writing GGUF needs the gguf package: pip install 'qlr-jax[gguf]'") from None
-    return gguf

@@ -22,6 +22,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
+from qlr_jax.models.config import read_config_json
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
 from qlr_jax.models.llama import unpacked
@@ -64,7 +65,7 @@ def save_packed(
         out: the folder to write; it may exist if it is empty but for `job/`.
         model: the original, whose other tensors (embeddings, norms, head, linear layers not in `matrices`) are kept in bf16.
         matrices: linear layer's name -> its compressed weight. One whose spec is `bf16` is stored as a plain weight.
-        source: the original folder: its config, tokenizer, chat template and generation config are taken over.
+        source: the original folder, or GGUF file: its config, tokenizer, chat template and generation config are taken over.
         settings: of what JSON has, recorded under "settings" in config.json's quantization_config, for people.
         extra_config: further top-level entries of config.json, e.g. {"base_model": …}.
         files: further text files, name -> content (report.json, recipe.yaml, …).
@@ -83,7 +84,7 @@ def save_packed(
         shutil.copyfile(Path(__file__).with_name(RUNTIME), folder / RUNTIME)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        raw = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        raw = read_config_json(source)
         write_json(folder / "config.json", _config(raw, matrices, settings, extra_config))
         write_checksums(folder)
     return out
