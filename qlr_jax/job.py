@@ -105,6 +105,7 @@ def _job(
     with session:
         with session.stage("load", "loading"):
             source = open_source(model, recipe)
+            stages.check_texts(source, texts.calibration, texts.held_out)
             # what cannot be met is refused before the work begins
             budget.on(constraints.on(source.prices if table is None else table))
             if table is not None:

@@ -6,13 +6,27 @@ import numpy as np
 from jaxtyping import Int
 
 from qlr_jax.errors import QLRError
+from qlr_jax.models.vocabulary import check_tokens
 
 
-def encode(text: str, tokenizer: Any) -> Int[np.ndarray, "tokens"]:
-    """Token ids of the whole text with no special tokens added; the text may be longer than the model's context."""
+def encode(text: str, tokenizer: Any, vocabulary: int | None = None) -> Int[np.ndarray, "tokens"]:
+    """Token ids of the whole text with no special tokens added; the text may be longer than the model's context.
+
+    Args:
+        text: to read.
+        tokenizer: of the model.
+        vocabulary: of the model, where ids (BOS too, which is put before them) are to be held to it.
+
+    Raises:
+        QLRError: a token that the model has no row for.
+    """
     # The tokenizer warns about lengths beyond the context; here the ids are cut into windows, so it has no meaning.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return np.asarray(ids, np.int32)
+    found = np.asarray(ids, np.int32)
+    if vocabulary is not None:
+        check_tokens(found, vocabulary, tokenizer)
+        check_tokens([] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id], vocabulary, tokenizer)
+    return found
 
 
 def evenly_spaced(rows: int, count: int) -> Int[np.ndarray, "some"]:

@@ -14,6 +14,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.cache import Cache, prefill, step
 from qlr_jax.evaluation.sampling import GenerationSettings, choose, resolved
 from qlr_jax.models.llama import Llama
+from qlr_jax.models.vocabulary import check_tokens
 
 SMALLEST_BUCKET = 32  # tokens; prompts and caches are as long as the next power of two from here
 CHUNK = 8  # tokens that a compiled loop makes before the host looks at them; one number, so that it compiles once
@@ -154,10 +155,8 @@ def _prompts(model: Llama, tokens: Any, new: int) -> list[list[int]]:
     rows = [[int(token) for token in row] for row in tokens]
     if not rows or not all(rows):
         raise QLRError("a prompt is empty; give each row at least one token, such as BOS")
-    vocabulary, most = model.config.vocab_size, model.config.max_position_embeddings
-    wrong = next((token for row in rows for token in row if not 0 <= token < vocabulary), None)
-    if wrong is not None:
-        raise QLRError(f"token {wrong} is not in the model's vocabulary of {vocabulary}; use the tokenizer of this model")
+    check_tokens([token for row in rows for token in row], model.config.vocab_size)
+    most = model.config.max_position_embeddings
     longest = max(map(len, rows))
     if longest + new > most:
         raise QLRError(

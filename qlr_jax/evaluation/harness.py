@@ -1,6 +1,6 @@
 """A model of this library as lm_eval wants one. Importing this module needs lm_eval (`pip install 'qlr-jax[eval]'`)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from qlr_jax.evaluation.scoring import scores
 from qlr_jax.evaluation.text import pieces, stop_position
 from qlr_jax.evaluation.windows import batches
 from qlr_jax.models.llama import Llama
+from qlr_jax.models.vocabulary import check_tokens
 from qlr_jax.progress import Progress, silent
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as lm_eval's own models
@@ -105,6 +106,7 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
+        self._check(token for _, *parts in requests for ids in parts for token in ids)
         with self.progress.stage("scoring", total=len(requests)) as stage:
             results = scores(
                 self.model,
@@ -117,6 +119,9 @@ class HarnessModel(TemplateLM):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
         return [(score.logp, score.greedy) for score in results]
+
+    def _check(self, tokens: Iterable[int]) -> None:
+        check_tokens(list(tokens), self.model.config.vocab_size, self.tokenizer)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, each token once, in windows as long as the model reads."""
@@ -150,6 +155,7 @@ class HarnessModel(TemplateLM):
                     )
                 most = self.max_length - settings.max_new_tokens  # tokens of a context
                 contexts = [self.tok_encode(requests[i].args[0])[-most:] or [self.prefix_token_id] for i in members]
+                self._check(token for context in contexts for token in context)
                 order = np.argsort([len(context) for context in contexts])  # neighbours in length share a bucket
                 for batch, live in batches(order[:, None], self.batch):
                     rows, part = [contexts[j] for j in batch[:, 0]], batch[:live, 0]

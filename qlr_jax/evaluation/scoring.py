@@ -12,6 +12,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import bucket
 from qlr_jax.evaluation.windows import batches, fitting_batch
 from qlr_jax.models.llama import Llama
+from qlr_jax.models.vocabulary import check_tokens
 
 
 class Score(NamedTuple):
@@ -50,7 +51,7 @@ def scores(
         on_done: called with how many more requests are done.
 
     Raises:
-        QLRError: an empty part, or a continuation that is longer than `max_length`.
+        QLRError: an empty part, a continuation that is longer than `max_length`, or a token that the vocabulary lacks.
     """
     most = max_length or model.config.max_position_embeddings
     waiting: dict[tuple[tuple[int, ...], int], list[int]] = {}
@@ -62,6 +63,7 @@ def scores(
             )
         whole = tuple([*context, *continuation][-(most + 1) :])
         waiting.setdefault((whole, len(continuation)), []).append(i)
+    check_tokens([token for whole, _ in waiting for token in whole], model.config.vocab_size)
     by_bucket: dict[int, list[tuple[tuple[int, ...], int]]] = {}
     for whole, count in sorted(waiting, key=lambda key: (-len(key[0]), key)):
         by_bucket.setdefault(bucket(len(whole) - 1, most), []).append((whole, count))

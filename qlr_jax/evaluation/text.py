@@ -7,6 +7,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import stream
 from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.models.llama import Llama
+from qlr_jax.models.vocabulary import check_tokens
 
 UNFINISHED = "\ufffd"  # what a tokenizer decodes the first bytes of a character to
 TAIL = 8  # tokens of the prompt that new ones are decoded after: the first token of a text may lose its leading space
@@ -36,6 +37,7 @@ def stream_text(
         QLRError: as `generate`, before the first piece; an empty prompt where the tokenizer has no BOS.
     """
     ids = encode_prompt(tokenizer, prompt)
+    check_tokens(ids, model.config.vocab_size, tokenizer)
     parts = stream(model, [ids], settings, **options)
     return pieces((part[0].tolist() for part in parts), tokenizer, ids, stop)
 

@@ -26,20 +26,21 @@ class Windows:
     dropped: int
 
 
-def cut(text: str, tokenizer: Any, length: int) -> Windows:
+def cut(text: str, tokenizer: Any, length: int, vocabulary: int | None = None) -> Windows:
     """The whole text tokenized once after one BOS, cut into windows of `length` that do not overlap, the remainder dropped.
 
     Args:
         text: to evaluate on.
         tokenizer: of the model.
         length: tokens of a window, at least 2.
+        vocabulary: of the model, as for `encode`.
 
     Raises:
-        QLRError: not one window can be filled.
+        QLRError: not one window can be filled; a token that the model has no row for.
     """
     if length < 2:
         raise QLRError(f"windows of {length} tokens are asked for; at least 2 are needed")
-    ids, bos = encode(text, tokenizer), tokenizer.bos_token_id
+    ids, bos = encode(text, tokenizer, vocabulary), tokenizer.bos_token_id
     ids = ids if bos is None else np.concatenate([np.asarray([bos], np.int32), ids])
     count = len(ids) // length
     if not count:
@@ -47,13 +48,13 @@ def cut(text: str, tokenizer: Any, length: int) -> Windows:
     return Windows(ids[: count * length].reshape(count, length), bos, len(ids) - count * length)
 
 
-def windows(text: str, tokenizer: Any, length: int) -> Int[np.ndarray, "windows length"]:
+def windows(text: str, tokenizer: Any, length: int, vocabulary: int | None = None) -> Int[np.ndarray, "windows length"]:
     """The rows of `cut`, (windows, length).
 
     Args:
-        text, tokenizer, length: as for `cut`.
+        text, tokenizer, length, vocabulary: as for `cut`.
     """
-    return cut(text, tokenizer, length).rows
+    return cut(text, tokenizer, length, vocabulary).rows
 
 
 def batches(rows: np.ndarray, batch: int) -> Iterator[tuple[np.ndarray, int]]:

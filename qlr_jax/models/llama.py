@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.sites import SITES
+from qlr_jax.models.vocabulary import check_tokens
 
 Tap = Callable[[str, Array], None]
 """Called with (input name, x) for every distinct input of linear layers."""
@@ -305,7 +306,8 @@ class Llama(nnx.Module):
         return Top(self.model.norm, self.model.embed_tokens if self.lm_head is None else self.lm_head, self.product)
 
     def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time n"]:
-        """The hidden state that enters the first block."""
+        """The hidden state that enters the first block; QLRError for tokens that the vocabulary lacks, where they are known."""
+        check_tokens(tokens, self.config.vocab_size)
         return self.model.embed_tokens(tokens)
 
     def head(self, x: Float[Array, "batch time n"]) -> Float[Array, "batch time vocab"]:

@@ -100,7 +100,7 @@ def _adapt(
     windows, measured_on = stopping, "sequences of the text that training did not see"
     if held_out or bundled:
         other = calibration.read_text(held_out) if held_out else calibration.standard_library("heldout")
-        windows = evaluation.windows(other, tokenizer, rows.shape[1])
+        windows = evaluation.windows(other, tokenizer, rows.shape[1], model.config.vocab_size)
         measured_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
     windows = calibration.subsample(windows, evaluation_tokens)
 
@@ -145,7 +145,7 @@ def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | No
 
 def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:
     length = min(LENGTH, model.config.max_position_embeddings)
-    available = len(calibration.encode(content, tokenizer)) // length
+    available = len(calibration.encode(content, tokenizer, model.config.vocab_size)) // length
     if available < 2 * STOPPING:
         raise QLRError(
             f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"

@@ -73,7 +73,7 @@ def evaluate(
         most = compressed.config.max_position_embeddings
         if window is not None and window > most:
             raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
-        whole = evaluation.cut(content, tokenizer, sequence_length(compressed.config, window))
+        whole = evaluation.cut(content, tokenizer, sequence_length(compressed.config, window), compressed.config.vocab_size)
         rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
         result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress)
         result |= _protocol(out, tokenizer, whole, rows)

@@ -15,7 +15,7 @@ from qlr_jax.paths import output_folder
 from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
-from qlr_jax.pipelines.stages.calibrate import calibrate
+from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
 from qlr_jax.pipelines.texts import Files, Texts
 from qlr_jax.progress import Progress, silent
@@ -74,6 +74,7 @@ def _measured(
     texts = Texts.standard_library() if own else Texts.read(calibration)
     with clock.stage("load"), progress.stage("loading"):
         source = open_source(model, recipe)
+        check_texts(source, texts.calibration)
     with clock.stage("calibrate"):
         statistics, reference = calibrate(source, texts.calibration, progress)
     with clock.stage("measure"):

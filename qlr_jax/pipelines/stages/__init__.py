@@ -1,7 +1,7 @@
 """The stages of a job, each a function of the run and of what the stages before it found."""
 
 from qlr_jax.pipelines.stages.allocate import allocate
-from qlr_jax.pipelines.stages.calibrate import calibrate
+from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
 from qlr_jax.pipelines.stages.refine import refine
 from qlr_jax.pipelines.stages.save import save
@@ -12,6 +12,7 @@ from qlr_jax.pipelines.stages.solve import solve_plans
 __all__ = [
     "allocate",
     "calibrate",
+    "check_texts",
     "evaluate_held_out",
     "evaluate_on_calibration",
     "measure",

@@ -61,6 +61,12 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
     return Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
+def check_texts(source: Source, *texts: str) -> None:
+    """Refuse, before any work, texts with tokens that the model has no row for."""
+    for text in texts:
+        calibration.encode(text, source.tokenizer, source.model.config.vocab_size)
+
+
 def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, keep: Callable[[str, Any], Any]) -> Any:
     recipe = source.recipe
     with progress.stage("calibrating: outputs", total=source.model.config.num_hidden_layers) as stage:
