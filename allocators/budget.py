@@ -15,7 +15,8 @@ UNITS = {"B": 1} | {
     prefix + unit: base**power for power, prefix in enumerate("KMGT", start=1) for unit, base in (("B", 1000), ("iB", 1024))
 }
 KV_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1}
-EXAMPLES = "'2.25bpw', '900MB' or 'device:8GiB,context=8192'"
+EXAMPLES = "'2.25bpw', '2.5bpw:all', '900MB' or 'device:8GiB,context=8192'"
+FIXED = "norms and other fixed tensors"
 
 
 def parse_size(text: str) -> int:
@@ -94,11 +95,13 @@ class Budget:
     """How much may be stored.
 
         bpw      Σ bytes of counted rows ≤ bits · weights / 8
+        bpw:all  Σ bytes of all rows + fixed tensors ≤ bits · weights of the whole model / 8
         bytes    Σ bytes of all rows + fixed tensors ≤ size
         device   the same + 2 · layers · kv_heads · head_dim · context · batch · bytes(kv) + working allowance ≤ size
 
     Args:
         bits: per weight, of a bpw budget; None of another.
+        whole: of a bpw budget: embedding, head and fixed tensors count as the rest does.
         size: bytes, of a byte or device budget.
         context: tokens in the key-value cache, of a device budget.
         batch: sequences at once, of a device budget.
@@ -111,6 +114,7 @@ class Budget:
     """
 
     bits: Decimal | None = None
+    whole: bool = False
     size: int | None = None
     context: int | None = None
     batch: int = 1
@@ -122,7 +126,7 @@ class Budget:
         """A budget from its text.
 
         Args:
-            text: `2.25bpw`, `900MB`, `900MiB` or `device:8GiB,context=8192[,batch=1][,kv=bf16][,work=1GiB]`.
+            text: `2.25bpw`, `2.5bpw:all`, `900MB`, `900MiB` or `device:8GiB,context=8192[,batch=1][,kv=bf16][,work=1GiB]`.
 
         Raises:
             AllocationError: for a text that is none of these, naming what is wrong with it.
@@ -132,10 +136,10 @@ class Budget:
         if not isinstance(text, str):
             raise AllocationError(f"budget {text!r} is not a text; pass for example {EXAMPLES}")
         plain = text.strip()
-        if found := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*bpw", plain, re.IGNORECASE):
+        if found := re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*bpw(\s*:\s*all)?", plain, re.IGNORECASE):
             if not Decimal(found[1]):
                 raise AllocationError(f"budget {text!r} is nothing; pass a positive number of bits per weight such as '2.25bpw'")
-            return cls(bits=Decimal(found[1]))
+            return cls(bits=Decimal(found[1]), whole=bool(found[2]))
         if plain.lower().startswith("device:"):
             return cls._device(plain[len("device:") :])
         if not re.search(r"\d\s*[kmgt]?i?b$", plain, re.IGNORECASE):
@@ -166,12 +170,17 @@ class Budget:
 
     def __str__(self) -> str:
         if self.bits is not None:
-            return f"{_plain(self.bits)}bpw"
+            return f"{_plain(self.bits)}bpw" + (":all" if self.whole else "")
         assert self.size is not None
         if self.context is None:
             return format_size(self.size)
         work = "" if self.work is None else f",work={format_size(self.work)}"
         return f"device:{format_size(self.size)},context={self.context},batch={self.batch},kv={self.kv}{work}"
+
+    @property
+    def counts_all(self) -> bool:
+        """Whether all of the model counts, embedding and head among it, and not the linear layers alone."""
+        return self.whole or self.bits is None
 
     def on(self, table: OptionTable, model: ModelFacts | None = None) -> Problem:
         """Put the budget to a table.
@@ -192,7 +201,24 @@ class Budget:
             Traceback (most recent call last):
             allocators.errors.Infeasible: budget 1bpw is below the table's range; pass 2bpw to 4bpw
         """
-        return self._bits_on(table) if self.bits is not None else self._size_on(table, model or table.model)
+        if self.bits is None:
+            return self._size_on(table, model or table.model)
+        return self._whole_on(table, model or table.model) if self.whole else self._bits_on(table)
+
+    def _whole_on(self, table: OptionTable, model: ModelFacts) -> Problem:
+        assert self.bits is not None
+        weights = table.weights() + model.fixed_bytes // 2  # fixed tensors are stored in bf16
+        size = int(Fraction(self.bits) * weights / 8)
+        limit, least, most = size - model.fixed_bytes, table.least_bytes, table.most_bytes
+        keeps = limit >= 2 * table.weights()
+        if limit < least or (limit > most and not keeps):
+            ends = (
+                _digits(Fraction(8 * (least + model.fixed_bytes), weights), True),
+                _digits(Fraction(8 * (most + model.fixed_bytes), weights), False),
+            )
+            side = "below" if limit < least else "above"
+            raise Infeasible(f"budget {self} is {side} the table's range; pass {ends[0]}bpw:all to {ends[1]}bpw:all")
+        return Problem(self, table, limit, {"budget": size, FIXED: -model.fixed_bytes}, keeps, limit >= most)
 
     def _bits_on(self, table: OptionTable) -> Problem:
         counted = table.select(lambda row: row.counted)
@@ -219,7 +245,7 @@ class Budget:
 
     def _size_on(self, table: OptionTable, model: ModelFacts) -> Problem:
         assert self.size is not None
-        items = {"device" if self.context else "budget": self.size, "norms and other fixed tensors": -model.fixed_bytes}
+        items = {"device" if self.context else "budget": self.size, FIXED: -model.fixed_bytes}
         if self.context:
             numbers = 2 * model.layers * model.kv_heads * model.head_dim
             if not numbers:

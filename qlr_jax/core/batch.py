@@ -12,13 +12,14 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.reconstruction import factors_only, with_backbone
+from qlr_jax.core.rows import solve_rows
 from qlr_jax.core.sharding import available
 from qlr_jax.core.solution import Solution
 from qlr_jax.core.solver import solve_batch
 from qlr_jax.core.spec import Spec
 
 Key = TypeVar("Key", bound=Hashable)
-Problems = Mapping[Key, tuple]  # (W, H, spec[, G or None[, Q or None]])
+Problems = Mapping[Key, tuple]  # (W, H, spec[, G, its diagonal or None[, Q or None]])
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
 # (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below, on each device by itself.
 FACTORED_TOGETHER = 2**15
@@ -37,7 +38,8 @@ def solve_many(
 ) -> MutableMapping[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
 
-    Where a backbone is given, only factors are solved for (`correction`).
+    Where a backbone is given, only factors are solved for (`correction`). Where G is a diagonal, (m,), or the spec reads single rows,
+    the matrix is solved by itself, row by row (`rows.solve_rows`).
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
     and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
@@ -106,6 +108,9 @@ def solve_many(
 
     for key in (key for key in whole if key not in problems):  # nothing to solve for
         finish(key, None)
+    for key, (weight, hessian, spec, output, *_) in _by_rows(problems).items():
+        if not read([key]):
+            finish(key, solve_rows(weight, np.asarray(hessian), spec, row_weights=output, seed=seed, config=config))
     there = available(devices)
     small = (keys + [keys[-1]] * (size - len(keys)) for keys, size in _small(problems) if not read(keys))
     for units in _side_by_side(small, problems, lambda unit: there):
@@ -137,7 +142,8 @@ def batches(problems: Problems[Key]) -> list[list[Key]]:
         [['a', 'c'], ['b']]
     """
     solved = _residuals(problems)
-    return [[key] for key in problems if key not in solved] + [keys for keys, _ in _small(solved)] + _large(solved)
+    alone = [key for key in problems if key not in solved] + list(_by_rows(solved))
+    return [[key] for key in alone] + [keys for keys, _ in _small(solved)] + _large(solved)
 
 
 def _side_by_side(
@@ -166,6 +172,16 @@ def _residuals(problems: Problems[Key]) -> Problems[Key]:
     return found
 
 
+def _is_by_rows(problem: tuple) -> bool:
+    output = _output(problem)
+    return Spec.parse(problem[2]).by_rows or (output is not None and output.ndim == 1)
+
+
+def _by_rows(problems: Problems[Key]) -> dict[Key, tuple]:
+    """The problems that are solved row by row: (W, H, spec, G's diagonal or None)."""
+    return {key: (*problem[:3], _output(problem)) for key, problem in problems.items() if _is_by_rows(problem)}
+
+
 def _output(problem: tuple) -> np.ndarray | None:
     return problem[3] if len(problem) > 3 else None
 
@@ -184,7 +200,7 @@ def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
     """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
     groups: dict[tuple, list[Key]] = defaultdict(list)
     for key, problem in problems.items():
-        if len(problem[0]) < SMALL:
+        if len(problem[0]) < SMALL and not _is_by_rows(problem):
             groups[_kind(problem)].append(key)
     for (shape, spec, _), keys in groups.items():
         size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
@@ -195,7 +211,7 @@ def _large(problems: Problems[Key]) -> list[list[Key]]:
     """Batches of large matrices that share Hessian, shape and spec; those of one Hessian follow each other."""
     by_hessian: dict[int, dict[tuple, list[Key]]] = defaultdict(lambda: defaultdict(list))
     for key, problem in problems.items():
-        if len(problem[0]) >= SMALL:
+        if len(problem[0]) >= SMALL and not _is_by_rows(problem):
             by_hessian[id(problem[1])][_kind(problem)].append(key)
     batches = []
     for groups in by_hessian.values():

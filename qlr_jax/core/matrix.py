@@ -47,6 +47,7 @@ class QLRMatrix:
         left.*, right.*                                      Lᵀ (rank, m) and R (rank, n), one row a component
         component_scale                                      s, float16 (rank,)
         scale                                                g, float32 (1,)
+        row_scales                                           g of every row, float16 (m,); of `/rows` alone
         output_signs, input_signs                            diagonals of U (m,) and V (n,), float16; only where `layout.signs`
 
     Example:
@@ -118,9 +119,37 @@ class QLRMatrix:
         (u, ub), (v, vb) = self.rotations
         return hadamard.unrotate(left.T, u, ub).T, hadamard.unrotate(right, v, vb)
 
+    @property
+    def is_by_rows(self) -> bool:
+        """Whether `rows` reads some rows without the others: no factors, and no rotation of the outputs."""
+        return not (self.spec.rank or self.spec.rotated)
+
+    def rows(self, index: Array | np.ndarray) -> Array:
+        """Rows of Ŵ, float32 (*b, n), of which no others are decoded but those of their tiles; `is_by_rows` only.
+
+        Args:
+            index: numbers of rows, (*b,).
+        """
+        flat, (m, n) = jnp.ravel(index), self.shape
+        grid = self.spec.quantizer(self.layout.state_bits, self.shape)
+        height, part = grid.tile[0], self.part("backbone")
+        # a tile's rows lie together along the first axis of every array
+        taken = {key: jnp.take(jnp.asarray(array), flat // height, axis=0) for key, array in part.items()}
+        tiles = grid.decode(taken, height * len(flat), n).reshape(len(flat), height, n)
+        found = jnp.take_along_axis(tiles, (flat % height)[:, None, None], axis=1)[:, 0]
+        found = found * self.arrays["scale"][0] if "scale" in self.arrays else found
+        return self._by_rows(found, flat).reshape(*jnp.shape(index), n)
+
+    def _by_rows(self, q: Array, index: Array | slice = slice(None)) -> Array:
+        """diag(g) q V, where rows have scales of their own; q itself elsewhere."""
+        if not self.spec.by_rows:
+            return q
+        _, (v, block) = self.rotations
+        return hadamard.unrotate(q, v, block) * jnp.asarray(self.arrays["row_scales"])[index, None].astype(jnp.float32)
+
     def dense(self) -> Array:
         """Ŵ (m, n) in float32."""
-        total = self.backbone()
+        total = self._by_rows(self.backbone())
         if self.spec.rank:
             left, right = self.factors()
             total = total + jnp.matmul(left, right, precision="highest")

@@ -19,9 +19,11 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import checked_hessian, checked_weight
 from qlr_jax.core.problem import MatrixProblem
+from qlr_jax.core.rows import solve_rows
 from qlr_jax.core.sharding import matrix_placement
 from qlr_jax.core.solution import Solution, finish
 from qlr_jax.core.spec import Spec
+from qlr_jax.errors import QLRError
 
 
 def solve(
@@ -42,8 +44,8 @@ def solve(
         weight: W, (out, in).
         hessian: H = E[x xᵀ], (in, in); None means the identity.
         spec: how to store it, e.g. `trellis-2+r32@trellis-4`.
-        output_hessian: G, (out, out), e.g. the mean of g gᵀ over gradients g of the end loss at the outputs; None means the
-            identity: all outputs matter alike.
+        output_hessian: G, (out, out), e.g. the mean of g gᵀ over gradients g of the end loss at the outputs, or its diagonal
+            (out,), for matrices whose rows are read one by one (rank 0); None means the identity: all outputs matter alike.
         seed: of the rotation's signs.
         preset: None, the default method; "paper", CALDERA as published, for specs such as `e8-2+r64@e8-4`.
         **options: fields of `SolverConfig`, e.g. state_bits=10, iterations=8; over a preset's own.
@@ -67,8 +69,20 @@ def solve(
     weight = checked_weight(weight)
     config = SolverConfig.make(options, preset)
     matrix = checked_hessian(hessian, weight.shape[1])
+    rows = None if output_hessian is None or np.ndim(output_hessian) != 1 else _checked_rows(output_hessian, len(weight))
+    if rows is not None or Spec.parse(spec).by_rows:
+        if rows is None and output_hessian is not None:
+            raise QLRError(f"{spec}: rows that are read one by one take a diagonal of output weights; pass ({len(weight)},)")
+        return solve_rows(weight, matrix, spec, row_weights=rows, seed=seed, config=config)
     output = None if output_hessian is None else checked_hessian(output_hessian, weight.shape[0], "outputs")[None]
     return solve_batch(weight[None], matrix[None], spec, outputs=output, seed=seed, config=config)[0]
+
+
+def _checked_rows(weights: Any, rows: int) -> np.ndarray:
+    found = np.asarray(weights, np.float64)
+    if len(found) != rows or not np.isfinite(found).all() or found.min() < 0:
+        raise QLRError(f"output_hessian is a diagonal of {len(found)} for {rows} rows; pass one finite number, 0 or more, a row")
+    return found
 
 
 # one piece: the alternation, and when which matrix leaves it
@@ -107,6 +121,7 @@ def solve_batch(
     """
     config, spec = config or SolverConfig(), Spec.parse(spec)
     spec.nbytes(weights.shape[1:])  # refuses a rank too large
+    assert not spec.by_rows, "such a matrix is solved by solve_rows"
     metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
     output = None if outputs is None else Metric.make(outputs, seed, config, spec.rotated, hadamard.OUTPUT)
     placement = matrix_placement(weights.shape[0], weights.shape[1], devices)

@@ -1,9 +1,9 @@
 """A spec: in one short string, how a matrix is stored.
 
-<backbone>[/rot][+r<rank>@<factors>[,<factors of R>]]
+<backbone>[/rot | /rows][+r<rank>@<factors>[,<factors of R>]]
 
 trellis-2.25      trellis-2+r32@trellis-4      e8-2+r256@e8-4      int-4g32+r16@bf16      nf-4g64/rot      none+r64@int-8,bf16
-nvfp4             nvfp4/rot+r16@nvfp4
+nvfp4             nvfp4/rot+r16@nvfp4        trellis-3/rows
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ from fractions import Fraction
 from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer, stored_bytes
 from qlr_jax.errors import QLRError
 
-_PATTERN = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
+_PATTERN = re.compile(
+    r"(?P<backbone>[^/+@,]+)(?P<rot>/rot|/rows)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?"
+)
 SCALE_BYTES = 4  # g, one float32 a matrix
 COMPONENT_BYTES = 2  # one float16 a component, where a factor's grid has no scale of its own
+ROW_BYTES = 2  # one float16 a row, where each is read by itself
 
 
 @dataclass(frozen=True)
 class Spec:
     """How W ≈ g · Uᵀ (Q + L diag(s) R) V is stored: the grids of Q, L and R, the rank, and whether U, V rotate.
 
+    With `/rows` it is W ≈ diag(g) Q V: inputs alone are rotated and each row has a scale of its own, so that any row is read
+    without the others, as the lookup of an embedding does. It is for backbones whose grid has one scale of the whole, at rank 0.
+
     Attributes:
         backbone: name of Q's quantizer, as `Quantizer.name` gives it.
         rotated: whether Q is the quantized matrix of U W Vᵀ.
         rank: columns of L and rows of R; 0 where there are none.
         left, right: names of the quantizers of L and R; "" at rank 0.
+        by_rows: whether it is diag(g) Q V, as `/rows` says.
 
     Example:
         >>> str(Spec.parse("trellis-2.0+r32@trellis-4,trellis-4"))
@@ -43,13 +50,14 @@ class Spec:
     rank: int = 0
     left: str = ""
     right: str = ""
+    by_rows: bool = False
 
     @classmethod
     def parse(cls, text: str | Spec) -> Spec:
         """The spec that a text means; a Spec is given back as it is.
 
         Args:
-            text: <backbone>[/rot][+r<rank>@<factors>[,<factors of R>]].
+            text: <backbone>[/rot | /rows][+r<rank>@<factors>[,<factors of R>]].
 
         Raises:
             QLRError: for text that is not a spec, naming the part that is wrong.
@@ -65,9 +73,18 @@ class Spec:
             raise QLRError(f"{text!r} is not a spec; pass <backbone>[/rot][+r<rank>@<factors>], e.g. trellis-2+r32@trellis-4")
         backbone = parse_quantizer(match["backbone"])
         always = backbone.always_rotated
+        rank = int(match["rank"] or 0)
+        if match["rot"] == "/rows":
+            if match["rank"] or not backbone.unit_scale:
+                why = (
+                    "/rows has no factors; leave +r out"
+                    if match["rank"]
+                    else "its rows are read one by one as it is; leave /rows out"
+                )
+                raise QLRError(f"{text!r}: {why}")
+            return cls(backbone.name, False, by_rows=True)
         if always and match["rot"]:
             raise QLRError(f"{text!r}: {backbone.name} is rotated always; leave /rot out")
-        rank = int(match["rank"] or 0)
         if match["rank"] and rank == 0:
             raise QLRError(f"{text!r}: rank 0 is written by leaving +r out")
         if rank == 0:
@@ -80,7 +97,8 @@ class Spec:
         return cls(backbone.name, always or bool(match["rot"]), rank, left.name, right.name)
 
     def __str__(self) -> str:
-        text = self.backbone + ("/rot" if self.rotated and not self.quantizer().always_rotated else "")
+        ending = "/rot" if self.rotated and not self.quantizer().always_rotated else ""
+        text = self.backbone + ("/rows" if self.by_rows else ending)
         if self.rank:
             text += f"+r{self.rank}@{self.grids}"
         return text
@@ -111,8 +129,8 @@ class Spec:
 
     @property
     def has_scale(self) -> bool:
-        """Whether g is stored: always, but for weights that are kept as they are."""
-        return self.rank > 0 or not self.quantizer().plain
+        """Whether g is one number that is stored: always, but for weights that are kept as they are, and scales of rows."""
+        return self.rank > 0 or not (self.quantizer().plain or self.by_rows)
 
     def nbytes(self, shape: tuple[int, int]) -> int:
         """Bytes of all that is stored for a matrix: codes, scales, factors, padding.
@@ -130,7 +148,9 @@ class Spec:
         rows, cols = shape
         if self.rank > min(shape):
             raise QLRError(f"{self}: rank {self.rank} is larger than the {rows} × {cols} matrix allows; pass at most {min(shape)}")
-        total = stored_bytes(self.quantizer(shape=shape), rows, cols) + SCALE_BYTES * self.has_scale
+        total = (
+            stored_bytes(self.quantizer(shape=shape), rows, cols) + SCALE_BYTES * self.has_scale + ROW_BYTES * rows * self.by_rows
+        )
         if self.rank:
             left, right = self.factor_quantizers()
             total += stored_bytes(left, self.rank, rows) + stored_bytes(right, self.rank, cols)
