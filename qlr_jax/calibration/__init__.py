@@ -7,11 +7,13 @@ from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.imported import read_hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
 from qlr_jax.calibration.tokens import calibration_tokens, encode, evenly_spaced, subsample
+from qlr_jax.calibration.vocabulary import RowMetric, vocabulary_metrics
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
 __all__ = [
     "WEIGHTINGS",
     "CalibrationResult",
+    "RowMetric",
     "calibration_tokens",
     "compensated_target",
     "encode",
@@ -27,6 +29,7 @@ __all__ = [
     "standard_library",
     "subsample",
     "token_weights",
+    "vocabulary_metrics",
 ]
 
 # Other names of the same, for callers outside of this library.

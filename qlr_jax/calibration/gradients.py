@@ -98,7 +98,7 @@ def squared_gradients(
         rows = run.batches[j]
         return np.concatenate([rows[:, 1:], np.full((len(rows), 1), UNCOUNTED, np.int32)], axis=1)
 
-    run = _BackwardPass(model, tokens, batch, devices, next_tokens)
+    run = BackwardPass(model, tokens, batch, devices, next_tokens)
     probes = dict.fromkeys(BY_PATH, run.placement.shard(jnp.zeros((run.batch, tokens.shape[1]))))
     for i, j, received in run.watched(dict.fromkeys(range(model.config.num_hidden_layers), probes), "squares"):
         start, live = run.starts[j], run.live[j]
@@ -156,9 +156,9 @@ def output_hessians(
     key = jax.random.key(seed)
 
     def sampled(j: int, top: Top, x: Array) -> np.ndarray:
-        return np.array(_sampled(top, x, key, run.placement.shard(run.starts[j] + np.arange(run.batch))))
+        return np.array(sampled_labels(top, x, key, run.placement.shard(run.starts[j] + np.arange(run.batch))))
 
-    run = _BackwardPass(model, tokens, batch, devices, sampled)
+    run = BackwardPass(model, tokens, batch, devices, sampled)
     layers = _product_probes(run, wanted)
     out: dict[str, np.ndarray] = {}
     sums: dict[str, Array] = {}
@@ -192,7 +192,7 @@ def _finite(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return sums
 
 
-class _BackwardPass:
+class BackwardPass:
     """One backward pass of −Σ log p(labels), batch by batch; what is not finite on the way is left out.
 
     Attributes:
@@ -230,8 +230,16 @@ class _BackwardPass:
         """Whether batch j is the last of a block."""
         return j == len(self.batches) - 1
 
-    def watched(self, probes: dict[int, dict[str, Any]], watch: str) -> Iterator[tuple[int, int, dict[str, Array]]]:
-        """From the last block to the first of those in `probes`: (layer, batch, what its probes received)."""
+    def watched(
+        self, probes: dict[int, dict[str, Any]], watch: str, on_pulled: Callable[[int, Array], None] | None = None
+    ) -> Iterator[tuple[int, int, dict[str, Array]]]:
+        """From the last block to the first of those in `probes`: (layer, batch, what its probes received).
+
+        Args:
+            probes: layer -> local name -> what receives.
+            watch: "squares" or "products".
+            on_pulled: called with (batch, the gradient at what enters the first of those blocks), zero where it is left out.
+        """
         top = self.placement.replicate(self.model.top())
 
         def head_gradient(j: int, x: Array) -> np.ndarray:
@@ -262,6 +270,9 @@ class _BackwardPass:
                 pulled, received, _ = pull()
             if self.is_last(j):
                 self.tally.check()
+            if on_pulled is not None and i == min(probes):
+                self._leave_out(j, ~np.asarray(finite_rows(pulled)), f"the gradients that enter model.layers.{i}")
+                on_pulled(j, self._finite_part(j, pulled))
             return pulled, received
 
         return backward(
@@ -285,7 +296,7 @@ class _BackwardPass:
         return self.placement.shard(zeroed(self.lost[j], np.asarray(x))) if self.lost[j].any() else x
 
 
-def _product_probes(run: _BackwardPass, names: Sequence[str]) -> dict[int, dict[str, Any]]:
+def _product_probes(run: BackwardPass, names: Sequence[str]) -> dict[int, dict[str, Any]]:
     """Layer -> local name -> zeros of G (m, m) and of ‖g‖² by sequence; one of each size serves all blocks."""
     sizes, each = {name: shape_of(run.model.config, name)[0] for name in names}, run.placement.shard(jnp.zeros(run.batch))
     zeros = {m: (run.placement.replicate(jnp.zeros((m, m))), each) for m in sorted(set(sizes.values()))}
@@ -297,7 +308,7 @@ def _product_probes(run: _BackwardPass, names: Sequence[str]) -> dict[int, dict[
 
 
 @jax.jit
-def _sampled(top: Top, x: Float[Array, "batch time n"], key: Array, rows: Int[Array, "batch"]) -> Int[Array, "batch time"]:
+def sampled_labels(top: Top, x: Float[Array, "batch time n"], key: Array, rows: Int[Array, "batch"]) -> Int[Array, "batch time"]:
     """A label for every position, from the model's own distribution; each sequence has a key of its own."""
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
     return jax.vmap(jax.random.categorical)(keys, top(x)).astype(jnp.int32)

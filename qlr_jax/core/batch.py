@@ -38,8 +38,8 @@ def solve_many(
 ) -> MutableMapping[Key, Solution]:
     """Solve (weight (m, n), Hessian (n, n), spec[, output Hessian (m, m) or None[, backbone (m, n) or None]]) for every key.
 
-    Where a backbone is given, only factors are solved for (`correction`). Where G is a diagonal, (m,), or the spec reads single rows,
-    the matrix is solved by itself, row by row (`rows.solve_rows`).
+    Where a backbone is given, only factors are solved for (`correction`). Where G is a diagonal, (m,), or the spec reads single
+    rows, the matrix is solved by itself, row by row (`rows.solve_rows`).
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
     and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,

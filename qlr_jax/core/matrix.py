@@ -130,7 +130,7 @@ class QLRMatrix:
         Args:
             index: numbers of rows, (*b,).
         """
-        flat, (m, n) = jnp.ravel(index), self.shape
+        flat, n = jnp.ravel(index), self.shape[1]
         grid = self.spec.quantizer(self.layout.state_bits, self.shape)
         height, part = grid.tile[0], self.part("backbone")
         # a tile's rows lie together along the first axis of every array

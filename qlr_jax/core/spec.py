@@ -181,6 +181,7 @@ def expand_backbones(backbones: Sequence[str]) -> list[str]:
     out: list[str] = []
     for text in backbones:
         head, dots, last = text.partition("..")
+        last, slash, ending = last.partition("/")
         kind, _, first = head.rpartition("-")
         if not dots:
             # `none` is a backbone for those who give it factors; alone it is no spec
@@ -190,5 +191,5 @@ def expand_backbones(backbones: Sequence[str]) -> list[str]:
             steps = range(int(Fraction(first) * 16), int(Fraction(last) * 16) + 1)
         except ValueError:
             raise QLRError(f"{text!r} is not a range of backbones; write trellis-<from>..<to>, e.g. trellis-1.5..4") from None
-        out += [str(Spec.parse(f"{kind}-{s / 16:g}")) for s in steps]
+        out += [str(Spec.parse(f"{kind}-{s / 16:g}{slash}{ending}")) for s in steps]
     return list(dict.fromkeys(out))

@@ -28,6 +28,10 @@ def price_options(config: LlamaConfig, recipe: Recipe, settings: Settings) -> al
         settings.matrices,
         lambda shape: sensitivity.options(recipe.backbones, recipe.ranks, recipe.factors, shape, target.nbytes, target.holds),
         target.nbytes,
+        {
+            name: sensitivity.vocabulary_options(recipe.vocabulary, shape, target.holds)
+            for name, shape in settings.vocabulary.items()
+        },
     )
     if recipe.backbone_from:
         table = replace(table, model=replace(table.model, fixed_bytes=0))

@@ -42,6 +42,7 @@ class Target:
         ties: groups of patterns of matrices that must share a backbone.
         fault: (spec, (out, in)) -> why the backbone cannot be represented exactly, or "".
         nbytes: (spec, (out, in)) -> bytes in this format, its adapter's included.
+        vocabulary: what is offered by default for the embedding and the head, whose rows are read one by one.
         any_factors: whether factors of every quantizer are represented exactly; else those in bf16 alone, which become an adapter.
 
     Example:
@@ -57,6 +58,7 @@ class Target:
     ties: tuple[tuple[str, ...], ...]
     fault: Callable[[Spec, Shape], str]
     nbytes: Callable[[Spec, Shape], int]
+    vocabulary: tuple[str, ...] = ("bf16",)
     any_factors: bool = False
 
     def holds(self, spec: Spec, shape: Shape) -> bool:
@@ -96,7 +98,7 @@ def gguf_type(spec: Spec) -> str:
         >>> gguf_type(Spec.parse("int-4g32+r8@bf16")), gguf_type(Spec.parse("int-4g64"))
         ('Q4_0', '')
     """
-    if spec.rotated:
+    if spec.rotated or spec.by_rows:
         return ""
     return {backbone: name for name, (backbone, _, _) in GGUF_BLOCKS.items()}.get(
         spec.backbone, "BF16" if spec.backbone == "bf16" else ""
@@ -114,7 +116,7 @@ def _plain(spec: Spec) -> bool:
 def _gguf_fault(spec: Spec, shape: Shape) -> str:
     name = gguf_type(spec)
     if not name:
-        return "a rotated backbone is no plain integer" if spec.rotated else f"no block is {spec.backbone}"
+        return "a rotated backbone is no plain integer" if spec.rotated or spec.by_rows else f"no block is {spec.backbone}"
     block = GGUF_BLOCKS[name][1] if name in GGUF_BLOCKS else 1
     return f"{spec.backbone} needs inputs in blocks of {block}, and this matrix has {shape[1]}" if shape[1] % block else ""
 
@@ -126,7 +128,7 @@ def _gguf_bytes(spec: Spec, shape: Shape) -> int:
 
 
 def _ct_fault(spec: Spec, shape: Shape) -> str:
-    if spec.rotated:
+    if spec.rotated or spec.by_rows:
         return "a rotated backbone is no plain integer"
     if _plain(spec):
         return ""
@@ -155,6 +157,7 @@ TARGETS = {
             (),
             lambda spec, shape: "",
             lambda spec, shape: spec.nbytes(shape),
+            ("bf16", "int-8g32", "int-4g32", "trellis-2..4/rows"),
             any_factors=True,
         ),
         Target(
@@ -165,7 +168,15 @@ TARGETS = {
             _ct_fault,
             _ct_bytes,
         ),
-        Target("gguf", tuple(backbone for backbone, _, _ in GGUF_BLOCKS.values()), (ADAPTER,), (), _gguf_fault, _gguf_bytes),
+        Target(
+            "gguf",
+            tuple(backbone for backbone, _, _ in GGUF_BLOCKS.values()),
+            (ADAPTER,),
+            (),
+            _gguf_fault,
+            _gguf_bytes,
+            ("bf16", *(backbone for backbone, _, _ in GGUF_BLOCKS.values())),
+        ),
         Target(
             "adapter",
             ("bf16",),

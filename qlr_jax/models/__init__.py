@@ -9,8 +9,11 @@ from qlr_jax.models.config import LlamaConfig, RopeScaling
 from qlr_jax.models.families import FAMILIES, Family, Norms
 from qlr_jax.models.known import known_config
 from qlr_jax.models.names import (
+    EMBEDDING,
+    HEAD,
     input_names,
     input_of,
+    is_linear,
     kind_of,
     layer_of,
     linear_names,
@@ -18,6 +21,7 @@ from qlr_jax.models.names import (
     parts_of,
     shape_of,
     tensor_names,
+    vocabulary_names,
 )
 from qlr_jax.models.sites import KINDS, SITES, Site
 from qlr_jax.on_demand import resolver
@@ -36,7 +40,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "EMBEDDING",
     "FAMILIES",
+    "HEAD",
     "KINDS",
     "SITES",
     "Family",
@@ -49,6 +55,7 @@ __all__ = [
     "find_folder",
     "input_names",
     "input_of",
+    "is_linear",
     "kind_of",
     "known_config",
     "layer_of",
@@ -60,6 +67,7 @@ __all__ = [
     "save_model",
     "shape_of",
     "tensor_names",
+    "vocabulary_names",
 ]
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qlr_jax.models.config import LlamaConfig
+from qlr_jax.models.names import EMBEDDING, HEAD
 from qlr_jax.models.sites import SITES
 from qlr_jax.models.vocabulary import check_tokens
 
@@ -81,13 +82,17 @@ class Linear(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Row lookup in `weight`, (vocab, hidden), times `scale` rounded to the weights' type."""
+    """Row lookup in `weight`, (vocab, hidden), times `scale` rounded to the weights' type.
 
-    def __init__(self, weight: Any, scale: float = 1.0):
-        self.weight, self.scale = nnx.Param(weight), scale
+    `weight` is a Param of an array, or of a packed matrix with `.rows(tokens)`, whose rows become `dtype`.
+    """
+
+    def __init__(self, weight: Any, scale: float = 1.0, dtype: Any = jnp.float32):
+        self.weight, self.scale, self.dtype = nnx.Param(weight), scale, dtype
 
     def __call__(self, tokens: Int[Array, "*batch"]) -> Float[Array, "*batch n"]:
-        rows = unpacked(self.weight.get_value())[tokens]
+        weight = self.weight.get_value()
+        rows = weight.rows(tokens).astype(self.dtype) if hasattr(weight, "rows") else unpacked(weight)[tokens]
         return rows if self.scale == 1.0 else rows * jnp.asarray(self.scale, rows.dtype)
 
 
@@ -226,7 +231,7 @@ class Stack(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rows: Any, make: Make, norm: Norm):
         scale = math.sqrt(config.hidden_size) if config.traits.scaled_embedding else 1.0
-        self.embed_tokens = Embedding(rows, scale)
+        self.embed_tokens = Embedding(rows, scale, rows.dtype)
         self.layers = nnx.List([Block(config, make, norm) for _ in range(config.num_hidden_layers)])
         self.norm = norm(config.hidden_size)
 
@@ -324,6 +329,11 @@ class Llama(nnx.Module):
         return {
             f"model.layers.{i}.{name}": lin for i, block in enumerate(self.model.layers) for name, lin in block.linears().items()
         }
+
+    def matrices(self) -> dict[str, "Linear | Embedding"]:
+        """Everything that may be compressed: the linear layers, the embedding and, where it is not tied to it, the head."""
+        vocabulary: dict[str, Linear | Embedding] = {EMBEDDING: self.model.embed_tokens}
+        return {**self.linears(), **vocabulary, **({} if self.lm_head is None else {HEAD: self.lm_head})}
 
     def densified(self) -> "Llama":
         """A copy whose packed weights are decoded: the same logits, faster to call again and again, more memory."""

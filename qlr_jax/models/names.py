@@ -7,6 +7,8 @@ from qlr_jax.errors import QLRError
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.sites import BY_KIND, BY_PATH, SITES
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+_VOCABULARY = {EMBEDDING: "embedding", HEAD: "head"}
 _LINEAR = re.compile(rf"model\.layers\.(\d+)\.({'|'.join(map(re.escape, BY_PATH))})")
 
 
@@ -19,6 +21,27 @@ def linear_names(config: LlamaConfig) -> list[str]:
         ('model.layers.0.self_attn.q_proj', 14)
     """
     return [f"model.layers.{i}.{site.path}" for i in range(config.num_hidden_layers) for site in SITES]
+
+
+def vocabulary_names(config: LlamaConfig) -> list[str]:
+    """The matrices with a row for every token: the embedding, which is the head too where they are tied, and else the head.
+
+    Example:
+        >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+        >>> vocabulary_names(LlamaConfig(**sizes)), vocabulary_names(LlamaConfig(**sizes, tie_word_embeddings=True))
+        (['model.embed_tokens', 'lm_head'], ['model.embed_tokens'])
+    """
+    return [EMBEDDING] if config.tie_word_embeddings else [EMBEDDING, HEAD]
+
+
+def is_linear(name: str) -> bool:
+    """Whether a name is that of a linear layer of a block; those of embedding and head are not.
+
+    Example:
+        >>> is_linear("model.layers.3.mlp.down_proj"), is_linear("lm_head")
+        (True, False)
+    """
+    return _LINEAR.fullmatch(name) is not None
 
 
 def parts_of(name: str) -> tuple[int, str]:
@@ -43,8 +66,8 @@ def layer_of(name: str) -> int:
 
 
 def kind_of(name: str) -> str:
-    """The kind, one of KINDS: "down" for "model.layers.3.mlp.down_proj"."""
-    return parts_of(name)[1]
+    """The kind, one of KINDS: "down" for "model.layers.3.mlp.down_proj"; "embedding" and "head" of those two."""
+    return _VOCABULARY.get(name) or parts_of(name)[1]
 
 
 def input_of(name: str) -> str:
@@ -64,7 +87,9 @@ def input_names(config: LlamaConfig) -> list[str]:
 
 
 def shape_of(config: LlamaConfig, name: str) -> tuple[int, int]:
-    """(out, in) of a linear layer."""
+    """(out, in) of a linear layer, of the embedding or of the head."""
+    if name in _VOCABULARY:
+        return config.vocab_size, config.hidden_size
     return config.shape_of(kind_of(name))
 
 

@@ -73,7 +73,7 @@ def _measured(
     own = str(model) == BUNDLED_NAME and not calibration
     texts = Texts.standard_library() if own else Texts.read(calibration)
     with clock.stage("load"), progress.stage("loading"):
-        source = open_source(model, recipe)
+        source = open_source(model, recipe, whole=True)  # a table is for budgets of all kinds
         check_texts(source, texts.calibration)
     with clock.stage("calibrate"):
         statistics, reference = calibrate(source, texts.calibration, progress)

@@ -130,9 +130,9 @@ def with_weights(model: Llama, matrices: Mapping[str, QLRMatrix]) -> Llama:
     Where a model's weight stays on disk, the matrix is looked up, and decoded, whenever the weight is used.
     """
     copy = shallow_copy(model)
-    linears = copy.linears()
+    own = copy.matrices()
     for name in matrices:
-        weight = linears[name].weight
+        weight = own[name].weight
         before: Any = weight.get_value()
         if isinstance(before, Lazy):
             weight.set_value(Lazy(before.shape, lambda name=name: np.asarray(matrices[name].dense()), before.dtype))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,12 @@ def locate(model: str | Path) -> Path:
     return BUNDLED if str(model) == BUNDLED_NAME else find_folder(model)
 
 
-def open_source(model: str | Path, recipe: Recipe) -> Source:
+def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) -> Source:
     """Load a model and price every option that the recipe offers.
 
     Args:
         model: a folder, a hub name, or "bundled".
+        whole: whether embedding and head are compressed too; None: where the recipe's budget counts them.
 
     Raises:
         QLRError: a model that cannot be read, weights that are not finite, patterns that leave nothing to compress, or given
@@ -70,14 +71,26 @@ def open_source(model: str | Path, recipe: Recipe) -> Source:
     """
     folder = locate(model)
     config = LlamaConfig.from_hf(folder)
-    settings = Settings.of(recipe, config)
+    settings = Settings.of(recipe, config, whole=whole)
     original, tokenizer = load_model(folder, on_disk=settings.streaming), load_tokenizer(folder)
-    linears = original.linears()
-    weights = {name: _checked(linears[name].weight.get_value(), checked_weight) for name in settings.matrices}
+    matrices = original.matrices()
+    names = (*settings.matrices, *settings.vocabulary)
+    weights = {name: _checked(matrices[name].weight.get_value(), checked_weight) for name in names}
     backbones = _given_backbones(recipe.backbone_from, original, settings.streaming) if recipe.backbone_from else {}
     name = BUNDLED_NAME if folder == BUNDLED else str(model)
     prices = price_options(config, recipe, settings)
     return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones)
+
+
+def own_rows(table: allocators.OptionTable, prices: allocators.OptionTable) -> allocators.OptionTable:
+    """A saved table for the job at hand: without the rows of embedding and head where its budget does not count them.
+
+    Args:
+        table: as it was saved; a table is measured for budgets of all kinds.
+        prices: the job's own.
+    """
+    kept = table.select(lambda row: row.counted or row.name in prices.index)
+    return table if kept is None or len(kept.rows) == len(table.rows) else replace(kept, model=prices.model)
 
 
 def _given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, Weight]:

@@ -11,13 +11,14 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import allocators
+from allocators.budget import FIXED
 from allocators.strategies import BASELINE
 from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison
 from qlr_jax.formats.targets import find_target
-from qlr_jax.models import KINDS, LlamaConfig, kind_of, layer_of, tensor_names
+from qlr_jax.models import EMBEDDING, HEAD, KINDS, LlamaConfig, is_linear, kind_of, layer_of, tensor_names
 from qlr_jax.models.sites import kind_of_path
 from qlr_jax.sensitivity import Sensitivity, final_error, prediction_quality
 from qlr_jax.settings.recipe import Recipe
@@ -66,7 +67,8 @@ class Record:
         stored, promised = sum(row["bytes"] for row in rows), plan.bytes
         if stored != promised:
             raise QLRError(f"{stored} bytes are stored but the table promised {promised}; this is a bug, please report it")
-        count = sum(row["shape"][0] * row["shape"][1] for row in rows)
+        linear = [row for row in rows if row["layer"] is not None]
+        count = sum(row["shape"][0] * row["shape"][1] for row in linear)
         parts = self._parts(rows)
         before, after = sum(p["before"] for p in parts), sum(p["after"] for p in parts)
         whole = before // 2  # weights, at two bytes each
@@ -81,7 +83,7 @@ class Record:
             "budget": self.recipe.budget,
             "target": self.recipe.target,
             "command": self.command,
-            "bits_per_weight": 8 * stored / count,
+            "bits_per_weight": 8 * sum(row["bytes"] for row in linear) / count,
             "whole_model_bits_per_weight": 8 * after / whole,
             "bytes": {"before": before, "after": after, "compressed": stored, "parts": parts},
             "perplexity": ({"original": comparisons[0].perplexity_original} if comparisons else {})
@@ -121,7 +123,7 @@ class Record:
         if "counted rows" in self.problem.items:  # bits per weight
             return None
         items = self.problem.items
-        fixed = -items.get("norms and other fixed tensors", 0)
+        fixed = -items.get(FIXED, 0)
         stored = self.plans[self.delivered].bytes
         fits = stored <= self.problem.limit
         return {"budget": str(self.problem.budget), "items": items, "weights": stored + fixed, "fits": fits}
@@ -139,7 +141,7 @@ class Record:
         size = solution.value.nbytes if target.name == "qlr" else target.nbytes(Spec.parse(spec), (m, n))
         return {
             "name": name,
-            "layer": layer_of(name),
+            "layer": layer_of(name) if is_linear(name) else None,
             "kind": kind_of(name),
             "shape": [m, n],
             "spec": spec,
@@ -163,7 +165,7 @@ class Record:
         for tensor, shape in tensor_names(self.config).items():
             name = tensor.removesuffix(".weight")
             size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
-            part = kind_of_path(name) or ("embeddings" if "embed" in name else "head" if name == "lm_head" else OTHERS)
+            part = kind_of_path(name) or {EMBEDDING: "embeddings", HEAD: "head"}.get(name, OTHERS)
             parts[part][0] += size
             parts[part][1] += after.get(name, size)
         return [{"part": part, "before": b, "after": a} for part, (b, a) in parts.items() if b]

@@ -6,7 +6,7 @@ from qlr_jax.sensitivity.correction import Correction, CorrectionKey, correction
 from qlr_jax.sensitivity.given_backbones import measure_given
 from qlr_jax.sensitivity.knockout import knockout
 from qlr_jax.sensitivity.measure import Sensitivity, measure, prediction_quality
-from qlr_jax.sensitivity.offers import facts, options, price
+from qlr_jax.sensitivity.offers import facts, options, price, vocabulary_options
 from qlr_jax.sensitivity.path import path_shares
 from qlr_jax.sensitivity.predict import Profile, grid_error, predict, profile
 from qlr_jax.sensitivity.second_order import second_order
@@ -37,6 +37,7 @@ __all__ = [
     "price",
     "profile",
     "second_order",
+    "vocabulary_options",
 ]
 
 side_of = correction_key  # another name of the same, for callers outside of this library

@@ -7,14 +7,15 @@ is then charged KL(matrix) · ε² / ε²(ΔW): small errors add up in KL, and g
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import numpy as np
 
+from qlr_jax.core.lazy import LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference
-from qlr_jax.models import Llama
+from qlr_jax.models import Llama, is_linear
 from qlr_jax.sensitivity.knockout import knockout
 from qlr_jax.sensitivity.path import path_shares
 from qlr_jax.sensitivity.second_order import second_order
@@ -60,7 +61,8 @@ class Attribution:
 
 
 def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str], None] | None = None) -> Attribution:
-    """The cost of each matrix's error by one of `ATTRIBUTIONS`.
+    """The cost of each matrix's error by one of `ATTRIBUTIONS`; that of embedding and head by "alone" where the method is not "path"
+    nor "error".
 
     Args:
         method: its name.
@@ -74,16 +76,21 @@ def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str]
     if method not in ATTRIBUTIONS:
         raise QLRError(f"attribution {method!r} is not known; give one of {', '.join(ATTRIBUTIONS)}")
     model, errors = case.model, case.errors
+    if method == "path":
+        return Attribution(path_shares(model, errors, case.reference))
     if method == "error":
-        return Attribution({n: _share(model.linears()[n].weight.get_value(), e, case.hessians[n]) for n, e in errors.items()})
+        return Attribution({n: _share(model.matrices()[n].weight.get_value(), e, case.hessians[n]) for n, e in errors.items()})
+    if vocabulary := [name for name in errors if not is_linear(name)]:
+        alone = knockout(model, {name: errors[name] for name in vocabulary}, case.reference, on_done)
+        linear = replace(case, errors=LazyMap([n for n in errors if is_linear(n)], errors.__getitem__))
+        shares = attribute(method, linear, seed=seed, on_done=on_done).kl | alone
+        return Attribution({name: shares[name] for name in errors})
     if method == "kronecker":
         if missing := [n for n in errors if n not in case.outputs]:
             raise QLRError(
                 f"attribution 'kronecker' needs an output Hessian of {missing[0]}; give outputs: fisher, or another method"
             )
         return Attribution({n: max(0.5 * _quadratic(e, case.hessians[n], case.outputs[n]), 0.0) for n, e in errors.items()})
-    if method == "path":
-        return Attribution(path_shares(model, errors, case.reference))
     if method == "second-order":
         return Attribution(second_order(model, errors, case.reference.windows, on_done=on_done))
     if method == "noise":

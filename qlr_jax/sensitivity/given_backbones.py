@@ -64,7 +64,9 @@ def measure_given(
         return replace(option, damage=coefficient[name] * (base[name] * left) ** 2, measured=not text)
 
     rows = tuple(replace(row, options=tuple(with_damage(row.name, option) for option in row.options)) for row in table.rows)
-    matrices = {n: matrix_note(n, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors}
+    matrices = {
+        n: matrix_note(n, statistics.weights[n].shape, profiles[n], coefficient[n], "bf16", base[n], float(kl[n])) for n in errors
+    }
     return measured_table(table, rows, matrices, method, config.state_bits)
 
 

@@ -14,7 +14,7 @@ from qlr_jax.models.llama import unpacked
 def knockout(
     model: Llama, errors: Mapping[str, np.ndarray], reference: Reference, on_done: Callable[[str], None] | None = None
 ) -> dict[str, float]:
-    """KL(original ‖ model with one linear layer changed by its ΔW), nats a token, for each error; the model is left as it was.
+    """KL(original ‖ model with one matrix changed by its ΔW), nats a token, for each error; the model is left as it was.
 
     Args:
         model: the original.
@@ -23,9 +23,9 @@ def knockout(
         on_done: called with each matrix's name.
     """
     kl: dict[str, float] = {}
-    linears = model.linears()
+    matrices = model.matrices()
     for name, error in errors.items():
-        weight = linears[name].weight
+        weight = matrices[name].weight
         original = weight.get_value()
         dense = unpacked(original)
         weight.set_value((dense + error).astype(dense.dtype))

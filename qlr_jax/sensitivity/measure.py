@@ -17,7 +17,7 @@ from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference
-from qlr_jax.models import Llama, kind_of, layer_of
+from qlr_jax.models import Llama, is_linear, kind_of, layer_of
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity.anchors import anchors, probe
 from qlr_jax.sensitivity.attribution import Case, attribute
@@ -25,6 +25,7 @@ from qlr_jax.sensitivity.correction import Correction, correction_key
 from qlr_jax.sensitivity.offers import Bytes
 from qlr_jax.sensitivity.predict import Profile, predict, profile
 from qlr_jax.sensitivity.statistics import Matrix, Statistics, final_error
+from qlr_jax.sensitivity.vocabulary import row_errors, vocabulary_probe
 
 NOTED_COMPONENTS = 64  # of every spectrum, that a saved table carries
 
@@ -70,6 +71,7 @@ class Sensitivity:
             raise QLRError(f"the table has no row {missing[0]}; measure this model again, or exclude that matrix")
 
 
+# one piece: what is solved, attributed and predicted share the same names and errors
 def measure(
     model: Llama,
     statistics: Statistics,
@@ -101,15 +103,20 @@ def measure(
         solver: `solve_many`, or what calls it.
     """
     offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows}
+    vocabulary = {name: offered.pop(name) for name in list(offered) if not is_linear(name)}
     largest = max((spec.rank for listed in offered.values() for spec in listed), default=0)
     weights = LazyMap(offered, lambda name: statistics.weights[name])
     profiles = measured_profiles(weights, statistics, largest, config=config, seed=seed, progress=progress)
     probes = {name: probe(listed) for name, listed in offered.items()}
-    problems = {key: statistics.problem(*key) for key in anchors(offered, probes)}
+    keys = anchors(offered, probes)
+    probes |= {name: vocabulary_probe(listed) for name, listed in vocabulary.items()}
+    problems = {key: statistics.problem(*key) for key in (*keys, *((name, probes[name]) for name in vocabulary))}
     with progress.stage("probing", total=len(problems)) as stage:
         solved = solver(problems, seed=seed, config=search, on_done=lambda key, s: stage.advance(note=f"{key[0]} {s.summary()}"))
     errors = {key: final_error(solution) for key, solution in solved.items()}
-    correction = _correction(errors, profiles, search.state_bits)
+    correction = _correction({key: errors[key] for key in keys}, profiles, search.state_bits)
+    of_rows = {name: _row_errors(statistics, name, listed, config, search, seed) for name, listed in vocabulary.items()}
+    offered |= vocabulary
     with progress.stage("sensitivity", total=len(offered)) as stage:
         changes = LazyMap(offered, lambda n: np.asarray(solved[n, probes[n]].value.dense()) - np.asarray(statistics.weights[n]))
         case = Case(model, changes, reference, statistics.hessians, statistics.outputs)
@@ -119,7 +126,7 @@ def measure(
     exact = errors if config == search else {}  # the solves that would be made again are measured, all others predicted
 
     def with_damage(name: str, option: Option, spec: Spec) -> Option:
-        error = exact.get((name, option.spec))
+        error = exact.get((name, option.spec), of_rows.get(name, {}).get(option.spec))
         if error is None:
             # what factors alone reach needs no correction: no rounding of a backbone is in it
             factor = 1.0 if spec.quantizer().empty else correction.factor(name, correction_key(spec))
@@ -130,8 +137,19 @@ def measure(
         replace(row, options=tuple(with_damage(row.name, o, spec) for o, spec in zip(row.options, offered[row.name], strict=True)))
         for row in table.rows
     )
-    matrices = {n: matrix_note(n, profiles[n], coefficient[n], probes[n], probed[n], attributed.kl[n]) for n in offered}
+    matrices = {
+        n: matrix_note(n, statistics.weights[n].shape, profiles.get(n), coefficient[n], probes[n], probed[n], attributed.kl[n])
+        for n in offered
+    }
     return measured_table(table, rows, matrices, method, config.state_bits)
+
+
+def _row_errors(
+    statistics: Statistics, name: str, specs: Sequence[Spec], config: SolverConfig, search: SolverConfig, seed: int
+) -> dict[str, float]:
+    weight, hessian, _, row_weights, _ = statistics.problem(name, "bf16")
+    assert row_weights is not None, "rows of a vocabulary are weighted"
+    return row_errors(np.asarray(weight), hessian, row_weights, specs, config=config, search=search, seed=seed)
 
 
 def measured_profiles(
@@ -188,12 +206,15 @@ def measured_table(
     return Sensitivity(replace(table, rows=rows, notes=notes))
 
 
-def matrix_note(name: str, profile: Profile, coefficient: float, probed: str, error: float, kl: float) -> dict[str, Any]:
+def matrix_note(
+    name: str, shape: tuple[int, ...], profile: Profile | None, coefficient: float, probed: str, error: float, kl: float
+) -> dict[str, Any]:
     """What a saved table says of a matrix.
 
     Args:
-        name: of the linear layer.
-        profile: its spectra.
+        name: of the matrix.
+        shape: (out, in).
+        profile: its spectra; None of embedding and head, which get no factors.
         coefficient: KL per unit of squared relative error, nats a token.
         probed: the spec that KL was attributed for.
         error: the relative error of that solve.
@@ -204,13 +225,13 @@ def matrix_note(name: str, profile: Profile, coefficient: float, probed: str, er
         return [float(f"{v / whole:.4g}") for v in values[:NOTED_COMPONENTS]] if whole > 0 else []
 
     return {
-        "layer": layer_of(name),
+        "layer": layer_of(name) if is_linear(name) else None,
         "kind": kind_of(name),
-        "shape": list(profile.shape),
+        "shape": list(shape),
         "coefficient": coefficient,
         "probe": {"spec": probed, "error": error, "kl": kl},
-        "spectrum": shares(profile.explained, profile.energy),
-        "plain_spectrum": shares(profile.captured, profile.size),
+        "spectrum": shares(profile.explained, profile.energy) if profile else [],
+        "plain_spectrum": shares(profile.captured, profile.size) if profile else [],
     }
 
 

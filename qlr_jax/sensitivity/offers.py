@@ -10,7 +10,7 @@ from allocators import ModelFacts, Option, OptionTable, Row
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.errors import QLRError
-from qlr_jax.models import LlamaConfig, tensor_names
+from qlr_jax.models import LlamaConfig, shape_of, tensor_names
 
 Bytes = Callable[[Spec, tuple[int, int]], int]
 """(spec, shape) -> bytes in the format at hand."""
@@ -48,11 +48,29 @@ def options(
     return list(dict.fromkeys(offered))
 
 
+def vocabulary_options(
+    grids: Sequence[str], shape: tuple[int, int], holds: Callable[[Spec, tuple[int, int]], bool] = lambda spec, shape: True
+) -> list[str]:
+    """The specs that an embedding or a head of `shape` (rows, columns) may get: those grids that the format holds.
+
+    Args:
+        grids: as a recipe lists them, ranges of rates among them ("trellis-2..4/rows").
+        shape: (rows, columns).
+        holds: (spec, shape) -> whether the format can hold it.
+
+    Example:
+        >>> vocabulary_options(["bf16", "trellis-3..3.125/rows"], (512, 64))
+        ['bf16', 'trellis-3/rows', 'trellis-3.0625/rows', 'trellis-3.125/rows']
+    """
+    return [text for text in expand_backbones(grids) if holds(Spec.parse(text), shape)]
+
+
 def price(
     config: LlamaConfig,
     shapes: Mapping[str, tuple[int, int]],
     specs: Callable[[tuple[int, int]], Sequence[str]],
     nbytes: Bytes = Spec.nbytes,
+    vocabulary: Mapping[str, Sequence[str]] | None = None,
 ) -> OptionTable:
     """The table with its exact bytes and no damage yet: enough to tell whether a budget can be met, before anything is computed.
 
@@ -61,6 +79,7 @@ def price(
         shapes: name -> (out, in) of the matrices to compress.
         specs: the options of a shape, e.g. `options` with a recipe's settings.
         nbytes: (spec, shape) -> bytes in the format at hand.
+        vocabulary: name -> options of the embedding and of the head, whose rows do not count toward bits per weight.
 
     Raises:
         QLRError: where a matrix has no option.
@@ -70,8 +89,12 @@ def price(
         if not offered[shape]:
             raise QLRError(f"none of the backbones fits {name} {shape}; exclude it (--exclude '{name}'), or offer other backbones")
     priced = {shape: tuple(Option(s, nbytes(Spec.parse(s), shape), 0.0) for s in listed) for shape, listed in offered.items()}
-    rows = tuple(Row(name, shape[0] * shape[1], priced[shape]) for name, shape in shapes.items())
-    return OptionTable(rows, model=facts(config, shapes))
+    rows = [Row(name, shape[0] * shape[1], priced[shape]) for name, shape in shapes.items()]
+    for name, texts in (vocabulary or {}).items():
+        shape = shape_of(config, name)
+        own = tuple(Option(text, nbytes(Spec.parse(text), shape), 0.0) for text in texts)
+        rows.append(Row(name, shape[0] * shape[1], own, counted=False))
+    return OptionTable(tuple(rows), model=facts(config, [row.name for row in rows]))
 
 
 def facts(config: LlamaConfig, compressed: Container[str]) -> ModelFacts:
@@ -79,7 +102,7 @@ def facts(config: LlamaConfig, compressed: Container[str]) -> ModelFacts:
 
     Args:
         config: of the model.
-        compressed: names of the linear layers to compress; their bytes are the table's.
+        compressed: names of the matrices to compress; their bytes are the table's.
     """
     kept = [shape for name, shape in tensor_names(config).items() if name.removesuffix(".weight") not in compressed]
     fixed = sum(2 * int(np.prod(shape)) for shape in kept)

@@ -12,8 +12,8 @@ import numpy as np
 from qlr_jax.calibration.backward import backward
 from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
-from qlr_jax.models import Llama, layer_of
-from qlr_jax.models.llama import Block, Rope, Top, shallow_copy
+from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
+from qlr_jax.models.llama import Block, Rope, Top, exact_product, shallow_copy
 
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 
@@ -35,7 +35,7 @@ def path_shares(
 
     Args:
         model: the original.
-        errors: name -> ΔW (out, in), of all matrices that change together.
+        errors: name -> ΔW (out, in), of all matrices that change together, embedding and head among them.
         reference: the original's log-probabilities.
         batch: windows in one backward pass.
         on_done: called with the number of windows that are newly done.
@@ -43,35 +43,64 @@ def path_shares(
     Source: Aumann and Shapley, Values of Non-Atomic Games (1974); for bits of layers: arXiv 2607.12266.
     """
     names: dict[int, list[str]] = {i: [] for i in range(model.config.num_hidden_layers)}
-    for name in errors:
+    for name in filter(is_linear, errors):
         names[layer_of(name)].append(name)
-    total, windows, top = dict.fromkeys(errors, 0.0), reference.windows, model.top()
+    total, windows = dict.fromkeys(errors, 0.0), reference.windows
     batch = min(batch, len(windows))
     starts = range(0, len(windows), batch)
     batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
+    vocabulary = {name: jnp.asarray(np.asarray(errors[name]), jnp.float32) for name in errors if not is_linear(name)}
+    head = EMBEDDING if model.lm_head is None else HEAD
 
     @lru_cache(maxsize=1)  # of one block at a time: errors may have to be read
     def of_block(i: int) -> dict[str, Array]:
         return {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]}
 
-    def gradient(j: int, x: Array) -> Array:
-        part = reference.logp[starts[j] : starts[j] + batch]
-        logp = jnp.asarray(np.pad(part, [(0, batch - len(part)), (0, 0), (0, 0)]), jnp.float32)
-        return _head_gradient(top, x, logp, jnp.asarray(np.arange(batch) < len(part), jnp.float32))
+    def live(j: int) -> np.ndarray:
+        return np.arange(batch) < min(batch, len(windows) - starts[j])
+
+    def gradient(j: int, x: Array, top: Top) -> Array:
+        logp = np.pad(part := reference.logp[starts[j] : starts[j] + batch], [(0, batch - len(part)), (0, 0), (0, 0)])
+        pulled, share = _head_gradient(
+            top, vocabulary.get(head), x, jnp.asarray(logp, jnp.float32), jnp.asarray(live(j), jnp.float32)
+        )
+        if head in vocabulary:
+            total[head] += float(share) / len(NODES)
+        return pulled
+
+    def pull_back(i: int, j: int, block: Block, at: float, x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
+        pulled, shares = _pull_back(block, of_block(i), at, x, rope, g)
+        if i == 0 and EMBEDDING in vocabulary:
+            moved = vocabulary[EMBEDDING][batches[j]] * model.model.embed_tokens.scale
+            total[EMBEDDING] += float(jnp.vdot(pulled, moved)) / len(NODES)
+        return pulled, shares
 
     for last, node in zip((False, True), NODES, strict=True):
+        there = _with_vocabulary(model, vocabulary, node)
         for i, j, shares in backward(
-            model,
+            there,
             batches,
             lambda i, block, x, rope, at=node: _forward(block, of_block(i), at, x, rope),
-            gradient,
-            lambda i, j, block, x, rope, g, at=node: _pull_back(block, of_block(i), at, x, rope, g),
+            lambda j, x, top=there.top(): gradient(j, x, top),
+            lambda i, j, block, x, rope, g, at=node: pull_back(i, j, block, at, x, rope, g),
         ):
             for name, share in shares.items():
                 total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
             if on_done is not None and last and i == 0:
-                on_done(min(batch, len(windows) - starts[j]))
+                on_done(int(live(j).sum()))
     return {name: max(share, 0.0) / windows.size for name, share in total.items()}
+
+
+def _with_vocabulary(model: Llama, errors: Mapping[str, Array], at: float) -> Llama:
+    """The model with `at` · ΔW added to its embedding and its head; itself where they do not change."""
+    if not errors:
+        return model
+    copy = shallow_copy(model)
+    for name, error in errors.items():
+        weight = copy.matrices()[name].weight
+        value = weight.get_value()
+        weight.set_value((value + at * error).astype(value.dtype))
+    return copy
 
 
 def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]) -> Block:
@@ -91,14 +120,17 @@ def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: 
 
 
 @jax.jit
-def _head_gradient(top: Top, x: Array, logp: Array, live: Array) -> Array:
-    """∂ Σ KL / ∂x of the hidden state that leaves the last block."""
+def _head_gradient(top: Top, error: Array | None, x: Array, logp: Array, live: Array) -> tuple[Array, Array]:
+    """∂ Σ KL / ∂x of the hidden state that leaves the last block, and ⟨∂ΣKL/∂W, ΔW⟩ of the head."""
 
-    def divergence(x: Array) -> Array:
-        q = jax.nn.log_softmax(top(x), axis=-1)
+    def divergence(x: Array, step: Array) -> Array:
+        logits = top(x)
+        if error is not None:
+            logits = logits + step * exact_product(top.norm(x), error)
+        q = jax.nn.log_softmax(logits, axis=-1)
         return jnp.sum(live[:, None, None] * jnp.exp(logp) * (logp - q))
 
-    return jax.grad(divergence)(x)
+    return jax.grad(divergence, argnums=(0, 1))(x, jnp.float32(0))
 
 
 @jax.jit

@@ -39,7 +39,10 @@ class Recipe:
         ('2.5bpw', (0, 16), 1)
     """
 
-    budget: str = _field("2.25bpw", "bits per weight (2.25bpw), bytes (900MB) or a device (device:8GiB,context=8192)")
+    budget: str = _field(
+        "2.25bpw",
+        "bits per weight of the linear layers (2.25bpw) or of all (2.5bpw:all), bytes (900MB) or a device (device:8GiB,context=8192)",
+    )
     seed: int = _field(0, "of the rotations' signs and of every sample")
     state_bits: int = _field(12, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")
     search_state_bits: int = _field(8, "of the trellis while options are measured")
@@ -56,6 +59,11 @@ class Recipe:
     ranks: tuple[int, ...] = _field((0, 4, 8, 16, 32, 64), "of L R to choose among; 0 is always one of them")
     factors: tuple[str, ...] = _field(
         (), "grids of L and R to choose among, or pairs: 'int-8,bf16'; empty = all that the target offers"
+    )
+    vocabulary: tuple[str, ...] = _field(
+        (),
+        "grids of the embedding and the head to choose among, under a budget that counts them (bytes, device, bpw:all); "
+        "[bf16] = kept; empty = all that the target offers",
     )
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
     exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
@@ -126,9 +134,10 @@ class Recipe:
             raise QLRError("recipe: target adapter is for the factors of a given backbone; give backbone_from")
         object.__setattr__(self, "target", "adapter" if self.backbone_from else self.target)
         target = _target(self.target)
-        for name, offered in (("backbones", target.backbones), ("factors", target.factors)):
+        for name, offered in (("backbones", target.backbones), ("factors", target.factors), ("vocabulary", target.vocabulary)):
             object.__setattr__(self, name, getattr(self, name) or offered)
         _check_options(self.backbones, self.ranks, self.factors, target)
+        _check_vocabulary(self.vocabulary, target)
         _check_budget(self.budget)
 
     @property
@@ -171,7 +180,7 @@ class Recipe:
         _check_names(changes)
         # another target, another default of what is chosen among
         old = _target(self.target)
-        defaults = {name: () for name in ("backbones", "factors") if getattr(self, name) == getattr(old, name)}
+        defaults = {name: () for name in ("backbones", "factors", "vocabulary") if getattr(self, name) == getattr(old, name)}
         return dataclasses.replace(self, **(defaults | changes))
 
 
@@ -233,9 +242,12 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             value = (value,)
         if isinstance(value, list | tuple):
             return tuple(_converted(name, "int" if "int" in kind else "str", entry) for entry in value)
-        wanted = "a list such as " + {"ranks": "[0, 8, 16]", "backbones": "[trellis-2, trellis-3]", "factors": "[trellis-2]"}.get(
-            name, "['*.mlp.*']"
-        )
+        wanted = "a list such as " + {
+            "ranks": "[0, 8, 16]",
+            "vocabulary": "[bf16, int-8g32]",
+            "backbones": "[trellis-2, trellis-3]",
+            "factors": "[trellis-2]",
+        }.get(name, "['*.mlp.*']")
     elif kind.startswith("dict"):
         if isinstance(value, dict):
             return dict(value)
@@ -323,6 +335,21 @@ def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: 
                         raise QLRError(f"{target.name} cannot hold {ranked} exactly; give ranks: [0], or factors: [{held}]")
         except QLRError as error:
             raise QLRError(f"recipe: {error}") from None
+
+
+def _check_vocabulary(grids: tuple[str, ...], target: Target) -> None:
+    from qlr_jax.core.spec import Spec, expand_backbones  # brings JAX along, as above
+
+    try:
+        for spec in (Spec.parse(text) for grid in grids for text in expand_backbones([grid])):
+            if spec.rotated or spec.rank:
+                rows = " (trellis-3/rows is)" if spec.quantizer().unit_scale else ""
+                raise QLRError(
+                    f"single rows of an embedding cannot be read from {spec}{rows}; give e.g. [bf16, int-8g32, int-4g32]"
+                )
+            target.check("vocabulary", spec, DIVISIBLE)
+    except QLRError as error:
+        raise QLRError(f"recipe: vocabulary: {error}") from None
 
 
 def _check_budget(budget: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fnmatch
 from dataclasses import dataclass
 
+from allocators.budget import Budget
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.targets import Target, find_target
-from qlr_jax.models import LlamaConfig, linear_names, parameter_count, shape_of
+from qlr_jax.models import LlamaConfig, linear_names, parameter_count, shape_of, vocabulary_names
 from qlr_jax.settings.limits import OUTPUTS_SHARE, WEIGHTS_SHARE, machine_memory
 from qlr_jax.settings.recipe import Recipe
 
@@ -21,6 +22,7 @@ class Settings:
 
     Attributes:
         matrices: name -> (out, in) of the linear layers to compress.
+        vocabulary: name -> (rows, columns) of the embedding and the head, where they are to be compressed too.
         sequence_length: tokens of one sequence of text.
         streaming: whether weights and statistics stay on disk and are read block by block.
         output_bytes: that the output Hessians of all matrices take in memory while they are summed.
@@ -31,6 +33,7 @@ class Settings:
     """
 
     matrices: dict[str, tuple[int, int]]
+    vocabulary: dict[str, tuple[int, int]]
     sequence_length: int
     streaming: bool
     output_bytes: int
@@ -40,12 +43,14 @@ class Settings:
     search: SolverConfig
 
     @classmethod
-    def of(cls, recipe: Recipe, config: LlamaConfig, memory: int | None = None) -> Settings:
+    def of(cls, recipe: Recipe, config: LlamaConfig, memory: int | None = None, whole: bool | None = None) -> Settings:
         """The recipe's settings for a model.
 
         Args:
             config: the model's shapes.
             memory: bytes that the machine has; None: this one's.
+            whole: whether embedding and head are compressed too, as far as other grids than bf16 are offered for them; None: where
+                the budget counts them.
 
         Raises:
             QLRError: a recipe whose patterns leave no matrix to compress.
@@ -60,8 +65,10 @@ class Settings:
         matrices = _matrices(recipe, config)
         output_bytes = sum(2 * 4 * rows**2 for rows, _ in matrices.values())  # the sums, and what they become
         weights = 4 * parameter_count(config)
+        whole = Budget.parse(recipe.budget).counts_all if whole is None else whole
         return cls(
             matrices,
+            _vocabulary(recipe, config) if whole else {},
             sequence_length(config, recipe.sequence_length),
             weights > WEIGHTS_SHARE * memory if recipe.streaming is None else recipe.streaming,
             output_bytes,
@@ -83,15 +90,21 @@ def sequence_length(config: LlamaConfig, asked: int | None = None) -> int:
     return asked or min(LONGEST, config.max_position_embeddings)
 
 
+def _chosen(recipe: Recipe, name: str) -> bool:
+    """Whether a name matches a pattern of `include`, if there is any, and none of `exclude`."""
+    inside = not recipe.include or any(fnmatch.fnmatch(name, p) for p in recipe.include)
+    return inside and not any(fnmatch.fnmatch(name, p) for p in recipe.exclude)
+
+
+def _vocabulary(recipe: Recipe, config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    if recipe.backbone_from or set(recipe.vocabulary) == {"bf16"}:
+        return {}
+    return {name: shape_of(config, name) for name in vocabulary_names(config) if _chosen(recipe, name)}
+
+
 def _matrices(recipe: Recipe, config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """The linear layers that match a pattern of `include`, if there is any, and none of `exclude`."""
-
-    def chosen(name: str) -> bool:
-        inside = not recipe.include or any(fnmatch.fnmatch(name, p) for p in recipe.include)
-        return inside and not any(fnmatch.fnmatch(name, p) for p in recipe.exclude)
-
     names = linear_names(config)
-    found = {name: shape_of(config, name) for name in names if chosen(name)}
+    found = {name: shape_of(config, name) for name in names if _chosen(recipe, name)}
     if not found:
         patterns = f"include {list(recipe.include)}, exclude {list(recipe.exclude)}"
         raise QLRError(f"no linear layer is left by {patterns}; pass other patterns: names look like {names[0]}")

@@ -21,7 +21,7 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
-from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
+from qlr_jax.models import Llama, LlamaConfig, find_folder, is_linear, tensor_names
 from qlr_jax.models.config import read_config_json
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names, open_tensors
@@ -31,6 +31,7 @@ from qlr_jax.paths import local
 FORMAT_VERSION = 1
 RUNTIME = "modeling_qlr.py"
 RUNTIME_CLASS = "QLRForCausalLM"
+VOCABULARY_RUNTIME = 7  # the first runtime that reads a packed embedding or head
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
     "length": trellis.LENGTH,
@@ -64,7 +65,8 @@ def save_packed(
     Args:
         out: the folder to write; it may exist if it is empty but for `job/`.
         model: the original, whose other tensors (embeddings, norms, head, linear layers not in `matrices`) are kept in bf16.
-        matrices: linear layer's name -> its compressed weight. One whose spec is `bf16` is stored as a plain weight.
+        matrices: name of a linear layer, of the embedding or of the head -> its compressed weight. One whose spec is
+            `bf16` is stored as a plain weight.
         source: the original folder, or GGUF file: its config, tokenizer, chat template and generation config are taken over.
         settings: of what JSON has, recorded under "settings" in config.json's quantization_config, for people.
         extra_config: further top-level entries of config.json, e.g. {"base_model": …}.
@@ -194,6 +196,8 @@ def array_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         found["component_scale"] = ((spec.rank,), np.dtype(np.float16))
     if spec.has_scale:
         found["scale"] = ((1,), np.dtype(np.float32))
+    if spec.by_rows:
+        found["row_scales"] = ((rows,), np.dtype(np.float16))
     if layout.signs:
         found |= {"output_signs": ((rows,), np.dtype(np.float16)), "input_signs": ((cols,), np.dtype(np.float16))}
     return found
@@ -202,11 +206,13 @@ def array_shapes(layout: Layout) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
 def _entries(model: Llama, matrices: Mapping[str, QLRMatrix]) -> dict[str, Entry]:
     """Every tensor of the folder, in the order of the model."""
     tensors = model.tensors()
-    linears = model.linears()
+    known = model.matrices()
     entries: dict[str, Entry] = {}
     for name in matrices:
-        if name not in linears:
-            raise QLRError(f"{name!r} is no linear layer of this model; give names such as {next(iter(linears))!r}")
+        if name not in known:
+            raise QLRError(f"{name!r} is no matrix of this model; give names such as {next(iter(known))!r}")
+        if not is_linear(name) and not matrices[name].is_by_rows:
+            raise QLRError(f"{name}: single rows cannot be read from {matrices[name].spec}; store it as e.g. int-4g32")
     for name, param in tensors.items():
         linear = name.removesuffix(".weight")
         value = matrices.get(linear, param.get_value())
@@ -250,10 +256,11 @@ def _config(
 
 
 def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
-    """Of the oldest runtime that reads all of their quantizers; one that is older still refuses the folder."""
+    """Of the oldest runtime that reads all of them; one that is older still refuses the folder."""
     specs = [Spec.parse(spec) for spec in {matrix.layout.spec for matrix in matrices.values()}]
     quantizers = [q for spec in specs for q in (spec.quantizer(), *(spec.factor_quantizers() if spec.rank else ()))]
-    return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers)])
+    vocabulary = [VOCABULARY_RUNTIME for name, m in matrices.items() if not is_linear(name) and m.layout.spec != "bf16"]
+    return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers), *vocabulary])
 
 
 def _open(out: str | Path, plain: bool = False) -> tuple[Path, LlamaConfig, dict[str, Layout]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from qlr_jax import calibration
+from qlr_jax.calibration import RowMetric
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
@@ -15,6 +16,8 @@ from qlr_jax.pipelines.source import Source
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity import Statistics
 from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, machine_memory
+
+VOCABULARY_TOKENS = 8192  # that the metrics of embedding and head are measured on, or four a column
 
 Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
 """kind -> (name, array) -> the same array, on disk."""
@@ -33,11 +36,11 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
     Raises:
         QLRError: too little text, more than 1 % of the sequences not finite, or logits that are not.
     """
-    recipe, model, names = source.recipe, source.model, list(source.weights)
+    recipe, model, names = source.recipe, source.model, list(source.settings.matrices)
     keep = spill if spill is not None and source.settings.streaming else lambda kind: lambda name, array: array
     tokens = calibration_tokens(source, text)
     if recipe.hessians_from:
-        sizes = {name: w.shape[1] for name, w in source.weights.items()}
+        sizes = {name: shape[1] for name, shape in source.settings.matrices.items()}
         hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
     else:
         hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
@@ -52,6 +55,10 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
                 f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
                 "machine's memory): all outputs count alike"
             )
+    if source.settings.vocabulary:
+        metrics = _vocabulary_metrics(source, tokens, progress)
+        hessians |= {name: checked_hessian(m.hessian, len(m.hessian)) for name, m in metrics.items()}
+        outputs |= {name: m.row_weights for name, m in metrics.items()}
     sample = reference(model, calibration.subsample(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
     if np.isnan(sample.perplexity):
         raise QLRError(
@@ -73,7 +80,7 @@ def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, kee
         outputs = calibration.output_hessians(
             source.model,
             calibration.subsample(tokens, recipe.output_tokens),
-            list(source.weights),
+            list(source.settings.matrices),
             seed=recipe.seed,
             progress=stage.advance,
             keep=lambda name, g: keep(name, checked_hessian(g, len(g), "outputs")),
@@ -81,6 +88,16 @@ def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, kee
     if outputs.left_out:
         progress.say(f"calibrating: outputs: {outputs.summary()}")
     return outputs
+
+
+def _vocabulary_metrics(source: Source, tokens: np.ndarray, progress: Progress) -> dict[str, RowMetric]:
+    """The metrics of embedding and head, on as much text as they need."""
+    recipe, config = source.recipe, source.model.config
+    counts = np.bincount(tokens.reshape(-1), minlength=config.vocab_size)
+    sample = calibration.subsample(tokens, min(recipe.output_tokens, max(VOCABULARY_TOKENS, 4 * config.hidden_size)))
+    with progress.stage("calibrating: vocabulary", total=config.num_hidden_layers) as stage:
+        found = calibration.vocabulary_metrics(source.model, sample, counts=counts, seed=recipe.seed, progress=stage.advance)
+    return {name: found[name] for name in source.settings.vocabulary}
 
 
 def calibration_tokens(source: Source, text: str) -> np.ndarray:
@@ -93,7 +110,7 @@ def calibration_tokens(source: Source, text: str) -> np.ndarray:
     if not text.strip():
         raise QLRError("the calibration text is empty; give text that resembles what the model will read")
     available = len(calibration.encode(text, tokenizer)) // (length - 1 if tokenizer.bos_token_id is not None else length)
-    sequences, inputs = min(recipe.sequences, available), max(w.shape[1] for w in source.weights.values())
+    sequences, inputs = min(recipe.sequences, available), max(shape[1] for shape in source.settings.matrices.values())
     if sequences < 1 or (sequences * length < inputs and not recipe.force):
         raise QLRError(
             f"the calibration text gives {sequences} sequences of {length} tokens, fewer tokens than the {inputs} inputs of the "

@@ -10,7 +10,7 @@ from allocators.strategies import DEFAULT
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import Comparison, divergence
-from qlr_jax.models import kind_of, layer_of
+from qlr_jax.models import is_linear, kind_of, layer_of
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.pipelines.stages.solve import solutions_of
 from qlr_jax.run.workspace import Key
@@ -44,7 +44,8 @@ def refine(
     groups: dict[str, set[str]] = {}
     for name in problem.table.index:
         groups.setdefault(f"kind {kind_of(name)}", set()).add(name)
-        groups.setdefault(f"layer {layer_of(name)}", set()).add(name)
+        if is_linear(name):
+            groups.setdefault(f"layer {layer_of(name)}", set()).add(name)
     start, others = candidates[DEFAULT].plan, [c.plan for name, c in candidates.items() if name != DEFAULT]
     with run.progress.stage("refining", total=run.recipe.refine) as stage:
         found = allocators.refine(

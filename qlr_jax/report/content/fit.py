@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from allocators.budget import FIXED
 from qlr_jax.report.words import (
     MISSING,
     is_number,
@@ -14,7 +15,6 @@ from qlr_jax.report.words import (
 )
 
 HEADS = ("", "before", "after")
-FIXED = "norms and other fixed tensors"  # stored with the weights and counted there
 ADVICE = (
     "The budget was in bits per weight, so nothing here says whether the model fits a device: "
     "--budget device:8GiB,context=8192 would count weights, key-value cache and working memory against one."
