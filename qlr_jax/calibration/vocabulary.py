@@ -83,7 +83,7 @@ def vocabulary_metrics(
         gradients[...] += np.asarray(_moments(g), np.float64)
 
     run = BackwardPass(model, tokens, batch, devices, labels)
-    for i, j, _ in run.watched(dict.fromkeys(range(config.num_hidden_layers), {}), "products", on_pulled):
+    for _, j, _ in run.watched({i: {} for i in range(config.num_hidden_layers)}, "products", on_pulled):
         if progress is not None and run.is_last(j):
             progress(1)
     seen = run.sequences_left * tokens.shape[1]

@@ -61,8 +61,7 @@ class Attribution:
 
 
 def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str], None] | None = None) -> Attribution:
-    """The cost of each matrix's error by one of `ATTRIBUTIONS`; that of embedding and head by "alone" where the method is not "path"
-    nor "error".
+    """The cost of each matrix's error by one of `ATTRIBUTIONS`; embedding and head by "alone" but for "path" and "error".
 
     Args:
         method: its name.

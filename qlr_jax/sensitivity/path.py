@@ -77,11 +77,12 @@ def path_shares(
 
     for last, node in zip((False, True), NODES, strict=True):
         there = _with_vocabulary(model, vocabulary, node)
+        top = there.top()
         for i, j, shares in backward(
             there,
             batches,
             lambda i, block, x, rope, at=node: _forward(block, of_block(i), at, x, rope),
-            lambda j, x, top=there.top(): gradient(j, x, top),
+            lambda j, x, top=top: gradient(j, x, top),
             lambda i, j, block, x, rope, g, at=node: pull_back(i, j, block, at, x, rope, g),
         ):
             for name, share in shares.items():

@@ -38,8 +38,8 @@ def row_errors(
 ) -> dict[str, float]:
     """The relative error √(Σ g_i e_i H e_iᵀ / Σ g_i w_i H w_iᵀ) of every spec.
 
-    Rows are drawn in proportion to g_i w_i H w_iᵀ; the mean of their own relative errors is then that of all. Grids that are rounded
-    to at once are solved on them; of those that are searched one rate is, and the others follow its rate curve.
+    Rows are drawn in proportion to g_i w_i H w_iᵀ; the mean of their own squared relative errors is then that of all. Grids that
+    are rounded to at once are solved on them; of those that are searched one rate is, and the others follow its rate curve.
 
     Args:
         weight: W (rows, n).

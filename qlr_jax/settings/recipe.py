@@ -41,7 +41,7 @@ class Recipe:
 
     budget: str = _field(
         "2.25bpw",
-        "bits per weight of the linear layers (2.25bpw) or of all (2.5bpw:all), bytes (900MB) or a device (device:8GiB,context=8192)",
+        "bits per weight, of linear layers (2.25bpw) or of all (2.5bpw:all); bytes (900MB); a device (device:8GiB,context=8192)",
     )
     seed: int = _field(0, "of the rotations' signs and of every sample")
     state_bits: int = _field(12, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")

@@ -15,7 +15,7 @@ under quantization_config in config.json, and for a model that is loaded already
 This one file needs torch, transformers and safetensors, nothing else, and travels with every folder. A weight W (out, in)
 is stored as
 
-    W ≈ g · Uᵀ (Q + L diag(s) R) V
+    W ≈ g · Uᵀ (Q + L diag(s) R) V,  or for an embedding, whose rows are read one by one,  W ≈ diag(g) Q V
 
 with Q, L and R on quantized grids, and U, V orthogonal: random signs, which come from a seed, times a Hadamard-like matrix,
 or the identity. A forward pass rotates x by V, multiplies by Q in tiles of rows and by R, then L, and rotates back by Uᵀ.
@@ -28,6 +28,7 @@ Every load compares weights and config.json with checksums.json, where the folde
 environment leaves that out. `torch.compile` takes the model, or a layer, without graph breaks.
 """
 
+import copy
 import hashlib
 import itertools
 import json
@@ -57,7 +58,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 6  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 7  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -255,6 +256,22 @@ class Part(Stored):
             (stop − start, cols).
         """
         raise NotImplementedError
+
+    def taken(self, bands: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Some bands of `height` rows, wherever they lie.
+
+        Args:
+            bands: their numbers, (b,).
+            dtype: of the result.
+
+        Returns:
+            (b, height, cols).
+        """
+        part = copy.copy(self)
+        # the first axis of all that is stored is that of rows, or of bands of them
+        part._buffers = {name: array[bands] for name, array in self._buffers.items() if array is not None}
+        part.rows = len(bands) * self.height
+        return part.decode(0, part.rows, dtype).view(len(bands), self.height, self.cols)
 
     def tiles(self, dtype: torch.dtype = torch.float32):
         """(start, stop, rows start … stop − 1), at most TILE_WEIGHTS weights at a time."""
@@ -701,7 +718,9 @@ def make_part(quantizer: str, rows: int, cols: int, height: int, state_bits: int
 
 # -------------------------------------------------------------------------------------------------- linear layer
 
-_SPEC = re.compile(r"(?P<backbone>[^/+@,]+)(?P<rot>/rot)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?")
+_SPEC = re.compile(
+    r"(?P<backbone>[^/+@,]+)(?P<rot>/rot|/rows)?(?:\+r(?P<rank>[0-9]+)@(?P<left>[^/+@,]+)(?:,(?P<right>[^/+@,]+))?)?"
+)
 
 
 class QLRLinear(Stored):
@@ -711,11 +730,13 @@ class QLRLinear(Stored):
         spec, shape, seed, rotation_block, state_bits, signs: as config.json records them for each matrix.
 
     Buffers, named as the tensors in the file: backbone.codes, backbone.scales, backbone.zeros, left.*, right.*,
-    component_scale (rank,) float16, scale (1,) float32, output_signs (out,) and input_signs (in,) float16; which of them are there
-    follows from the spec, and the last two from `signs`: sign vectors trained as real numbers, in place of those of the seed.
+    component_scale (rank,) float16, scale (1,) float32 or row_scales (out,) float16, output_signs (out,) and input_signs (in,)
+    float16; which of them are there follows from the spec, and the last two from `signs`: sign vectors trained as real numbers, in
+    place of those of the seed.
     """
 
     scale: torch.Tensor
+    row_scales: torch.Tensor
     component_scale: torch.Tensor
     bias: nn.Parameter | None
 
@@ -738,8 +759,11 @@ class QLRLinear(Stored):
         self.spec, self.seed, self.rotation_block = spec, seed, rotation_block
         backbone, self.rank = match["backbone"], int(match["rank"] or 0)
         self.backbone = make_part(backbone, rows, cols, tile_rows(rows, cols), state_bits)
-        self.rotated = bool(match["rot"]) or find_row(backbone)[0].always_rotated
-        if backbone != "bf16" or self.rank:
+        self.by_rows = match["rot"] == "/rows"
+        self.rotated = not self.by_rows and (bool(match["rot"]) or find_row(backbone)[0].always_rotated)
+        if self.by_rows:
+            self.store("row_scales", (rows,), torch.float16)
+        elif backbone != "bf16" or self.rank:
             self.store("scale", (1,), torch.float32)
         if self.rank:
             left, right = match["left"], match["right"] or match["left"]
@@ -758,7 +782,7 @@ class QLRLinear(Stored):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) -> (…, out), in x's type."""
         kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
-        if self.rotated:
+        if self.rotated or self.by_rows:
             input_signs, block = self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block)
             v = in_pieces(lambda x: transform(x.float() * input_signs, block).to(kind), x)
         else:
@@ -778,6 +802,8 @@ class QLRLinear(Stored):
                 y = y + z[0] @ left
             if "scale" in self._buffers:
                 y = y * self.scale
+            if self.by_rows:
+                y = y * self.row_scales.float()
             if output_signs is not None:
                 y = transform(y, block_size(self.out_features, self.rotation_block)) * output_signs
             if self.bias is not None:
@@ -798,8 +824,10 @@ class QLRLinear(Stored):
         device = next(self.buffers()).device
         weight = torch.empty(self.out_features, self.in_features, dtype=torch.float32 if self.rotated else dtype, device=device)
         for start, stop, rows in self._unrotated_rows():
-            if self.rotated:
-                rows = transform(rows, block_size(self.in_features, self.rotation_block)).mul_(self._signs(INPUT, device))
+            if self.rotated or self.by_rows:
+                rows = self._unrotated(rows)
+            if self.by_rows:
+                rows = rows.mul_(self.row_scales[start:stop, None].float())
             weight[start:stop] = rows
         if self.rotated:
             step = max(TILE_WEIGHTS // self.out_features, 1)
@@ -807,6 +835,10 @@ class QLRLinear(Stored):
                 rotated = transform_columns(columns, block_size(self.out_features, self.rotation_block))
                 columns.copy_(rotated.mul_(self._signs(OUTPUT, device)[:, None]))
         return weight.to(dtype)
+
+    def _unrotated(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows V (…, in)."""
+        return transform(rows, block_size(self.in_features, self.rotation_block)).mul_(self._signs(INPUT, rows.device))
 
     def _unrotated_rows(self):
         """(start, stop, rows start … stop − 1 of g (Q + L diag(s) R)) in float32."""
@@ -825,6 +857,67 @@ class QLRLinear(Stored):
             return stored.float()
         # cached in int8, but multiplying two types takes a processor several times as long
         return signs(self.seed, salt, self.out_features if salt == OUTPUT else self.in_features, device).float()
+
+
+class QLREmbedding(QLRLinear):
+    """Rows of W by their number, of which no others are decoded but those of their tiles; W x for the head that is tied to it.
+
+    Args:
+        spec, shape, others: as of `QLRLinear`; without factors, and outputs not rotated.
+        factor: what rows are multiplied by as they enter the model.
+        dtype: of rows, until the model is cast.
+
+    Raises:
+        ValueError: a spec that single rows cannot be read from.
+    """
+
+    def __init__(self, spec: str, shape: tuple[int, int], factor: float = 1.0, dtype: torch.dtype = torch.float32, **others):
+        super().__init__(spec, shape, **others)
+        if self.rank or self.rotated or self.backbone is None:
+            raise ValueError(f"single rows cannot be read from {spec}; export the folder again")
+        self.factor = factor
+        self.cast = nn.Module()  # `Stored` keeps the type of what is its own
+        self.cast.register_buffer("of", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens (…) -> (…, in), in the model's type."""
+        dtype = self.cast.of.dtype
+        rows = self.rows(tokens).to(dtype)
+        return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=dtype, device=rows.device)
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) -> W x (…, out), in x's type."""
+        return super().forward(x)
+
+    @torch.no_grad()
+    def rows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Rows of W, float32 (…, in)."""
+        part, flat = self.backbone, tokens.reshape(-1)
+        assert part is not None, "checked when it was made"
+        bands, where = torch.unique(flat // part.height, return_inverse=True)
+        found = torch.empty(len(flat), self.in_features, device=flat.device)
+        step = max(TILE_WEIGHTS // (part.height * part.cols), 1)
+        for start in range(0, len(bands), step):
+            tiles = part.taken(bands[start : start + step], torch.float32)
+            here = ((where >= start) & (where < start + step)).nonzero().view(-1)
+            found[here] = tiles[where[here] - start, flat[here] % part.height]
+        if self.by_rows:
+            found = self._unrotated(found).mul_(self.row_scales[flat, None].float())
+        elif "scale" in self._buffers:
+            found *= self.scale
+        return found.view(*tokens.shape, -1)
+
+
+class TiedHead(nn.Module):
+    """y = W x with the W of an embedding, which alone stores it."""
+
+    def __init__(self, embedding: QLREmbedding):
+        super().__init__()
+        self.embedding = (embedding,)  # no module of this one: it would be stored twice
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (…, in) -> (…, out), in x's type."""
+        return self.embedding[0].project(x)
 
 
 def in_pieces(work, *inputs: torch.Tensor) -> torch.Tensor:
@@ -935,6 +1028,9 @@ class QLRQuantizer(HfQuantizer):
             linear = model.get_submodule(name)
             if any(buffer.is_meta for buffer in linear.buffers()):
                 raise ValueError(f"{name} is offloaded, so it cannot be decoded; load the model with all of it on devices")
+            if isinstance(linear, QLREmbedding):
+                unpack_embedding(model, name, linear, dtype)
+                continue
             dense = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
             dense.weight = nn.Parameter(linear.dense(dtype), requires_grad=False)
             dense.bias = linear.bias
@@ -997,7 +1093,7 @@ globals().update({packed.__name__: packed for packed in PACKED.values()})
 
 
 def replace_linears(model: nn.Module, matrices: dict) -> None:
-    """Swap every linear layer that is stored packed; one whose spec is `bf16` is stored as a plain weight and stays."""
+    """Swap every matrix that is stored packed; one whose spec is `bf16` is stored as a plain weight and stays."""
     for name, entry in matrices.items():
         if entry["spec"] == "bf16":
             continue
@@ -1006,12 +1102,60 @@ def replace_linears(model: nn.Module, matrices: dict) -> None:
         except AttributeError:
             raise ValueError(f"config.json describes {name}, which this model does not have; the folder is damaged") from None
         shape = list(entry["shape"])
+        if isinstance(old, nn.Embedding):
+            pack_embedding(model, name, old, entry)
+            continue
         if not isinstance(old, nn.Linear) or [old.out_features, old.in_features] != shape:
             raise ValueError(f"config.json gives {name} the shape {shape}, but the model has {old}; the folder is damaged")
         with torch.device(old.weight.device):
             new = QLRLinear(**entry)
         new.bias = old.bias
         model.set_submodule(name, new)
+
+
+def pack_embedding(model: nn.Module, name: str, old: nn.Embedding, entry: dict) -> None:
+    """Swap an embedding that is stored packed, and the head with it where the two are tied.
+
+    Args:
+        model: that it is in.
+        name: of the embedding.
+        old: the embedding as transformers made it.
+        entry: how it is stored, as config.json has it.
+    """
+    shape = list(entry["shape"])
+    if [old.num_embeddings, old.embedding_dim] != shape:
+        raise ValueError(f"config.json gives {name} the shape {shape}, but the model has {old}; the folder is damaged")
+    with torch.device(old.weight.device):
+        new = QLREmbedding(**entry, factor=float(getattr(old, "scalar_embed_scale", 1.0)), dtype=old.weight.dtype)
+    model.set_submodule(name, new)
+    if model.config.tie_word_embeddings:
+        model.lm_head = TiedHead(new)
+        # there is no weight of either any more that transformers could tie
+        model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+
+
+def unpack_embedding(model: nn.Module, name: str, packed: QLREmbedding, dtype: torch.dtype) -> None:
+    """Put transformers' own embedding in the place of a packed one, and a head that shares its weight where the two are tied.
+
+    Args:
+        model: that it is in.
+        name: of the embedding.
+        packed: the embedding.
+        dtype: of the decoded weight.
+    """
+    plain = type(model).__mro__[2] if isinstance(model, Packed) else type(model)
+    with torch.device("meta"):
+        blank = plain(copy.deepcopy(model.config)).get_submodule(name)
+    blank.weight = nn.Parameter(packed.dense(dtype), requires_grad=False)
+    if getattr(blank, "embed_scale", None) is not None:
+        blank.embed_scale = torch.tensor(packed.factor)
+    model.set_submodule(name, blank)
+    if isinstance(getattr(model, "lm_head", None), TiedHead):
+        head = nn.Linear(packed.in_features, packed.out_features, bias=False, device="meta")
+        head.weight = blank.weight
+        model.lm_head = head
+        del model._tied_weights_keys
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 
 
 _TYPES = {
