@@ -46,8 +46,8 @@ class Adapted:
 
     @property
     def matrices(self) -> dict[str, QLRMatrix]:
-        """Every packed matrix by its linear layer's name, as `save_packed` takes them."""
-        weights = {name: linear.weight.get_value() for name, linear in self.value.linears().items()}
+        """Every packed matrix by its name, an embedding and a head among them, as `save_packed` takes them."""
+        weights = {name: matrix.weight.get_value() for name, matrix in self.value.matrices().items()}
         return {name: value for name, value in weights.items() if isinstance(value, QLRMatrix)}
 
     @property

@@ -103,7 +103,7 @@ def take_apart(
     grid: str | None = None,
     added_grid: str | None = None,
 ) -> tuple[Student, ParameterTree, Llama]:
-    """A compressed model as what is trained and what is not.
+    """A compressed model as what is trained and what is not; an embedding or head that is packed is not.
 
     Args:
         model: packed.
@@ -127,12 +127,14 @@ def take_apart(
         own = added_grid if name in added else grid
         matrices[name], values[name], base = split_matrix(name, matrix, train, rank, added.get(name), own)
         linears[name].weight.set_value(base)
-    for linear in linears.values():  # a matrix kept in bf16 is decoded as well
-        if hasattr(value := linear.weight.get_value(), "dense"):
-            linear.weight.set_value(value.dense())
+    packed = {name for name, param in frame.tensors().items() if isinstance(param.get_value(), QLRMatrix)}
+    for matrix in frame.matrices().values():  # one kept in bf16, a packed embedding and a packed head are decoded as well
+        if hasattr(value := matrix.weight.get_value(), "dense"):
+            matrix.weight.set_value(value.dense())
     norms = tuple(name for name in frame.tensors() if name.endswith("norm.weight"))
     values |= {name: {"norm": frame.tensors()[name].get_value().astype(jnp.float32)} for name in norms}
-    embeddings = tuple(name for name in EMBEDDINGS if name in frame.tensors()) if "embeddings" in train else ()
+    plain = tuple(name for name in EMBEDDINGS if name in frame.tensors() and name not in packed)
+    embeddings = plain if "embeddings" in train else ()
     for name in embeddings:
         weight = dense(frame.tensors()[name].get_value(), jnp.float32)
         size = jnp.sqrt(jnp.mean(jnp.square(weight)))

@@ -89,11 +89,11 @@ def solve_rows(
     parts: list[dict[str, np.ndarray]] = []
     error, energy = np.empty(m), np.empty(m)
     for rows, slab in _slabs(weight / np.float32(unit)):
-        codes, scales, own, *squares = _round_slab(
+        codes, scales, own, squares = _round_slab(
             slab, factor, metric.hessian, correction, quantizer.traced(), metric.rotation and metric.rotation[0],
             static=quantizer.static(), block=metric.rotation[1] if metric.rotation else 0, refit=config.backbone_scale == "fitted",
         )  # fmt: skip
-        part = quantizer.pack(np.asarray(codes), tuple(np.asarray(s) for s in scales))
+        part = quantizer.pack(np.asarray(codes), scales)
         if spec.by_rows:
             part["row_scales"] = np.asarray(own)
         parts.append(part)
@@ -158,7 +158,7 @@ def _round_slab(
     static: Quantizer,
     block: int,
     refit: bool,
-) -> tuple[Array, QParams, Array, Array, Array]:
+) -> tuple[Array, QParams, Array, tuple[Array, ...]]:
     """Codes, the grid's own scales, scales of rows, and of every row e H eᵀ and w H wᵀ."""
     m, n = weight.shape
     w = weight if sign is None else hadamard.rotate(weight, sign, block)
@@ -181,8 +181,8 @@ def _round_slab(
         stored = (size * fitted * correction).astype(jnp.float16)
         q, w = q * (stored.astype(jnp.float32) / correction), w * size
         size = stored
-    squares = (jnp.sum(jnp.matmul(x, hessian[0], precision="highest") * x, axis=-1) for x in (w - q, w))
-    return codes[0], scales, size[:, 0], *squares
+    squares = tuple(jnp.sum(jnp.matmul(x, hessian[0], precision="highest") * x, axis=-1) for x in (w - q, w))
+    return codes[0], scales, size[:, 0], squares
 
 
 def _relative(error: np.ndarray, energy: np.ndarray) -> float:

@@ -27,7 +27,7 @@ from qlr_jax.formats.dense import SNIPPET, bytes_of, check_type, complete, dense
 from qlr_jax.formats.files import SHARD_BYTES, Entry, staged, with_type, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
 from qlr_jax.formats.targets import CT_INTEGERS, Target, find_target
-from qlr_jax.models import kind_of, layer_of
+from qlr_jax.models import is_linear, kind_of, layer_of
 from qlr_jax.models.sites import BY_KIND
 from qlr_jax.paths import local, output_folder
 
@@ -105,8 +105,12 @@ def export_compressed_tensors(
 
 
 def _integers(values: Mapping[str, Any], target: Target) -> dict[str, QLRMatrix]:
-    """Linear layer's name -> its matrix, for those with an integer backbone; QLRError for one that the format cannot represent."""
-    matrices = {name.removesuffix(".weight"): v for name, v in values.items() if isinstance(v, QLRMatrix)}
+    """Linear layer's name -> its matrix, for those with an integer backbone; QLRError for one that the format cannot represent.
+
+    A packed embedding or head is none of them: it is decoded.
+    """
+    named = {name.removesuffix(".weight"): value for name, value in values.items()}
+    matrices = {name: value for name, value in named.items() if isinstance(value, QLRMatrix) and is_linear(name)}
     for name, matrix in matrices.items():
         target.check(name, matrix.spec, matrix.shape)
     return {name: matrix for name, matrix in matrices.items() if matrix.spec.backbone in CT_INTEGERS}

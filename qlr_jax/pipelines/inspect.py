@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.formats.qlr.packed import read_config, read_matrices
+from qlr_jax.models import is_linear
 from qlr_jax.paths import local
 
 
@@ -28,9 +29,11 @@ def inspect(out: str | Path) -> dict[str, Any]:
         for name, matrix in matrices.items()
     ]
     total, count = sum(r["bytes"] for r in rows), sum(r["shape"][0] * r["shape"][1] for r in rows)
+    linear = [(r["bytes"], r["shape"][0] * r["shape"][1]) for r in rows if is_linear(r["name"])]
     settings = {k: v for k, v in read_config(out)[1].items() if k != "matrices"}
     size = sum(f.stat().st_size for f in local(out).glob("*.safetensors"))
     return {
         "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
-        "bits_per_weight": 8 * total / count if count else None, "safetensors_bytes": size,
+        "bits_per_weight": 8 * sum(size for size, _ in linear) / sum(n for _, n in linear) if linear else None,
+        "safetensors_bytes": size,
     }  # fmt: skip

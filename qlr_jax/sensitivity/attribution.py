@@ -82,7 +82,7 @@ def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str]
     if vocabulary := [name for name in errors if not is_linear(name)]:
         alone = knockout(model, {name: errors[name] for name in vocabulary}, case.reference, on_done)
         linear = replace(case, errors=LazyMap([n for n in errors if is_linear(n)], errors.__getitem__))
-        shares = attribute(method, linear, seed=seed, on_done=on_done).kl | alone
+        shares = {**attribute(method, linear, seed=seed, on_done=on_done).kl, **alone}
         return Attribution({name: shares[name] for name in errors})
     if method == "kronecker":
         if missing := [n for n in errors if n not in case.outputs]:

@@ -111,12 +111,16 @@ def model_tensors(model: Llama, plain: str) -> dict[str, Tensor]:
         )
     for name, param in model.tensors().items():
         value, linear = param.get_value(), name.removesuffix(".weight")
-        if linear in linears:
+        blocks = isinstance(value, QLRMatrix) and TARGETS["gguf"].holds(value.spec, value.shape)
+        if linear in linears or blocks:
             kind = "BF16"
             if isinstance(value, QLRMatrix):
                 TARGETS["gguf"].check(linear, value.spec, value.shape)
                 kind = gguf_type(value.spec)
             make = lambda n=linear, v=value: reorder(_backbone(n, v), n, config)  # noqa: E731
+        elif isinstance(value, QLRMatrix):  # an embedding or a head that no block holds is decoded
+            kind = plain
+            make = lambda n=name, v=value, k=kind: plain_rows(n, v.dense(), k)  # noqa: E731
         else:
             kind = plain if value.ndim == 2 else "F32"
             make = lambda n=name, v=value, k=kind: plain_rows(n, v, k)  # noqa: E731

@@ -46,7 +46,7 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.quantizers import auto as known_methods
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -877,11 +877,11 @@ class QLREmbedding(QLRLinear):
             raise ValueError(f"single rows cannot be read from {spec}; export the folder again")
         self.factor = factor
         self.cast = nn.Module()  # `Stored` keeps the type of what is its own
-        self.cast.register_buffer("of", torch.empty(0, dtype=dtype), persistent=False)
+        self.cast.register_buffer("to", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (…) -> (…, in), in the model's type."""
-        dtype = self.cast.of.dtype
+        dtype = next(self.cast.buffers()).dtype
         rows = self.rows(tokens).to(dtype)
         return rows if self.factor == 1.0 else rows * torch.tensor(self.factor, dtype=dtype, device=rows.device)
 
@@ -1092,7 +1092,7 @@ QLRForCausalLM = PACKED[LlamaForCausalLM]
 globals().update({packed.__name__: packed for packed in PACKED.values()})
 
 
-def replace_linears(model: nn.Module, matrices: dict) -> None:
+def replace_linears(model: PreTrainedModel, matrices: dict) -> None:
     """Swap every matrix that is stored packed; one whose spec is `bf16` is stored as a plain weight and stays."""
     for name, entry in matrices.items():
         if entry["spec"] == "bf16":
@@ -1113,7 +1113,7 @@ def replace_linears(model: nn.Module, matrices: dict) -> None:
         model.set_submodule(name, new)
 
 
-def pack_embedding(model: nn.Module, name: str, old: nn.Embedding, entry: dict) -> None:
+def pack_embedding(model: PreTrainedModel, name: str, old: nn.Embedding, entry: dict) -> None:
     """Swap an embedding that is stored packed, and the head with it where the two are tied.
 
     Args:
@@ -1131,10 +1131,11 @@ def pack_embedding(model: nn.Module, name: str, old: nn.Embedding, entry: dict) 
     if model.config.tie_word_embeddings:
         model.lm_head = TiedHead(new)
         # there is no weight of either any more that transformers could tie
-        model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+        model._tied_weights_keys = None  # pyright: ignore[reportAttributeAccessIssue]  as transformers' own classes without a head do
+        model.all_tied_weights_keys = {}
 
 
-def unpack_embedding(model: nn.Module, name: str, packed: QLREmbedding, dtype: torch.dtype) -> None:
+def unpack_embedding(model: PreTrainedModel, name: str, packed: QLREmbedding, dtype: torch.dtype) -> None:
     """Put transformers' own embedding in the place of a packed one, and a head that shares its weight where the two are tied.
 
     Args:

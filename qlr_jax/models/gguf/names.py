@@ -13,7 +13,7 @@ import numpy as np
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.llama import frequencies
-from qlr_jax.models.names import parts_of, tensor_names
+from qlr_jax.models.names import kind_of, tensor_names
 from qlr_jax.models.sites import SITES
 
 LINEARS = {
@@ -82,7 +82,7 @@ def rope_factors(config: LlamaConfig) -> np.ndarray:
 def _rotary_heads(name: str, config: LlamaConfig) -> int | None:
     """The heads of a layer whose rows llama.cpp orders otherwise; None for all other layers."""
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-    return heads.get(parts_of(name)[1]) if config.family in INTERLEAVED else None
+    return heads.get(kind_of(name)) if config.family in INTERLEAVED else None
 
 
 def _block_names(family: str) -> Mapping[str, str]:
