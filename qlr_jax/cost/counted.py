@@ -16,7 +16,7 @@ from qlr_jax.cost.machine import Machine
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
 from qlr_jax.models.sites import siblings
 from qlr_jax.settings.recipe import Recipe
-from qlr_jax.settings.resolved import Settings
+from qlr_jax.settings.resolved import Settings, vocabulary_tokens
 
 CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration, of a backward pass, of a comparison
 
@@ -119,6 +119,11 @@ class Counted:
     def measured(self) -> int:
         """Tokens on which KL is measured."""
         return self.windows * self.length
+
+    @property
+    def vocabulary_tokens(self) -> int:
+        """Tokens on which the metrics of embedding and head are measured."""
+        return max(1, vocabulary_tokens(self.config, self.recipe) // self.length) * self.length
 
     @property
     def output_sequences(self) -> int:

@@ -33,8 +33,8 @@ class Part:
 
 
 STAGES = (
-    "load", "calibrate: gradients", "calibrate: inputs", "calibrate: outputs", "calibrate: reference", "measure: spectra",
-    "measure: probes", "measure: attribution", "solve", "judge", "refine", "evaluate", "save",
+    "load", "calibrate: gradients", "calibrate: inputs", "calibrate: outputs", "calibrate: vocabulary", "calibrate: reference",
+    "measure: spectra", "measure: probes", "measure: attribution", "solve", "judge", "refine", "evaluate", "save",
 )  # fmt: skip
 RUNTIME = 520_000_000  # bytes of Python, JAX and what loading a model imports
 CODE = 4_600_000  # bytes that one compiled function keeps, on a CPU
@@ -44,7 +44,16 @@ COPIES = {"weights": 14.0, "hessian": 8.0, "output": 7.5}
 
 def memory(job: Counted) -> list[Part]:
     """All parts of all stages."""
-    return [*_load(job), *_inputs(job), *_outputs(job), *_reference(job), *_measure(job), *_solve(job), *_comparisons(job)]
+    return [
+        *_load(job),
+        *_inputs(job),
+        *_outputs(job),
+        *_vocabulary(job),
+        *_reference(job),
+        *_measure(job),
+        *_solve(job),
+        *_comparisons(job),
+    ]
 
 
 def temporary(job: Counted) -> int:
@@ -96,6 +105,20 @@ def _outputs(job: Counted) -> Iterator[Part]:
     yield Part(stage, "G of one block while summed", device=summed)
     yield Part(stage, "copies of the largest G in float64 while it is checked", host=24 * max(sizes) ** 2)
     yield from _backward(job, stage, job.output_sequences)
+
+
+def _vocabulary(job: Counted) -> Iterator[Part]:
+    sizes = [m * n for m, n in job.settings.vocabulary.values()]
+    if not sizes:
+        return
+    yield Part("load", "embedding and head, a float32 copy", host=4 * sum(sizes), kept=True)
+    yield from _backward(job, "calibrate: vocabulary", max(1, job.vocabulary_tokens // job.length))
+    yield Part(
+        "measure: attribution",
+        "errors of embedding and head, and what they are moved to",
+        host=12 * max(sizes),
+        device=8 * max(sizes),
+    )
 
 
 def _reference(job: Counted) -> Iterator[Part]:

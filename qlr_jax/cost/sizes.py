@@ -10,6 +10,8 @@ from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.prices import price_options
 from qlr_jax.models import tensor_names
 
+COMPRESSED = "linear layers, embedding and head"
+
 
 def budget_and_sizes(job: Counted) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
     """Where the budget lies in the range of what the recipe offers, and the model's sizes before and at it."""
@@ -36,8 +38,11 @@ def budget_and_sizes(job: Counted) -> tuple[dict[str, Any], dict[str, dict[str, 
         if name.removesuffix(".weight") not in job.linear_names:
             part = {"model.embed_tokens.weight": "embeddings", "lm_head.weight": "head"}.get(name, "norms and biases")
             kinds[part] += math.prod(shape)
+    chosen = sum(math.prod(shape) for shape in job.settings.vocabulary.values())
+    if chosen:  # what of the budget goes to which is for the allocation to say
+        kinds = {COMPRESSED: sum(kinds.values()) - kinds["norms and biases"], "norms and biases": kinds["norms and biases"]}
     sizes = {part: {"before": 2 * count, "after": 2 * count} for part, count in kinds.items()}
-    kept = 2 * (job.linear_weights - job.weights)
-    sizes["linear layers"]["after"] = kept + (least if limit is None else limit)
+    first = next(iter(kinds))
+    sizes[first]["after"] = 2 * (kinds[first] - job.weights - chosen) + (least if limit is None else limit)
     sizes["whole"] = {when: sum(part[when] for part in sizes.values()) for when in ("before", "after")}
     return found, sizes

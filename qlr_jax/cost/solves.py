@@ -56,6 +56,17 @@ def plan_solves(job: Counted, name: str) -> Work:
     return found
 
 
+def vocabulary_solves(job: Counted, state_bits: int) -> Work:
+    """One solve each of embedding and head on a trellis, row by row (`core.rows`)."""
+    found = Work()
+    for m, n in job.settings.vocabulary.values():
+        cost = job.backbone.for_backbone((m, n), state_bits).search_cost
+        once = m * n
+        found += Work(products=10 * m * n * n, placed=once, factored=n**3 / 3 + 256 * n * n, compiled=6)
+        found += Work(searched=cost.shared * cost.time, alone=(1 - cost.shared) * cost.time) * once
+    return found
+
+
 def _alike(job: Counted) -> list[tuple[tuple[str, tuple[int, int]], int, int]]:
     """((kind, shape), matrices, kinds) of what is batched together: small matrices of one shape whatever their kind."""
     found: dict[Any, list[Any]] = {}

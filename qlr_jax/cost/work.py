@@ -9,7 +9,7 @@ from qlr_jax.core.ldlq import row_group
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.counted import BACKWARD, Counted
 from qlr_jax.cost.rates import Work
-from qlr_jax.cost.solves import plan_solves, probe_solves
+from qlr_jax.cost.solves import plan_solves, probe_solves, vocabulary_solves
 from qlr_jax.models import parameter_count
 
 COMPILED = {"load": 14, "calibrate": 24, "shape": 8}  # functions: in a stage as such, for a shape that is measured
@@ -41,9 +41,15 @@ def work(job: Counted) -> dict[str, Work]:
     found["calibrate: reference"] = score
     found["measure: spectra"] = sum((_profile(job, shape) * count for (_, shape), count in job.groups.items()), Work())
     found["measure: probes"] = probe_solves(job)
+    if job.settings.vocabulary:
+        found["calibrate: vocabulary"] = Work(
+            products=(3 * body + 4 * head) * job.vocabulary_tokens,
+            passed=(3 * soft + 60 * config.vocab_size) * job.vocabulary_tokens,
+            compiled=COMPILED["calibrate"] / 2,
+        )
     found["measure: attribution"] = _attribution(job, body, head, soft, score)
     solved = dict.fromkeys(job.recipe.strategy if name == DEFAULT else name for name in solved_strategies())
-    found["solve"] = sum((plan_solves(job, name) for name in solved), Work())
+    found["solve"] = sum((plan_solves(job, name) + vocabulary_solves(job, job.recipe.state_bits) for name in solved), Work())
     decode, models = Work(passed=40 * job.weights), len(solved_strategies())
     found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens

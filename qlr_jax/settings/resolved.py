@@ -13,6 +13,7 @@ from qlr_jax.models import LlamaConfig, linear_names, parameter_count, shape_of,
 from qlr_jax.settings.limits import OUTPUTS_SHARE, WEIGHTS_SHARE, machine_memory
 from qlr_jax.settings.recipe import Recipe
 
+VOCABULARY_TOKENS = 8192  # the metrics of two matrices need fewer than those of all
 LONGEST = 2048  # tokens of a sequence where nothing else is asked for
 
 
@@ -88,6 +89,16 @@ def sequence_length(config: LlamaConfig, asked: int | None = None) -> int:
         (256, 128)
     """
     return asked or min(LONGEST, config.max_position_embeddings)
+
+
+def vocabulary_tokens(config: LlamaConfig, recipe: Recipe) -> int:
+    """Tokens of calibration text at most that the metrics of embedding and head are measured on: four a column at least.
+
+    Example:
+        >>> vocabulary_tokens(LlamaConfig(512, 64, 96, num_hidden_layers=1, num_attention_heads=2), Recipe(output_tokens=4096))
+        4096
+    """
+    return min(recipe.output_tokens, max(VOCABULARY_TOKENS, 4 * config.hidden_size))
 
 
 def _chosen(recipe: Recipe, name: str) -> bool:

@@ -16,8 +16,7 @@ from qlr_jax.pipelines.source import Source
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity import Statistics
 from qlr_jax.settings.limits import OUTPUTS_SHARE, REFERENCE_BYTES, machine_memory
-
-VOCABULARY_TOKENS = 8192  # that the metrics of embedding and head are measured on, or four a column
+from qlr_jax.settings.resolved import vocabulary_tokens
 
 Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
 """kind -> (name, array) -> the same array, on disk."""
@@ -94,7 +93,7 @@ def _vocabulary_metrics(source: Source, tokens: np.ndarray, progress: Progress) 
     """The metrics of embedding and head, on as much text as they need."""
     recipe, config = source.recipe, source.model.config
     counts = np.bincount(tokens.reshape(-1), minlength=config.vocab_size)
-    sample = calibration.subsample(tokens, min(recipe.output_tokens, max(VOCABULARY_TOKENS, 4 * config.hidden_size)))
+    sample = calibration.subsample(tokens, vocabulary_tokens(config, recipe))
     with progress.stage("calibrating: vocabulary", total=config.num_hidden_layers) as stage:
         found = calibration.vocabulary_metrics(source.model, sample, counts=counts, seed=recipe.seed, progress=stage.advance)
     return {name: found[name] for name in source.settings.vocabulary}
