@@ -15,7 +15,7 @@ UNITS = {"B": 1} | {
     prefix + unit: base**power for power, prefix in enumerate("KMGT", start=1) for unit, base in (("B", 1000), ("iB", 1024))
 }
 KV_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp8": 1, "int8": 1}
-EXAMPLES = "'2.25bpw', '2.5bpw:all', '900MB' or 'device:8GiB,context=8192'"
+EXAMPLES = "'2.25bpw', '900MB', 'device:8GiB,context=8192', or '2.5bpw:all' for embedding and head too"
 FIXED = "norms and other fixed tensors"
 
 

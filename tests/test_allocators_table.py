@@ -268,6 +268,21 @@ def test_byte_budgets_count_the_whole_model():
         Budget.parse("1.3KB").on(table(head=True))
 
 
+def test_bits_of_the_whole_model_count_all_rows_and_fixed_tensors():
+    weights, fixed = 4 * 640 + 1000, ModelFacts(fixed_bytes=100)
+    problem = Budget.parse("6bpw:all").on(table(head=True), fixed)
+    assert problem.items == {"budget": 6 * (weights + 50) // 8, "norms and other fixed tensors": -100}
+    assert problem.limit == sum(problem.items.values()) and not problem.keeps_original
+    assert len(problem.table["lm_head"].options) == 3 and str(problem.budget) == "6bpw:all" and problem.budget.counts_all
+    assert Budget.parse(" 16 bpw : all").on(table(head=True), fixed).keeps_original
+    assert not Budget.parse("6bpw").counts_all and Budget.parse("6MB").counts_all
+    for text, side in (("2bpw:all", "below"), ("15.9bpw:all", "above")):
+        with pytest.raises(Infeasible, match=f"{text} is {side} the table's range") as refused:
+            Budget.parse(text).on(table(head=True), fixed)
+        for end in re.findall(r"[\d.]+bpw:all", str(refused.value))[1:]:
+            Budget.parse(end).on(table(head=True), fixed)
+
+
 def test_device_budgets_are_itemised():
     problem = Budget.parse("device:10KB,context=16,batch=2,kv=fp8").on(table())
     cache = 2 * 2 * 2 * 4 * 16 * 2

@@ -28,6 +28,7 @@ class RowMetric:
     row_weights: np.ndarray
 
 
+# one piece: its inner functions add to the sums of one pass
 def vocabulary_metrics(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],

@@ -35,6 +35,7 @@ NO_BOUND = "rows that have weights of their own carry no bound"
 HALF_RANGE = float(np.finfo(np.float16).max)
 
 
+# one piece: a slab is solved with what is made once for all of them, and its arrays are joined
 def solve_rows(
     weight: np.ndarray,
     hessian: np.ndarray,

@@ -18,6 +18,7 @@ from qlr_jax.models.llama import Block, Rope, Top, exact_product, shallow_copy
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 
 
+# one piece: its inner functions add to the shares of one pass
 def path_shares(
     model: Llama,
     errors: Mapping[str, np.ndarray],
