@@ -14,7 +14,7 @@ from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.pipelines.inspect import inspect
 from qlr_jax.pipelines.measure import sensitivity
 from qlr_jax.pipelines.run import Outcome, Run
-from qlr_jax.pipelines.source import open_source, own_rows
+from qlr_jax.pipelines.source import open_source, saved_table
 from qlr_jax.pipelines.texts import Files, Texts
 from qlr_jax.progress import Progress
 from qlr_jax.run.facts import job_facts
@@ -106,11 +106,9 @@ def _job(
         with session.stage("load", "loading"):
             source = open_source(model, recipe)
             stages.check_texts(source, texts.calibration, texts.held_out)
-            table = None if table is None else own_rows(table, source.prices)
+            table = None if table is None else saved_table(table, source)
             # what cannot be met is refused before the work begins
             budget.on(constraints.on(source.prices if table is None else table))
-            if table is not None:
-                Sensitivity(table).check(source.prices, source.settings.target.nbytes)
         facts = job_facts(source.folder, recipe, texts.calibration, texts.held_out, table, constraints)
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))

@@ -17,6 +17,7 @@ from qlr_jax.cost.prices import price_options
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.sensitivity import Sensitivity
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings
 
@@ -82,15 +83,21 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
     return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones)
 
 
-def own_rows(table: allocators.OptionTable, prices: allocators.OptionTable) -> allocators.OptionTable:
+def saved_table(table: allocators.OptionTable, source: Source) -> allocators.OptionTable:
     """A saved table for the job at hand: without the rows of embedding and head where its budget does not count them.
 
     Args:
         table: as it was saved; a table is measured for budgets of all kinds.
-        prices: the job's own.
+        source: of the job.
+
+    Raises:
+        QLRError: a table of another model, target or version.
     """
-    kept = table.select(lambda row: row.counted or row.name in prices.index)
-    return table if kept is None or len(kept.rows) == len(table.rows) else replace(kept, model=prices.model)
+    kept = table.select(lambda row: row.counted or row.name in source.prices.index)
+    if kept is not None and len(kept.rows) < len(table.rows):
+        table = replace(kept, model=source.prices.model)
+    Sensitivity(table).check(source.prices, source.settings.target.nbytes)
+    return table
 
 
 def _given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, Weight]:
