@@ -211,7 +211,7 @@ def _entries(model: Llama, matrices: Mapping[str, QLRMatrix]) -> dict[str, Entry
     for name in matrices:
         if name not in known:
             raise QLRError(
-                f"{name!r} is no linear layer, embedding or head of this model; give names such as {next(iter(known))!r}"
+                f"{name!r} is no linear layer of this model, nor embedding or head; its names are such as {next(iter(known))!r}"
             )
         if not is_linear(name) and not matrices[name].is_by_rows:
             raise QLRError(f"{name}: single rows cannot be read from {matrices[name].spec}; store it as e.g. int-4g32")
