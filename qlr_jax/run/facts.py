@@ -11,6 +11,7 @@ import jax
 
 import qlr_jax
 from allocators import OptionTable
+from qlr_jax.models.checkpoint import weight_files
 from qlr_jax.models.gguf.file import read_gguf
 from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
@@ -65,10 +66,10 @@ def digest_text(text: str) -> str:
 
 
 def digest_model(folder: Path) -> str:
-    """What tells one model folder, or GGUF file, from another: its configuration, size and both ends of every file of weights."""
+    """What tells one model folder, or GGUF file, from another: its configuration, size and both ends of every file that is read."""
     gguf = read_gguf(folder) if folder.is_file() else None
     digest = hashlib.sha256(b"" if gguf else (folder / "config.json").read_bytes())
-    for path in gguf.paths if gguf else sorted(folder.glob("*.safetensors")):
+    for path in gguf.paths if gguf else weight_files(folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:

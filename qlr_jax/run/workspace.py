@@ -32,7 +32,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr.packed import JOB
-from qlr_jax.models.folder import read_tensor
+from qlr_jax.models.checkpoint import read_tensor
 from qlr_jax.run.facts import completed
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"

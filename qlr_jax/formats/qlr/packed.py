@@ -22,9 +22,10 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, tensor_names
-from qlr_jax.models.config import read_config_json
+from qlr_jax.models.checkpoint import open_tensors
+from qlr_jax.models.config import carried, read_config_json
 from qlr_jax.models.families import FAMILIES
-from qlr_jax.models.folder import check_names, open_tensors
+from qlr_jax.models.folder import check_names
 from qlr_jax.models.llama import unpacked
 from qlr_jax.paths import local
 
@@ -84,7 +85,7 @@ def save_packed(
         shutil.copyfile(Path(__file__).with_name(RUNTIME), folder / RUNTIME)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        raw = read_config_json(source)
+        raw = carried(read_config_json(source), model.config)
         write_json(folder / "config.json", _config(raw, matrices, settings, extra_config))
         write_checksums(folder)
     return out
