@@ -57,7 +57,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 6  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 7  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -552,7 +552,8 @@ def state_values(count: int, state_bits: int) -> torch.Tensor:
 
 def state_gain(count: int) -> float:
     """What a state's hash is multiplied by where a sequence has `count` bytes, in float32 as the code is defined."""
-    gain = 1.0 + 0.1 * min(max(8 * count / LENGTH - 2.0, 0.0), 1.0)
+    bits = 8 * count / LENGTH
+    gain = 1.0 + 0.1 * min(max(bits - 2.0, 0.0), 1.0) + 0.075 * min(max(bits - 4.0, 0.0), 2.0)
     return (torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")).item()
 
 

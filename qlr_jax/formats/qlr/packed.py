@@ -254,7 +254,7 @@ def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
     """Of the oldest runtime that reads all of their quantizers; one that is older still refuses the folder."""
     specs = [Spec.parse(spec) for spec in {matrix.layout.spec for matrix in matrices.values()}]
     quantizers = [q for spec in specs for q in (spec.quantizer(), *(spec.factor_quantizers() if spec.rank else ()))]
-    return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers)])
+    return max([Quantizer.runtime_version, *(q.needs_runtime for q in quantizers)])
 
 
 def _open(out: str | Path, plain: bool = False) -> tuple[Path, LlamaConfig, dict[str, Layout]]:
