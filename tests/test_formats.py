@@ -187,6 +187,7 @@ def to_torch(array):
 
 
 def test_constants_are_one_and_the_same():
+    import torch
 
     from qlr_jax.formats.qlr import modeling_qlr as runtime
 
@@ -200,13 +201,6 @@ def test_constants_are_one_and_the_same():
     for sixteenths in range(16, 97):
         gain = np.float32(Spec.parse(f"trellis-{sixteenths / 16:g}").quantizer().gain) / np.float32(147.8)
         assert runtime.state_gain(2 * sixteenths) == gain
-
-
-def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
-    def of(*specs):
-        return _runtime_version({spec: random_matrix(spec, (16, 32)) for spec in specs})
-
-    assert of("trellis-4", "int-8g32", "bf16") == 5 < of("trellis-4", "trellis-2+r4@trellis-4.0625") == 7
     for bits in (2, 3, 4):
         np.testing.assert_array_equal(np.float32(runtime.normal_levels(bits)), normal_float.levels(bits))
     magnitudes, _, _, roots = (table.numpy() for table in runtime.lattice_tables())
@@ -215,6 +209,13 @@ def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
     code = torch.arange(2**16)
     points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte())
     np.testing.assert_array_equal(points, lattice.shifted_points(jnp.arange(2**16)))  # every point there is
+
+
+def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
+    def of(*specs):
+        return _runtime_version({spec: random_matrix(spec, (16, 32)) for spec in specs})
+
+    assert of("trellis-4", "int-8g32", "bf16") == 5 < of("trellis-4", "trellis-2+r4@trellis-4.0625") == 7
 
 
 def test_working_memory_is_as_stated(monkeypatch):

@@ -104,6 +104,8 @@ class Trellis(Quantizer):
         return self.tile_rows, LENGTH // self.tile_rows
 
     def with_settings(self, tile_rows: int | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
+        if (tile_rows or self.tile_rows, state_bits) == (self.tile_rows, self.state_bits):
+            return self
         return replace(self, tile_rows=tile_rows or self.tile_rows, state_bits=state_bits)
 
     def for_backbone(self, shape: tuple[int, int] | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
