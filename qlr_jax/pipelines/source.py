@@ -17,6 +17,8 @@ from qlr_jax.cost.prices import price_options
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.models.identity import identity
+from qlr_jax.progress import Progress
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings
 
@@ -36,6 +38,7 @@ class Source:
         weights: name -> W (out, in), checked.
         prices: the option table with its exact bytes, no damage yet.
         backbones: name -> Q, where the recipe takes them from another model.
+        identity: where it lies, its name on the hub, and a digest of its weights (`models.identity`).
     """
 
     name: str
@@ -47,6 +50,7 @@ class Source:
     weights: Mapping[str, Weight]
     prices: allocators.OptionTable
     backbones: Mapping[str, Weight] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def locate(model: str | Path) -> Path:
@@ -77,7 +81,17 @@ def open_source(model: str | Path, recipe: Recipe) -> Source:
     backbones = _given_backbones(recipe.backbone_from, original, settings.streaming) if recipe.backbone_from else {}
     name = BUNDLED_NAME if folder == BUNDLED else str(model)
     prices = price_options(config, recipe, settings)
-    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones)
+    known = identity(folder, name)
+    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known)
+
+
+def say_whose(table: allocators.OptionTable, source: Source, progress: Progress) -> None:
+    """Say so where a saved table was measured on another model of the same shapes."""
+    measured = table.notes.get("original") or {}
+    if measured.get("digest") not in (None, source.identity["digest"]):
+        progress.say(
+            f"the table was measured on {measured.get('path')}, another model than {source.name}: its damages are that one's"
+        )
 
 
 def _given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, Weight]:

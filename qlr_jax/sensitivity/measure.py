@@ -70,6 +70,7 @@ class Sensitivity:
             raise QLRError(f"the table has no row {missing[0]}; measure this model again, or exclude that matrix")
 
 
+# most of the lines say what the arguments are
 def measure(
     model: Llama,
     statistics: Statistics,
