@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 from allocators.errors import AllocationError
 
@@ -110,10 +111,13 @@ class Row:
         Raises:
             AllocationError: where the row does not offer it.
         """
-        for option in self.options:
-            if option.spec == spec:
-                return option
+        if (option := self._by_spec.get(spec)) is not None:
+            return option
         raise AllocationError(f"row {self.name} does not offer {spec}; it offers {few(o.spec for o in self.options)}")
+
+    @cached_property
+    def _by_spec(self) -> dict[str, Option]:
+        return {option.spec: option for option in self.options}
 
     def bits(self, option: Option) -> float:
         """Stored bits per weight of one of its options."""

@@ -72,7 +72,7 @@ def compress(
         QLRError, allocators.AllocationError: one sentence on what cannot be used; nothing is written then.
     """
     session = Session(out, command, resume, cluster, progress, sources=[model])
-    texts, asked = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget)
+    texts, asked = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget).located()
     return _job(model, asked, texts, session, table, constraints or Constraints())
 
 
@@ -90,6 +90,7 @@ def demo(
     return _job(BUNDLED, Recipe.of(recipe or DEMO, budget), Texts.standard_library(), session, None, Constraints())
 
 
+# the story, best read in one piece
 @one_blas_thread()
 def _job(
     model: str | Path,
@@ -100,16 +101,16 @@ def _job(
     constraints: Constraints,
 ) -> JobResult:
     one_loop_at_a_time()
-    recipe = recipe.located()
     budget = allocators.Budget.parse(recipe.budget)
     with session:
         with session.stage("load", "loading"):
             source = open_source(model, recipe)
             stages.check_texts(source, texts.calibration, texts.held_out)
-            table = None if table is None else saved_table(table, source)
+            table = None if table is None else saved_table(table, source, session.progress)
             # what cannot be met is refused before the work begins
             budget.on(constraints.on(source.prices if table is None else table))
-        facts = job_facts(source.folder, recipe, texts.calibration, texts.held_out, table, constraints)
+        known = texts.calibration, texts.held_out, table, constraints
+        facts = job_facts(source.identity, source.model.config, recipe, *known)
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
         session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target})

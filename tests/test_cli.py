@@ -279,7 +279,7 @@ def test_compress_for_other_formats(calls):
     recipe = calls.kwargs["recipe"]
     assert (
         recipe.target == "gguf"
-        and recipe.backbones == ("int-8g32", "int-4g32", "int-3g256", "int-2g256")
+        and recipe.backbones == ("int-8g32", "int-4g32", "int-3g256", "int-2g256", "bf16")
         and calls.kwargs["resume"]
     )
     given = ["--backbone-from", "dense", "--hessians", "h"]

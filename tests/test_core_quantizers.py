@@ -83,7 +83,12 @@ def test_error_is_that_of_its_rate(case, x):
     """Within a small factor of 4^-b, the limit of a Gaussian source, and not below it."""
     quantizer, values, _, _ = case
     error = np.mean(np.square(np.asarray(values, np.float64) - x), axis=(1, 2)) / np.mean(np.square(x), axis=(1, 2))
-    known = {"bf16": 2.0**-16, "none": 1.0, "int-1": 0.45}
+    known = {
+        "bf16": 2.0**-16,
+        "none": 1.0,
+        "int-1": 0.45,
+        "trellis-5.5625": 14 * 4.0**-5.5625,
+    }  # 6 state bits are few for that rate
     assert (error <= known.get(quantizer.name, (4 if quantizer.unit_scale else 6) * 4.0**-quantizer.bits)).all(), error
     assert (error > (0 if quantizer.name == "bf16" else 0.9 * 4.0**-quantizer.bits)).all()  # nor better than theory allows
 
@@ -302,7 +307,7 @@ def test_transposed_lattice(bits, shape):
 
 # --- the trellis
 
-RATES = [Fraction(1), Fraction(17, 16), Fraction(3, 2), Fraction(9, 4), Fraction(4)]
+RATES = [Fraction(1), Fraction(17, 16), Fraction(3, 2), Fraction(9, 4), Fraction(4), Fraction(95, 16), Fraction(6)]
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +331,7 @@ def test_sequences_close_and_are_read_from_bits(sequences, rate):
 
 
 def test_shifts_add_up():
-    for sixteenths in range(16, 65):
+    for sixteenths in range(16, 97):
         code = Trellis(Fraction(sixteenths, 16))
         assert code.shifts.sum() == 16 * sixteenths and set(code.shifts) <= {sixteenths // 16, -(-sixteenths // 16)}
 
@@ -340,7 +345,7 @@ def viterbi(x, shifts, values, start):
     return cost
 
 
-@pytest.mark.parametrize("rate", [Fraction(3, 2), Fraction(9, 4)])
+@pytest.mark.parametrize("rate", [Fraction(3, 2), Fraction(9, 4), Fraction(9, 2), Fraction(11, 2)])
 def test_search_is_optimal(sequences, rate):
     """The forward pass is the dynamic programme's; the closed sequence is within 2 % of the best over every tail-biting state."""
     code, states = found(sequences, rate)
@@ -395,10 +400,28 @@ def test_code_is_near_gaussian():
         ("5/2", 0.031, 0.048),
         ("3", 0.0156, 0.026),
         ("4", 0.0039, 0.0085),
+        ("5", 0.00098, 0.0023),
+        ("6", 0.00025, 0.0011),
     ],
 )
 def test_gaussian_error(rate, low, high):
     assert low < gaussian_error(Fraction(rate), 8) < high
+
+
+def test_every_rate_errs_less_than_the_one_before():
+    """Six decibels a bit, of which high rates lose little; between rates that are measured the prediction comes near."""
+    x = np.random.default_rng(3).standard_normal((32, LENGTH)).astype(np.float32)
+    errors = []
+    for sixteenths in range(48, 97, 2):
+        code = Trellis(Fraction(sixteenths, 16), state_bits=10)
+        states = _search_jit(jnp.asarray(x), jnp.asarray(code.shifts), 10, code.gain)
+        errors.append(float(np.mean(np.square(np.asarray(code_values(states, code.gain)) - x)) / np.mean(np.square(x))))
+        assert errors[-1] == pytest.approx(
+            gaussian_error(code.rate, 10) if code.bits.is_integer() else code.gaussian_error(), rel=0.06
+        )
+    assert (np.diff(errors) < 0).all()
+    over_limit = np.array(errors) * 4.0 ** np.arange(3, 6.001, 1 / 8)
+    assert 1.2 < over_limit[0] < 1.4 and over_limit[-1] < 2.0 and (over_limit[1:] < 1.1 * over_limit[:-1]).all()
 
 
 def test_more_states_are_better():
@@ -416,7 +439,7 @@ def test_transposed_rounding(sequences):
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Trellis(Fraction(9, 2)), r"trellis-4\.5 is not a rate; pass 1 to 4 bits in sixteenths, e\.g\. trellis-2\.25"),
+    (lambda: Trellis(Fraction(13, 2)), r"trellis-6\.5 is not a rate; pass 1 to 6 bits in sixteenths, e\.g\. trellis-2\.25"),
     (lambda: Trellis(Fraction(7, 3)), "is not a rate"),
     (lambda: Trellis(Fraction(2), state_bits=5), "5 state bits is not offered; pass 6 to 16"),
     (lambda: Trellis(Fraction(2), state_bits=17), "17 state bits is not offered"),

@@ -26,7 +26,7 @@ from qlr_jax.core.quantizers.trellis import code_values
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats import check_files, export_dense, load, read_matrices, save_packed
-from qlr_jax.formats.qlr.packed import CODES, FORMAT_VERSION, array_shapes
+from qlr_jax.formats.qlr.packed import CODES, FORMAT_VERSION, _runtime_version, array_shapes
 from qlr_jax.models import KINDS, Llama, LlamaConfig, linear_names, load_model, parts_of, save_model, shape_of
 
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
@@ -134,7 +134,7 @@ DECODED = [
     *(f"int-{bits}{rest}" for bits, rest in zip(range(1, 9), ("", "g16", "g32a", "a", "g16a", "", "g32", "g20"), strict=True)),
     "int-3g16a/rot", "bf16", "bf16/rot", "none+r3@int-3", "none+r12@trellis-4,bf16", "int-4g16+r10@trellis-2.5",
     "trellis-2+r8@trellis-4", "nf-2", "nf-3g20", "nf-4g32/rot+r5@nf-4g16,nf-3", "e8-2", "e8-3", "e8-4", "e8-2+r6@e8-4",
-    "int-3+r3@e8-3,nf-2", "nf-4+r7@bf16,e8-2", "nvfp4", "nvfp4/rot+r5@nvfp4",
+    "int-3+r3@e8-3,nf-2", "nf-4+r7@bf16,e8-2", "nvfp4", "nvfp4/rot+r5@nvfp4", "trellis-5.5625", "trellis-6+r4@trellis-4.5",
 ]  # fmt: skip
 SETTINGS = [(0, 6), (32, 12), (16, 16)]  # rotation block, state bits
 
@@ -198,6 +198,9 @@ def test_constants_are_one_and_the_same():
         assert np.array_equal(runtime.signs(seed, salt, size).numpy(), hadamard.signs(seed, salt, size))
     values = runtime.state_values(80, 16).numpy()  # a walk of 256 weights at 2.5 bits
     np.testing.assert_array_equal(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain))
+    for sixteenths in range(16, 97):
+        gain = np.float32(Spec.parse(f"trellis-{sixteenths / 16:g}").quantizer().gain) / np.float32(147.8)
+        assert runtime.state_gain(2 * sixteenths) == gain
     for bits in (2, 3, 4):
         np.testing.assert_array_equal(np.float32(runtime.normal_levels(bits)), normal_float.levels(bits))
     magnitudes, _, _, roots = (table.numpy() for table in runtime.lattice_tables())
@@ -206,6 +209,13 @@ def test_constants_are_one_and_the_same():
     code = torch.arange(2**16)
     points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte())
     np.testing.assert_array_equal(points, lattice.shifted_points(jnp.arange(2**16)))  # every point there is
+
+
+def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
+    def of(*specs):
+        return _runtime_version({spec: random_matrix(spec, (16, 32)) for spec in specs})
+
+    assert of("trellis-4", "int-8g32", "bf16") == 5 < of("trellis-4", "trellis-2+r4@trellis-4.0625") == 7
 
 
 def test_working_memory_is_as_stated(monkeypatch):

@@ -29,6 +29,7 @@ CASES = [  # spec, shape, tokens, rotation block, state bits
     ("trellis-3", (40, 44), 1, 0, 16),
     ("trellis-3.3125", (16, 44), 8, 0, 16),  # eight weights a window, with shifts that differ from place to place
     ("trellis-4", (16, 96), 1, 32, 16),
+    ("trellis-5.9375", (16, 44), 1, 0, 16),  # four weights a window
     ("int-2g16", (70, 64), 1, 0, 12),
     ("int-2", (9, 50), 5, 0, 12),  # rows end within a word
     ("int-3g24a", (40, 96), 1, 0, 12),

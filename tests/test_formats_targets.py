@@ -69,7 +69,7 @@ def test_what_is_not_held_is_refused_with_what_is(target, spec, shape, says):
 def test_options_and_prices_are_those_of_the_target():
     shape, target = (64, 96), TARGETS["gguf"]
     offered = options(target.backbones, (0, 8), target.factors, shape, target.nbytes, target.holds)
-    assert offered == ["int-8g32", "int-8g32+r8@bf16", "int-4g32", "int-4g32+r8@bf16"]  # 96 inputs are no block of 256
+    assert offered == ["int-8g32", "int-8g32+r8@bf16", "int-4g32", "int-4g32+r8@bf16", "bf16"]  # 96 inputs are no block of 256
     mixed = options(("int-4g32", "trellis-2"), (0,), ("bf16",), shape, target.nbytes, target.holds)
     assert mixed == ["int-4g32"]
     with pytest.raises(QLRError, match=r"none of the backbones fits a \(8, 16\); exclude it"):

@@ -16,6 +16,7 @@ from allocators import AllocationError, OptionTable
 from qlr_jax import job
 from qlr_jax.errors import QLRError
 from qlr_jax.models import load_model
+from qlr_jax.models.identity import digest_model
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.pipelines.stages import calibrate
 from qlr_jax.progress import silent
@@ -166,9 +167,14 @@ def test_without_room_for_output_hessians_outputs_count_alike(tiny, text, monkey
     assert statistics.outputs == {} and "all outputs count alike" in said[0]
 
 
-def test_a_budget_that_the_original_fits_keeps_bf16(tiny, text, tmp_path):
+def test_a_budget_that_the_original_fits_keeps_bf16(tiny, text, tmp_path, monkeypatch):
     light = LIGHT.updated(backbones=("trellis-2",), ranks=(0,), budget="1GB")
-    result = job.compress(tiny, tmp_path / "out", calibration=text, recipe=light)
+    monkeypatch.chdir(tiny.parent)
+    result = job.compress(tiny.name, tmp_path / "out", calibration=text, recipe=light)
+    known = result.report["original"]  # what evaluate, verify and adapt look for, wherever they are called
+    assert known == {"name": tiny.name, "path": str(tiny), "hub": None, "revision": None, "digest": digest_model(tiny)}
+    settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["settings"]
+    assert settings["original"]["digest"] == known["digest"] and str(tiny) not in json.dumps(settings)
     assert {row["spec"] for row in result.report["matrices"]} == {"bf16"}
     tokens = jnp.arange(10)[None]
     assert float(jnp.abs(qlr.load(tmp_path / "out")(tokens) - load_model(tiny)(tokens)).max()) < 1e-5

@@ -241,7 +241,7 @@ def rewrite(folder, change):
 UP = "model.layers.1.mlp.up_proj.weight"
 DAMAGE = {
     "missing": (lambda a: a.pop(UP), f"lacks tensor {UP}"),
-    "extra": (lambda a: a.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(32, np.float32)}), "q_proj.bias"),
+    "extra": (lambda a: a.update({"model.layers.0.self_attn.q_norm.weight": np.zeros(32, np.float32)}), "q_norm.weight"),
     "shape": (lambda a: a.update({UP: np.zeros((32, 40), np.float32)}), r"up_proj.weight has shape \(32, 40\)"),
     "nan": (lambda a: a[UP].__setitem__((3, 5), np.nan), f"{UP} holds NaN"),
     "inf": (lambda a: a[UP].__setitem__((3, slice(2)), [np.inf, -np.inf]), f"{UP} holds NaN"),

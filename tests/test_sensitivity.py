@@ -16,6 +16,7 @@ from qlr_jax.core.solver import solve
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import divergence, reference
+from qlr_jax.formats.targets import TARGETS
 from qlr_jax.models import Llama, LlamaConfig, linear_names
 from qlr_jax.sensitivity import (
     ATTRIBUTIONS,
@@ -29,6 +30,7 @@ from qlr_jax.sensitivity import (
     profile,
     second_order,
 )
+from qlr_jax.sensitivity.anchors import anchors, probe
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -149,7 +151,7 @@ def test_options_offer_none_with_factors_only_and_nothing_that_saves_nothing():
     assert options(["int-8", "none"], [0, 31], ["bf16"], (32, 48)) == ["int-8"]
 
 
-@pytest.mark.parametrize("spec", ["trellis-2", "trellis-3+r8@trellis-2", "none+r16@trellis-4"])
+@pytest.mark.parametrize("spec", ["trellis-2", "trellis-3+r8@trellis-2", "none+r16@trellis-4", "trellis-5", "int-8g32"])
 def test_predictions_come_near_what_a_solve_reaches(activations, spec):
     rng = np.random.default_rng(0)
     u, v = (np.linalg.qr(rng.standard_normal((n, 96)))[0] for n in (128, 96))
@@ -161,6 +163,27 @@ def test_predictions_come_near_what_a_solve_reaches(activations, spec):
         solved = solve(weight, h, spec, output_hessian=output, state_bits=6).stats
         reached = solved["relative_error"] if output is None else solved["weighted_error"]
         assert predict(found, spec, 6) == pytest.approx(reached, rel=0.35)
+
+
+def test_near_lossless_options_are_predicted_not_solved():
+    """The default offers reach to the matrix as it is, and take no solve that rates up to 4 bits did not take."""
+    shape = (256, 256)
+
+    def offered(backbones):
+        return {
+            name: [Spec.parse(text) for text in options(backbones, [0, 8, 16], ["trellis-2", "trellis-4"], shape)] for name in NAMES
+        }
+
+    widest, narrow = offered(TARGETS["qlr"].backbones), offered(["trellis-1..4"])
+    assert {"trellis-4.0625", "trellis-6", "int-8g32", "bf16"} <= {str(spec) for spec in widest[NAMES[0]]}
+    assert all(spec.nbytes(shape) < 2 * 256 * 256 for spec in widest[NAMES[0]] if str(spec) != "bf16")
+    solved = [anchors(specs, {name: probe(listed) for name, listed in specs.items()}) for specs in (widest, narrow)]
+    assert solved[0] == solved[1]
+    found = profile(np.random.default_rng(0).standard_normal(shape).astype(np.float32), np.eye(256), 1)
+    errors = [predict(found, spec) for spec in ("trellis-4", "trellis-5", "trellis-6", "int-8g32", "bf16")]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.002
+    plain = offered(TARGETS["gguf"].backbones)
+    assert not {spec for _, spec in anchors(plain, {name: "int-3g256" for name in NAMES})} & {"int-8g32", "bf16"}
 
 
 def test_correction_takes_the_nearest_that_was_solved():

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.errors import QLRError
-from qlr_jax.models.folder import locate_tensor
+from qlr_jax.models.checkpoint import locate_tensor
 from qlr_jax.models.names import input_of, kind_of, layer_of
 from qlr_jax.models.sites import BY_KIND, siblings
 from qlr_jax.paths import local

@@ -8,6 +8,7 @@ from pathlib import Path
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.models.checkpoint import weight_files
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
 from qlr_jax.models.known import KNOWN
 from qlr_jax.paths import local
@@ -30,7 +31,7 @@ def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
     if (gguf := find_gguf(folder)) is not None:
         return LlamaConfig.from_hf(gguf), sum(path.stat().st_size for path in read_gguf(gguf).paths)
     if folder.is_dir():
-        return LlamaConfig.from_hf(folder), sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+        return LlamaConfig.from_hf(folder), sum(path.stat().st_size for path in weight_files(folder)) or None
     if folder.is_file():
         return LlamaConfig.from_hf(folder), None
     name = re.sub(r"^meta-|-(hf|instruct|chat)\b", "", text.rpartition("/")[2].lower())

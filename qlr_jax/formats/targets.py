@@ -2,8 +2,8 @@
 
 A target represents a backbone exactly, or not at all; factors become an adapter in bf16 beside it.
 
-    compressed-tensors   int codes of 2, 3, 4, 8 bits, unrotated; a scale a group of 32, 64, 128 or a row      vLLM, transformers
-    gguf                 int-4g32 = Q4_0, int-8g32 = Q8_0, int-3g256 = Q3_K, int-2g256 = Q2_K                  llama.cpp
+    compressed-tensors   int codes of 2, 3, 4, 8 bits, unrotated, a scale a group of 32, 64, 128 or a row; bf16  vLLM, transformers
+    gguf                 int-4g32 = Q4_0, int-8g32 = Q8_0, int-3g256 = Q3_K, int-2g256 = Q2_K, or bf16         llama.cpp
     adapter              factors of any quantizer on a given backbone, whose own bytes are not counted         qlr_jax, peft
     qlr                  every spec; the packed folder                                                         qlr_jax, transformers
 """
@@ -29,6 +29,7 @@ GGUF_BLOCKS = {
 CT_BITS, CT_GROUPS = (2, 3, 4, 8), (32, 64, 128, 0)
 # The backbones that compressed-tensors packs -> (bits, group).
 CT_INTEGERS = {f"int-{b}" + (f"g{group}" if group else ""): (b, group) for b in CT_BITS for group in CT_GROUPS}
+BFLOAT16 = "bf16"  # a matrix as it is: every format holds it
 ADAPTER = "bf16"  # the factors' quantizer that an adapter represents exactly, in two bytes a number
 
 
@@ -152,17 +153,17 @@ TARGETS = {
     for target in (
         Target(
             "qlr",
-            ("trellis-1..4",),
+            ("trellis-1..6", "int-8g32", BFLOAT16),
             ("trellis-2", "trellis-3", "trellis-4"),
             (),
             lambda spec, shape: "",
             lambda spec, shape: spec.nbytes(shape),
-            ("bf16", "int-8g32", "int-4g32", "trellis-2..4/rows"),
+            (BFLOAT16, "int-8g32", "int-4g32", "trellis-2..6/rows"),
             any_factors=True,
         ),
         Target(
             "compressed-tensors",
-            tuple(CT_INTEGERS),
+            (*CT_INTEGERS, BFLOAT16),
             (ADAPTER,),
             tuple(tuple(f"*{BY_KIND[kind].name}" for kind in group) for group in shared_inputs()),  # vLLM runs each as one matrix
             _ct_fault,
@@ -170,16 +171,16 @@ TARGETS = {
         ),
         Target(
             "gguf",
-            tuple(backbone for backbone, _, _ in GGUF_BLOCKS.values()),
+            (*(backbone for backbone, _, _ in GGUF_BLOCKS.values()), BFLOAT16),
             (ADAPTER,),
             (),
             _gguf_fault,
             _gguf_bytes,
-            ("bf16", *(backbone for backbone, _, _ in GGUF_BLOCKS.values())),
+            (BFLOAT16, *(backbone for backbone, _, _ in GGUF_BLOCKS.values())),
         ),
         Target(
             "adapter",
-            ("bf16",),
+            (BFLOAT16,),
             (ADAPTER, "int-8", "int-4"),
             (),
             lambda spec, shape: "" if _plain(spec) else f"a given backbone is kept as it is, and {spec.backbone} is another",

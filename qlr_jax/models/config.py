@@ -2,30 +2,20 @@
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from qlr_jax.errors import QLRError
+from qlr_jax.models.attributes import changes_no_logit
+from qlr_jax.models.checkpoint import NAMED
 from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
+from qlr_jax.models.float8 import is_understood
 from qlr_jax.models.gguf.config import config_json
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
+from qlr_jax.models.rope import KEYS, ORIGINAL, RopeScaling, resolve_rope
 from qlr_jax.models.sites import BY_KIND
 from qlr_jax.paths import local
-
-# Attributes that change no logit here: they are read past, each by name, so that a new one is noticed.
-IRRELEVANT = frozenset({
-    "_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "attn_implementation", "transformers_version",
-    "architectures", "model_type", "dtype", "torch_dtype", "use_cache", "initializer_range", "pretraining_tp",
-    "attention_dropout", "pad_token_id", "return_dict", "output_hidden_states", "output_attentions",
-    "chunk_size_feed_forward", "id2label", "label2id", "num_labels", "problem_type", "unsloth_version", "unsloth_fixed",
-    "task_specific_params", "tokenizer_class", "max_length", "min_length", "do_sample", "temperature", "top_k", "top_p",
-    "repetition_penalty", "finetuning_task", "prefix", "torchscript", "use_bfloat16", "remove_invalid_values",
-    "keys_to_ignore_at_inference", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "typical_p",
-    "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences",
-    "output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
-    "begin_suppress_tokens", "exponential_decay_length_penalty", "decoder_start_token_id", "sep_token_id", "tf_legacy_loss",
-    "tie_last_hidden_states",
-})  # fmt: skip
 
 # Attributes that would change the logits: only these values are computed here, unless the family says otherwise.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -46,22 +36,16 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "auto_map": (None,),
 }
 
-ROPE_KEYS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+_QUANTIZED = ("quantization_config", "compression_config", "quantization")
+
+# Read by `resolve_rope` and `_check_layers`.
+_RESOLVED = ("layer_types", "rope_scaling", "rope_parameters", ORIGINAL)
+
+_HINTS = {
+    "gptq": "give the model that it was made of; GPTQ's weights count as --backbone-from once they are saved dense",
+    "awq": "give the model that it was made of; AWQ also scales norms and weights, so its dense weights are another model",
+    "qlr": "give the original, or `qlr evaluate`, `qlr generate` and `qlr adapt` this folder",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-    """How the rotary frequencies are scaled: `linear` (all by `factor`) or `llama3` (low frequencies only)."""
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +84,7 @@ class LlamaConfig:
         for name in SWITCHES:
             if getattr(self, name) and name not in self.traits.switches:
                 raise QLRError(f"config: {name} is {getattr(self, name)!r}, which a model of family {self.family!r} does not have")
-        for name in ("attention_bias", "mlp_bias"):
+        for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise QLRError(f"config: {name} is {getattr(self, name)!r}; true or false is needed")
         if self.sliding_window is not None and (type(self.sliding_window) is not int or self.sliding_window < 1):
@@ -117,11 +101,16 @@ class LlamaConfig:
                     f"{self.num_attention_heads}, and no head_dim is given; give head_dim"
                 )
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        for name in ("num_key_value_heads", "head_dim", "max_position_embeddings"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise QLRError(f"config: {name} is {getattr(self, name)!r}; a whole number of at least 1 is needed")
         if self.num_attention_heads % self.num_key_value_heads:
             raise QLRError(
                 f"config: num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
+        if isinstance(self.rms_norm_eps, bool) or not isinstance(self.rms_norm_eps, int | float) or self.rms_norm_eps < 0:
+            raise QLRError(f"config: rms_norm_eps is {self.rms_norm_eps!r}; a number such as 1e-6 is needed")
         if self.head_dim % 2:
             raise QLRError(f"config: head_dim {self.head_dim} is odd; rotary embeddings need an even one")
 
@@ -177,27 +166,36 @@ class LlamaConfig:
         return frozenset((*self.traits.biases, *switched))
 
     @classmethod
-    def from_hf(cls, source: dict[str, Any] | str | Path) -> "LlamaConfig":
+    def from_hf(cls, source: dict[str, Any] | str | Path, ignore: Collection[str] = ()) -> "LlamaConfig":
         """Read a config.json in the spelling of transformers 4 or 5, or a GGUF file's metadata.
 
         Args:
             source: the file, its folder, or the dictionary in it.
+            ignore: names of attributes that are not known here, or whose values are not supported, to go on without.
 
         Raises:
             QLRError: an unknown architecture, an unknown attribute, or a value that is not supported; names it.
+
+        Example:
+            >>> sizes = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4)
+            >>> raw = sizes | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "sharpness": 2.0}
+            >>> LlamaConfig.from_hf(raw, ignore=["sharpness"]).hidden_size
+            16
         """
         raw = dict(source) if isinstance(source, dict) else read_config_json(local(source))
         family = find_family(raw)
-        _refuse(raw, family)
+        _refuse(raw, family, ignore)
         raw = {**family.defaults, **raw}
-        theta, scaling = _rope(raw)
+        theta, scaling = resolve_rope(raw, raw.get("max_position_embeddings", cls.max_position_embeddings), ignore)
         values: dict[str, Any] = {"family": family.model_type, "rope_theta": theta, "rope_scaling": scaling}
         for name in _used(family):
             if name in values or name not in raw:
                 continue
             value = raw[name]
-            if value is None and name in ("num_key_value_heads", "head_dim"):
-                continue
+            if value is None and (name == "num_key_value_heads" or (name == "head_dim" and name not in family.defaults)):
+                continue  # as the number of heads says
+            if name in ("num_key_value_heads", "head_dim") and not value:  # of which 0 has a meaning of its own here
+                raise QLRError(f"config: {name} is {value!r}; a whole number of at least 1 is needed")
             values[name] = tuple(value) if isinstance(value, list) else value
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
         if missing:
@@ -212,7 +210,7 @@ class LlamaConfig:
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
         if self.rope_scaling is not None:
             rope["rope_type"] = self.rope_scaling.kind
-            rope |= {key: getattr(self.rope_scaling, key) for key in ROPE_KEYS[self.rope_scaling.kind]}
+            rope |= {key: getattr(self.rope_scaling, key) for key in KEYS[self.rope_scaling.kind]}
         scaled = None if self.rope_scaling is None else {k: v for k, v in rope.items() if k != "rope_theta"}
         eos = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
         head = {"architectures": [traits.architecture], "model_type": traits.model_type, "hidden_act": traits.activation}
@@ -225,13 +223,21 @@ class LlamaConfig:
 def read_config_json(path: Path) -> dict[str, Any]:
     """The content of config.json: that file or the one in a folder, or what a GGUF file's metadata say in its place.
 
+    Args:
+        path: of the file, or of its folder.
+
     Raises:
-        QLRError: there is none, or it is damaged.
+        QLRError: it is missing or holds no JSON object; says what else the folder holds.
     """
     if (gguf := find_gguf(path)) is not None:
         return config_json(read_gguf(gguf))
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
+        if (path / "adapter_config.json").is_file():
+            raise QLRError(
+                f"{path} is a LoRA adapter, not a model; merge it into its base with peft (merge_and_unload, then save_pretrained) "
+                "and give that folder"
+            )
         raise QLRError(f"{file} does not exist; give the folder of a Hugging Face Llama model, which holds a config.json")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
@@ -242,33 +248,72 @@ def read_config_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def carried(raw: dict[str, Any], config: LlamaConfig) -> dict[str, Any]:
+    """The config.json of a folder that holds a model read from another's: as it was, without what no longer is true of it.
+
+    That is: what was ignored, how and in which file the weights were stored, code of its own, and a second spelling.
+
+    Args:
+        raw: the other folder's.
+        config: what was read from it.
+    """
+    gone = (*_QUANTIZED, NAMED, "auto_map")
+    out = {name: value for name, value in raw.items() if name not in gone and not _problem(name, value, config.traits)}
+    try:
+        found = resolve_rope({**out, "rope_parameters": out.get("rope_parameters") or {}}, config.max_position_embeddings)
+        plain = found == (config.rope_theta, config.rope_scaling) and not (out.get("rope_scaling") and out.get("rope_parameters"))
+    except QLRError:
+        plain = False
+    if plain:
+        return out
+    out.pop(ORIGINAL, None)
+    return out | {name: value for name, value in config.to_hf().items() if name.startswith("rope_")}
+
+
 def _used(family: Family) -> list[str]:
     """The attributes of config.json that become fields of a LlamaConfig under the same name."""
     apart = {"family", "rope_scaling", *SWITCHES} - set(family.switches)
     return [field.name for field in dataclasses.fields(LlamaConfig) if field.name not in apart]
 
 
-def _refuse(raw: dict[str, Any], family: Family) -> None:
+def ignored(raw: dict[str, Any], ignore: Collection[str]) -> dict[str, Any]:
+    """Those of the named attributes that a config.json has, with their values; parameters of its rotary embedding among them."""
+    rope = raw.get("rope_scaling") or raw.get("rope_parameters")
+    found = {**(rope if isinstance(rope, dict) else {}), **raw}
+    return {name: found[name] for name in ignore if name in found}
+
+
+def _refuse(raw: dict[str, Any], family: Family, ignore: Collection[str]) -> None:
     """Fail closed: everything in the file is either used, known to change nothing, or has the one value we compute."""
-    for name in ("quantization_config", "compression_config"):
-        if raw.get(name) is not None:
-            method = raw[name].get("quant_method") if isinstance(raw[name], dict) else raw[name]
-            raise QLRError(
-                f"config attribute {name!r} says that the weights are quantized already ({method}); give the original model, "
-                "with weights in float32, float16 or bfloat16"
-            )
-    passed = IRRELEVANT | {"quantization_config", "compression_config", "layer_types", "rope_scaling", "rope_parameters"}
-    supported = {**SUPPORTED, "hidden_act": (family.activation,), **family.only}
+    for name in _QUANTIZED:
+        if raw.get(name) is not None and not is_understood(raw[name]):
+            method = raw[name].get("quant_method", "unknown method") if isinstance(raw[name], dict) else raw[name]
+            instead = _HINTS.get(method, "give the original model, with weights in float32, float16 or bfloat16")
+            raise QLRError(f"config attribute {name!r} says that the weights are quantized already ({method}); {instead}")
+    counts = {*_RESOLVED, "model_type", "architectures", "hidden_act", *_used(family), *family.only, *_QUANTIZED}
+    if refused := sorted(counts & set(ignore)):
+        raise QLRError(f"config attribute {refused[0]!r} counts, so it cannot be ignored; leave out --ignore-config {refused[0]}")
     for name, value in raw.items():
-        if name in passed or name in family.unread or name in _used(family):
-            continue
-        if name not in supported:
-            raise QLRError(
-                f"config attribute {name!r} (value {value!r}) is unknown in a {family.architecture}, "
-                "so the model cannot be imported faithfully"
-            )
-        if value not in supported[name]:
-            raise QLRError(f"config attribute {name!r} is {value!r}; only {supported[name][0]!r} is supported")
+        if name not in ignore and (problem := _problem(name, value, family)):
+            hint = "" if name in counts else f"; to go on without it, where it changes nothing: --ignore-config {name}"
+            raise QLRError(f"config attribute {name!r} {problem}{hint}")
+
+
+def _problem(name: str, value: Any, family: Family) -> str:
+    """Why an attribute of config.json is refused; empty for one that is used, changes nothing, or has the value we compute."""
+    if name in _RESOLVED or name in _QUANTIZED or name in family.unread or name in _used(family):
+        return ""
+    supported = {**SUPPORTED, "hidden_act": _spellings(family.activation), **family.only}
+    if name in supported:
+        return "" if value in supported[name] else f"is {value!r}; only {supported[name][0]!r} is supported"
+    if changes_no_logit(name, value):
+        return ""
+    return f"(value {value!r}) is unknown in a {family.architecture}, so the model cannot be imported faithfully"
+
+
+def _spellings(activation: str) -> tuple[str, ...]:
+    """The names that transformers has for one function."""
+    return (activation, "swish") if activation == "silu" else (activation,)
 
 
 def _check_layers(kinds: Any, config: LlamaConfig) -> None:
@@ -276,27 +321,3 @@ def _check_layers(kinds: Any, config: LlamaConfig) -> None:
     wanted = "full_attention" if config.sliding_window is None else "sliding_attention"
     if kinds is not None and kinds != [wanted] * config.num_hidden_layers:
         raise QLRError(f"config attribute 'layer_types' is {kinds!r}; only {wanted!r} for each of the layers is supported")
-
-
-def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Version 5 keeps theta and scaling in rope_parameters; version 4 has rope_theta and rope_scaling (type or rope_type)."""
-    given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-    theta = float(given.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0)
-    kinds = {given.pop(key) for key in ("rope_type", "type") if key in given} or {"default"}
-    if kinds == {None}:
-        kinds = {"default"}
-    kind = kinds.pop()
-    if kinds or kind not in ROPE_KEYS:
-        raise QLRError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_KEYS)}")
-    if given.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise QLRError("partial_rotary_factor other than 1.0 is not supported")
-    # Some files carry a factor of 1.0 beside the default type; nothing else may be left over.
-    if kind == "default" and given.get("factor", 1.0) in (1.0, None):
-        given.pop("factor", None)
-    unknown = [key for key in given if key not in ROPE_KEYS[kind]]
-    if unknown:
-        raise QLRError(f"rope parameter {unknown[0]!r} is unknown for rope type {kind!r}")
-    missing = [key for key in ROPE_KEYS[kind] if given.get(key) is None]
-    if missing:
-        raise QLRError(f"rope type {kind!r} needs {missing[0]!r}, which the config does not give")
-    return theta, None if kind == "default" else RopeScaling(kind=kind, **given)

@@ -188,4 +188,15 @@ def find_family(config: Mapping[str, Any]) -> Family:
         found = f"{first} with {found}" if any(first == f.architecture for f in FAMILIES.values()) else str(first)
     why = UNSUPPORTED.get(model_type) if isinstance(model_type, str) else None
     known = ", ".join(f.architecture for f in FAMILIES.values())
-    raise QLRError(f"architecture {found} is not supported{f': {why}' if why else ''}; give one of {known}")
+    raise QLRError(f"architecture {found} is not supported{f': {why}' if why else ''}{_inside(config)}; give one of {known}")
+
+
+def _inside(config: Mapping[str, Any]) -> str:
+    """What a multimodal wrapper says of the language model in it."""
+    inner = config.get("text_config") or config.get("llm_config") or config.get("language_config")
+    if not isinstance(inner, Mapping):
+        return ""
+    family = FAMILIES.get(inner.get("model_type", ""))
+    if family is None:
+        return f" (its text_config is a model of type {inner.get('model_type')!r})"
+    return f" (its text_config is a {family.architecture}, which could be compressed saved on its own)"

@@ -1,27 +1,29 @@
 """Hugging Face folders in and out: config.json, safetensors (one file or shards) and the tokenizer; GGUF files in."""
 
 import json
-import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # numpy learns bfloat16 before safetensors reads it
 import numpy as np
 
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
-from qlr_jax.models.config import LlamaConfig
+from qlr_jax.models.checkpoint import Reader, find_checkpoint, open_tensors
+from qlr_jax.models.config import LlamaConfig, ignored, read_config_json
+from qlr_jax.models.float8 import dequantized
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
 from qlr_jax.models.gguf.tensors import gguf_readers
 from qlr_jax.models.gguf.tokenizer import write_companions
 from qlr_jax.models.llama import Llama, unpacked
 from qlr_jax.models.names import tensor_names
+from qlr_jax.models.parity import differs
+from qlr_jax.models.rope import rope_note
 from qlr_jax.paths import local
 
 TOKENIZER_FILES = (
@@ -30,7 +32,7 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 # Buffers that old checkpoints store although the config determines them.
-_REDUNDANT = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+_REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def find_folder(source: str | Path) -> Path:
@@ -59,7 +61,14 @@ def find_folder(source: str | Path) -> Path:
         raise QLRError(f"{source} is neither a local folder nor a model that the hub delivers ({why})") from error
 
 
-def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = False) -> Llama:
+def load_model(
+    source: str | Path,
+    dtype: Any = jnp.float32,
+    *,
+    on_disk: bool = False,
+    ignore: Collection[str] = (),
+    note: Callable[[str], None] = lambda line: None,
+) -> Llama:
     """Import a folder (or hub name, or GGUF file) of a Llama or of a related family; weights are cast to `dtype`.
 
     With `on_disk` the blocks' tensors are read where they are used and not kept (`Llama.block`), so that memory does not grow with
@@ -69,21 +78,20 @@ def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = 
         source: the folder, or the hub's name.
         dtype: of weights and activations.
         on_disk: leave the blocks' tensors in their files.
+        ignore: names of attributes of config.json to go on without; where torch is installed, the logits of the first blocks are
+            then compared with transformers'.
+        note: is given, a sentence at a time, what a person should know of how the folder was read.
 
     Raises:
         QLRError: in one sentence, for a missing folder or config, an architecture or attribute that is not known, a truncated file,
-            tensors that are missing, unexpected or of another shape, and NaN or infinite weights.
+            tensors that are missing, unexpected or of another shape, NaN or infinite weights, and logits that an ignored attribute
+            changes.
     """
     folder = find_folder(source)
-    config = LlamaConfig.from_hf(folder)
-    readers = gguf_readers(read_gguf(folder), config) if folder.is_file() else open_tensors(folder)
+    raw = read_config_json(folder)
+    config = LlamaConfig.from_hf(raw, ignore)
+    readers = _readers(folder, raw, config, note)
     expected = tensor_names(config)
-    if config.tie_word_embeddings:
-        # Some folders store the tied head a second time; it must then be the embedding itself.
-        tied = readers.pop("lm_head.weight", None)
-        if tied is not None and not np.array_equal(tied(), readers["model.embed_tokens.weight"]()):
-            raise QLRError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
-    check_names(folder, set(readers), set(expected))
     # Shapes first and no memory for weights: each array is made once, from its file.
     model = jax.eval_shape(lambda: Llama(config, dtype=dtype))
     for name, param in model.tensors().items():
@@ -92,7 +100,64 @@ def load_model(source: str | Path, dtype: Any = jnp.float32, *, on_disk: bool = 
             return jnp.asarray(_checked(folder, name, readers[name](), expected[name])).astype(dtype)
 
         param.set_value(Lazy(expected[name], read, dtype) if on_disk and name.startswith("model.layers.") else read())
+    if without := ignored(raw, ignore):
+        note(_compared(model, folder, raw, without))
     return model
+
+
+def _readers(folder: Path, raw: dict[str, Any], config: LlamaConfig, note: Callable[[str], None]) -> dict[str, Reader]:
+    """What reads each tensor of the model; nothing is missing or left over."""
+    if folder.is_file():
+        readers, scaled, checkpoint = gguf_readers(read_gguf(folder), config), [], ""
+    else:
+        block = (raw.get("quantization_config") or {}).get("weight_block_size")
+        readers, scaled = dequantized(open_tensors(folder), block)
+        checkpoint = find_checkpoint(folder).note
+    expected = set(tensor_names(config))
+    embedding = "model.embed_tokens.weight"
+    if config.tie_word_embeddings and "lm_head.weight" in readers:
+        # Some folders store the tied head a second time, some it alone; where both are there they must be one.
+        tied = readers.pop("lm_head.weight")
+        if not np.array_equal(tied(), readers.setdefault(embedding, tied)()):
+            raise QLRError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
+    zeros = [name for name in readers if name.endswith("_proj.bias") and name not in expected]
+    for name in zeros:
+        if np.any(readers.pop(name)()):
+            raise QLRError(
+                f"{folder}: {name} is stored and not zero, but config.json gives the model no such bias, so transformers would "
+                "leave it out; set attention_bias or mlp_bias to true where the model has one, or take the tensors out"
+            )
+    check_names(folder, set(readers), expected)
+    for line in (checkpoint, rope_note(raw)):
+        if line:
+            note(line)
+    if scaled:
+        note(f"{len(scaled)} weights are stored as float8 and read as what they and their scales multiply to")
+    if zeros:
+        note(f"{len(zeros)} biases are stored that config.json does not have, such as {zeros[0]}; all are zero and left out")
+    return readers
+
+
+def _compared(model: Llama, folder: Path, raw: dict[str, Any], without: dict[str, Any]) -> str:
+    """That attributes were ignored, and what transformers says to it."""
+    named = ", ".join(f"{name} ({value!r})" for name, value in without.items())
+    try:
+        found, why = differs(model, folder), "torch is not installed"
+    except QLRError as error:
+        found, why = None, str(error)
+    if found is None:
+        return f"config.json's {named} ignored as asked; the logits were not compared with transformers', because {why}"
+    blocks, difference, limit = found
+    if difference > limit:
+        raise QLRError(
+            f"{folder}: without config.json's {named} the logits of the first {blocks} blocks differ from transformers' by "
+            f"{difference:.1e} of the largest, so the attribute counts; give a model that does without it"
+        )
+    own = "; the model's own code (auto_map) was not run" if raw.get("auto_map") else ""
+    return (
+        f"config.json's {named} ignored as asked; the logits of the first {blocks} blocks equal transformers' to {difference:.1e} "
+        f"of the largest{own}"
+    )
 
 
 def _checked(folder: Path, name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -120,73 +185,6 @@ def check_names(folder: Path, found: set[str], expected: set[str]) -> None:
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise QLRError(f"{folder}: the checkpoint {what} tensor {min(names)}{more}; config.json and weights do not match")
-
-
-def open_tensors(folder: Path) -> dict[str, Callable[[], np.ndarray]]:
-    """For every tensor below `folder` a function that reads it. Files are opened here, so a damaged one fails early.
-
-    Raises:
-        QLRError: a file that is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (KeyError, ValueError, AttributeError) as error:
-            raise QLRError(f"{index} is not a safetensors index ({type(error).__name__}: {error})") from None
-    else:
-        files = ["model.safetensors"]
-    readers: dict[str, Callable[[], np.ndarray]] = {}
-    for file in files:
-        path = folder / file
-        if not path.is_file():
-            other = [p.name for pattern in ("*.bin", "*.pth", "*.gguf") for p in folder.glob(pattern)]
-            hint = f" (found {other[0]}; only safetensors are read)" if other else ""
-            raise QLRError(f"{path} does not exist{hint}; give a folder with model.safetensors or all shards of its index")
-        try:
-            with safe_open(path, framework="numpy") as handle:
-                readers |= {name: _reader(name, path) for name in handle.keys()}  # noqa: SIM118  safe_open is no mapping
-        except (SafetensorError, OSError) as error:
-            raise QLRError(f"{path} is truncated or no safetensors file ({error}); get it again") from None
-    return readers
-
-
-def _reader(name: str, path: Path) -> Callable[[], np.ndarray]:
-    from safetensors import SafetensorError, safe_open
-
-    def read() -> np.ndarray:
-        try:
-            # opened again: what of a mapped file was read counts as this process's memory until it is closed
-            with safe_open(path, framework="numpy") as handle:
-                return read_tensor(handle, path, name)
-        except (SafetensorError, OSError, TypeError, AttributeError) as error:
-            raise QLRError(f"{path}: tensor {name} cannot be read ({error})") from None
-
-    return read
-
-
-def read_tensor(handle: Any, path: Path, name: str) -> np.ndarray:
-    """A tensor of an open safetensors file.
-
-    Args:
-        handle: of `safe_open`, framework "numpy", which reads all types but float8 (safetensors 0.8).
-        path: of its file.
-        name: of the tensor.
-    """
-    if handle.get_slice(name).get_dtype() != "F8_E4M3":
-        return handle.get_tensor(name)
-    _, shape, offset = locate_tensor(path, name)
-    return np.fromfile(path, np.uint8, math.prod(shape), offset=offset).view(ml_dtypes.float8_e4m3fn).reshape(shape)
-
-
-def locate_tensor(path: Path, name: str) -> tuple[str, tuple[int, ...], int]:
-    """(safetensors' name of its type, its shape, the byte at which it begins) of a tensor, from the head of its file."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-    return entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0]
 
 
 def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokenizer_from: str | Path | None = None) -> Path:
@@ -239,8 +237,14 @@ def load_tokenizer(source: str | Path) -> Any:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise QLRError(f"{folder} holds no tokenizer; give a folder with tokenizer.json")
     try:
-        if not (folder / "tokenizer_config.json").is_file():
+        if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
-        raise QLRError(f"the tokenizer of {folder} cannot be read ({str(error).strip().splitlines()[0]})") from error
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            raise QLRError(
+                f"{folder} has its tokenizer as tokenizer.model alone, which could not be converted ({why}); install sentencepiece "
+                "and protobuf, or put the tokenizer.json of the same model beside it"
+            ) from error
+        raise QLRError(f"the tokenizer of {folder} cannot be read ({why})") from error

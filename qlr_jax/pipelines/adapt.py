@@ -18,7 +18,7 @@ from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.models import Llama, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import local, output_folder
-from qlr_jax.pipelines.source import locate
+from qlr_jax.pipelines.original import check_config, find_original, recorded
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.limits import REFERENCE_BYTES
 
@@ -90,7 +90,7 @@ def _adapt(
     with progress.stage("loading"):
         settings = read_config(out)[1].get("settings", {})
         model, tokenizer = load(out), load_tokenizer(out)
-        teacher = _original(original or settings.get("base_model"), needed=config.loss != "text", given=original is not None)
+        teacher = _original(out, original, model, needed=config.loss != "text")
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
@@ -129,18 +129,20 @@ def _adapt(
     return {"out": str(out), "dest": str(dest), **record}
 
 
-def _original(named: str | Path | None, needed: bool, given: bool) -> Llama | None:
+def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bool) -> Llama | None:
     """The uncompressed model; None where it is not at hand and not needed."""
-    if not named:
+    if given is None and not recorded(out)["name"]:
         if needed:
             raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
         return None
     try:
-        return load_model(locate(named))
+        original = load_model(find_original(out, given))
+        check_config(out, original.config, compressed.config)
     except QLRError:
-        if needed or given:
+        if needed or given is not None:
             raise
         return None
+    return original
 
 
 def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:

@@ -13,11 +13,11 @@ import numpy as np
 from qlr_jax import calibration, evaluation
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
-from qlr_jax.formats.qlr.packed import load, read_config
+from qlr_jax.formats.qlr.packed import load
 from qlr_jax.models import Llama, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.paths import local
-from qlr_jax.pipelines.source import locate
+from qlr_jax.pipelines.original import check_config, find_original
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.resolved import sequence_length
 
@@ -44,7 +44,7 @@ def evaluate(
         out: what `compress` wrote.
         text: file(s); the held-out part of this machine's standard library where none is given and the model is the bundled one.
             Without any, tasks alone are measured.
-        original: folder or name of the original; what the folder's config names where not given.
+        original: folder or name of the original; the recorded one where not given. Another model is refused.
         windows: how many windows at most, spread over the text.
         window: tokens of a window; 2048 where not given, or as many as the model takes. Published figures are for 2048 or 4096.
         drift: whether hidden states are compared after every block too, on 32,768 tokens at most.
@@ -61,11 +61,10 @@ def evaluate(
     """
     progress = progress or silent()
     with progress.stage("loading"):
-        base = original or read_config(out)[1].get("settings", {}).get("base_model")
-        if not base:
-            raise QLRError(f"{out} does not say what it was compressed from; pass the original model's folder (--original)")
-        compressed, tokenizer, uncompressed = load(out).densified(), load_tokenizer(out), load_model(locate(base))
-    if not text and not tasks and locate(base) != BUNDLED:
+        base = find_original(out, original)
+        compressed, tokenizer, uncompressed = load(out).densified(), load_tokenizer(out), load_model(base)
+        check_config(out, uncompressed.config, compressed.config)
+    if not text and not tasks and base != BUNDLED:
         raise QLRError("no text was given to evaluate on; pass --text FILE, or --tasks")
     result: dict[str, Any] = {}
     if text or not tasks:

@@ -80,7 +80,8 @@ def _measured(
     with clock.stage("measure"):
         table = measure(Run(source, statistics, reference, progress)).table
     seconds = dict(clock.seconds) | {"total": time.perf_counter() - clock.started}
-    facts = {"model": source.name, "command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}
+    facts: dict[str, Any] = {"model": source.name, "original": dict(source.identity)}
+    facts |= {"command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}
     table = dataclasses.replace(table, notes=dict(table.notes) | facts)
     with staged(out) as folder:
         (folder / TABLE).write_text(table.to_json() + "\n", encoding="utf-8")

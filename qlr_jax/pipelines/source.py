@@ -17,6 +17,8 @@ from qlr_jax.cost.prices import price_options
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
+from qlr_jax.models.identity import identity
+from qlr_jax.progress import Progress
 from qlr_jax.sensitivity import Sensitivity
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings
@@ -37,6 +39,7 @@ class Source:
         weights: name -> W (out, in), checked.
         prices: the option table with its exact bytes, no damage yet.
         backbones: name -> Q, where the recipe takes them from another model.
+        identity: where it lies, its name on the hub, and a digest of its weights (`models.identity`).
     """
 
     name: str
@@ -48,6 +51,7 @@ class Source:
     weights: Mapping[str, Weight]
     prices: allocators.OptionTable
     backbones: Mapping[str, Weight] = field(default_factory=dict)
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 def locate(model: str | Path) -> Path:
@@ -80,15 +84,17 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
     backbones = _given_backbones(recipe.backbone_from, original, settings.streaming) if recipe.backbone_from else {}
     name = BUNDLED_NAME if folder == BUNDLED else str(model)
     prices = price_options(config, recipe, settings)
-    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones)
+    known = identity(folder, name)
+    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known)
 
 
-def saved_table(table: allocators.OptionTable, source: Source) -> allocators.OptionTable:
+def saved_table(table: allocators.OptionTable, source: Source, progress: Progress) -> allocators.OptionTable:
     """A saved table for the job at hand: without the rows of embedding and head where its budget does not count them.
 
     Args:
         table: as it was saved; a table is measured for budgets of all kinds.
         source: of the job.
+        progress: where it is said if the table was measured on another model of the same shapes.
 
     Raises:
         QLRError: a table of another model, target or version.
@@ -97,6 +103,11 @@ def saved_table(table: allocators.OptionTable, source: Source) -> allocators.Opt
     if kept is not None and len(kept.rows) < len(table.rows):
         table = replace(kept, model=source.prices.model)
     Sensitivity(table).check(source.prices, source.settings.target.nbytes)
+    measured = table.notes.get("original") or {}
+    if measured.get("digest") not in (None, source.identity["digest"]):
+        progress.say(
+            f"the table was measured on {measured.get('path')}, another model than {source.name}: its damages are that one's"
+        )
     return table
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -51,6 +51,7 @@ class Record:
     problem: allocators.Problem
     device: str
     left_out: Mapping[str, Mapping[int, str]]
+    original: Mapping[str, Any] = field(default_factory=dict)
 
     def allocations(self) -> dict[str, Any]:
         """Every plan by its name, and which of them was delivered."""
@@ -80,6 +81,7 @@ class Record:
             "device": self.device,
             "cores": os.cpu_count(),
             "model": self.model,
+            "original": dict(self.original),
             "budget": self.recipe.budget,
             "target": self.recipe.target,
             "command": self.command,

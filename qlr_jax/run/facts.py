@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 import qlr_jax
 from allocators import OptionTable
-from qlr_jax.models.gguf.file import read_gguf
+from qlr_jax.models import LlamaConfig
 from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
 
-SAMPLE = 2**16  # bytes at both ends of a file of weights that stand for all of it
+DIGEST = "sha256:"  # how the digest of a model begins, since it is of all weights
 
 
 def job_facts(
-    folder: Path, recipe: Recipe, calibration: str, held_out: str, table: OptionTable | None, constraints: Constraints
+    model: Mapping[str, Any],
+    config: LlamaConfig,
+    recipe: Recipe,
+    calibration: str,
+    held_out: str,
+    table: OptionTable | None,
+    constraints: Constraints,
 ) -> dict[str, Any]:
     """Recipe, model, texts, constraints and versions of a job, as plain values.
 
     Args:
-        folder: of the original model.
+        model: of the original, as `models.identity` records it.
+        config: of the original.
         calibration, held_out: the texts themselves.
         table: an option table that was given, None where it is measured.
         constraints: locks and ties of the table's rows.
@@ -32,7 +39,7 @@ def job_facts(
     settings = dataclasses.asdict(recipe)
     return {
         "recipe": {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-        "model": digest_model(folder),
+        "model": f"{model['digest']} {digest_text(repr(config))}",
         "calibration text": digest_text(calibration),
         "held-out text": digest_text(held_out),
         "table": digest_text(table.to_json()) if table else None,
@@ -41,8 +48,12 @@ def job_facts(
     }
 
 
-def completed(facts: Any) -> Any:
+def completed(facts: Any, now: Mapping[str, Any] | None = None) -> Any:
     """What a job was begun as, its recipe filled up with the defaults of settings that did not exist then.
+
+    Args:
+        facts: as they were read.
+        now: of the job at hand, whose model counts as the same where the earlier one has a digest of another kind.
 
     Example:
         >>> completed({"recipe": {"seed": 3}})["recipe"]["strategy"]
@@ -51,7 +62,10 @@ def completed(facts: Any) -> Any:
     if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
         return facts
     defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
-    return {**facts, "recipe": {**defaults, **facts["recipe"]}}
+    model = facts.get("model")
+    if now and DIGEST in str(now.get("model")) and DIGEST not in str(model):
+        model = now["model"]
+    return {**facts, "model": model, "recipe": {**defaults, **facts["recipe"]}}
 
 
 def digest_text(text: str) -> str:
@@ -62,17 +76,3 @@ def digest_text(text: str) -> str:
         'e3b0c44298fc1c14'
     """
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def digest_model(folder: Path) -> str:
-    """What tells one model folder, or GGUF file, from another: its configuration, size and both ends of every file of weights."""
-    gguf = read_gguf(folder) if folder.is_file() else None
-    digest = hashlib.sha256(b"" if gguf else (folder / "config.json").read_bytes())
-    for path in gguf.paths if gguf else sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(size - SAMPLE, 0))
-            digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:16]

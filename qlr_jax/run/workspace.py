@@ -32,7 +32,7 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr.packed import JOB
-from qlr_jax.models.folder import read_tensor
+from qlr_jax.models.checkpoint import read_tensor
 from qlr_jax.run.facts import completed
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
@@ -71,7 +71,7 @@ class Workspace:
             begun = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise QLRError(f"{path} cannot be read ({error}); remove {space.root} and start again") from None
-        if changed := list(_changes(completed(begun), facts)):
+        if changed := list(_changes(completed(begun, facts), facts)):
             raise QLRError(
                 f"the job in {out} was begun otherwise: {'; '.join(changed[:3])}; give what it was begun with, "
                 f"or remove {space.root} and start again"

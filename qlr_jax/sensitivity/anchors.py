@@ -13,6 +13,7 @@ from qlr_jax.sensitivity.correction import correction_key
 # Solved for every matrix: it anchors the predictions, and its error is what KL is attributed to. Where no trellis nor lattice is
 # offered it is the offered one of about so many bits.
 PROBE, PLAIN_BITS = "trellis-2", 3
+NEAR_LOSSLESS = 8  # bits, from which on an unrotated grid is predicted from its error alone: what outliers add matters no more
 ANCHORED = 100  # matrices, at most, that are solved with factors as well
 
 
@@ -36,8 +37,8 @@ def anchors(offered: Mapping[str, Sequence[Spec]], probes: Mapping[str, str]) ->
 
     The probe of every matrix; its middle rank with its coarsest factors, of so many matrices as are anchored; and of one matrix of
     each kind, of the middle layer, the least and the largest rank and the finest factors too. Backbones are those nearest to the
-    probe's rate. Of backbones that are not rotated, whose outliers no theory predicts, one at every number of bits, and all of
-    them of one matrix of each kind.
+    probe's rate. Of backbones that are not rotated, whose outliers no theory predicts, one at every number of bits below
+    `NEAR_LOSSLESS`, and all of them of one matrix of each kind.
 
     Args:
         offered: matrix -> its options.
@@ -71,7 +72,7 @@ def _plain(offered: Sequence[Spec], everything: bool) -> list[str]:
     """The rank-0 options that no rotation makes alike: all, or the middle one at every number of bits."""
     by_bits: dict[tuple[type, float], list[str]] = {}
     for spec in offered:
-        if not spec.rank and correction_key(spec).backbone:
+        if not spec.rank and correction_key(spec).backbone and spec.quantizer().bits < NEAR_LOSSLESS:
             by_bits.setdefault((type(spec.quantizer()), spec.quantizer().bits), []).append(str(spec))
     return [text for texts in by_bits.values() for text in (texts if everything else texts[len(texts) // 2 :][:1])]
 

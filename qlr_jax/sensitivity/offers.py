@@ -25,7 +25,7 @@ def options(
     holds: Callable[[Spec, tuple[int, int]], bool] = lambda spec, shape: True,
 ) -> list[str]:
     """The specs that a matrix of `shape` may get: every backbone, with factors of every rank that it can have and every grid,
-    as far as that saves bytes and the format holds it.
+    as far as that saves bytes and the format holds it; and the matrix as it is, where that is listed.
 
     Args:
         backbones: as a recipe lists them, ranges of rates among them ("trellis-1..4").
@@ -44,8 +44,14 @@ def options(
         endings = [f"+r{rank}@{grids}" for rank in ranks if 0 < rank < min(shape) for grids in factors]
         endings = endings if parse_quantizer(backbone.partition("/")[0]).empty else ["", *endings]
         specs = [Spec.parse(backbone + ending) for ending in endings]
-        offered += [str(spec) for spec in specs if holds(spec, shape) and nbytes(spec, shape) < 2 * shape[0] * shape[1]]
+        offered += [
+            str(spec) for spec in specs if holds(spec, shape) and _saves(spec, nbytes(spec, shape), 2 * shape[0] * shape[1])
+        ]
     return list(dict.fromkeys(offered))
+
+
+def _saves(spec: Spec, nbytes: int, original: int) -> bool:
+    return nbytes < original or (not spec.has_scale and nbytes == original)
 
 
 def vocabulary_options(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from qlr_jax.core import hadamard
 from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, row_group, variance_gain
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
-from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer
 from qlr_jax.core.spec import Spec
 
 
@@ -135,8 +136,7 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = DEFAULT_STATE_
         return 0.0
     left_over = profile.size
     if spec.rank:
-        left, right = (q.gaussian_error() for q in spec.factor_quantizers(state_bits))
-        coarse = left + right
+        coarse = _factor_error(spec.left, spec.right, spec.rank, state_bits)
         if spec.quantizer().empty:
             explained = float(profile.explained[: spec.rank].sum())
             return math.sqrt(max(profile.energy - (1 - coarse) * explained, 0.0) / profile.energy)
@@ -144,8 +144,19 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = DEFAULT_STATE_
         of_weight = max(profile.size - gone, 1e-3 * profile.size) + coarse * gone
         of_error = profile.size * (1 - (1 - coarse) * float(profile.absorbed[: spec.rank].sum()))
         left_over = min(of_weight, of_error)
-    error = grid_error(spec.quantizer(state_bits), state_bits)
+    error = _backbone_error(spec.backbone, state_bits)
     return math.sqrt(error * float(variance_gain(error, profile.noise_gain)) * left_over * profile.noise / profile.energy)
+
+
+@lru_cache(maxsize=4096)
+def _backbone_error(backbone: str, state_bits: int) -> float:
+    return grid_error(parse_quantizer(backbone), state_bits)
+
+
+@lru_cache(maxsize=4096)
+def _factor_error(left: str, right: str, rank: int, state_bits: int) -> float:
+    """Of both factors together."""
+    return sum(parse_quantizer(grid).for_factor(rank, state_bits).gaussian_error() for grid in (left, right))
 
 
 def grid_error(quantizer: Quantizer, state_bits: int = DEFAULT_STATE_BITS) -> float:

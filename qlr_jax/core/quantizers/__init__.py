@@ -1,5 +1,7 @@
 """The table of quantizers: one name each, as a spec writes it."""
 
+from functools import lru_cache
+
 from qlr_jax.core.quantizers.base import DEFAULT_STATE_BITS, Quantizer, SearchCost, stored_bytes
 from qlr_jax.core.quantizers.e8 import Lattice
 from qlr_jax.core.quantizers.exact import BFloat16, Nothing
@@ -37,10 +39,16 @@ def parse_quantizer(text: str, *, tile_rows: int | None = None, state_bits: int 
         3.0
     """
     kind = QUANTIZERS.get(text.partition("-")[0])
-    quantizer = kind.parse(text) if kind else None
+    quantizer = _parsed(kind, text) if kind else None
     if quantizer is None:
         raise QLRError(f"{text!r} is not a quantizer; pass {usage()}")
     return quantizer.with_settings(tile_rows, state_bits)
+
+
+@lru_cache(maxsize=4096)
+def _parsed(kind: type[Quantizer], text: str) -> Quantizer | None:
+    """An option table has the same few names many thousand times."""
+    return kind.parse(text)
 
 
 def usage() -> str:

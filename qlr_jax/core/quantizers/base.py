@@ -53,7 +53,7 @@ class Quantizer(ABC):
         plain: it stores the weights themselves, as the original model has them.
         empty: it stores nothing; factors must carry everything.
         group: weights that share a scale, 0 where a row does or nothing is shared.
-        runtime_version: of the first PyTorch runtime that reads it; a folder records that of its newest quantizer.
+        runtime_version: of the first PyTorch runtime that reads it.
     """
 
     examples: ClassVar[tuple[str, ...]]
@@ -83,6 +83,11 @@ class Quantizer(ABC):
     @abstractmethod
     def bits(self) -> float:
         """Bits a weight, side data not counted."""
+
+    @property
+    def needs_runtime(self) -> int:
+        """`runtime_version`, or a later one where this name came later; a folder records that of its newest quantizer."""
+        return self.runtime_version
 
     @property
     def tile(self) -> tuple[int, int]:

@@ -31,6 +31,7 @@ LENGTH = 256  # weights a sequence
 MULTIPLIER, ADDEND = 2847382671, 1201005453  # of the hash: the best of 130 random pairs by error at 12 state bits
 TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
 FACTOR_ROWS = 4  # at most, in a factor
+MOST_BITS = 6  # a weight: the most new bits of a step of the search
 _RATE = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 # By state bits: time of a search in a solve, over that with 12, and the part of it that all cores work at.
 SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}
@@ -53,7 +54,7 @@ def backbone_rows(rows: int, cols: int) -> int:
 
 @dataclass(frozen=True)
 class Trellis(Quantizer):
-    """`trellis-b`: b bits a weight from 1 to 4 in sixteenths, 256 weights a sequence.
+    """`trellis-b`: b bits a weight from 1 to 6 in sixteenths, 256 weights a sequence.
 
     Attributes:
         rate: b.
@@ -72,14 +73,16 @@ class Trellis(Quantizer):
     tile_rows: int = 16
     state_bits: int = DEFAULT_STATE_BITS
 
-    examples = ("trellis-1", "trellis-2.25", "trellis-3.5", "trellis-4")
-    usage = "trellis-<1..4 in sixteenths>"
+    examples = ("trellis-1", "trellis-2.25", "trellis-3.5", "trellis-4", "trellis-5.5625")
+    usage = f"trellis-<1..{MOST_BITS} in sixteenths>"
     unit_scale = True
     always_rotated = True
 
     def __post_init__(self) -> None:
-        if not 1 <= self.rate <= 4 or (self.rate * 16).denominator != 1:
-            raise QLRError(f"trellis-{float(self.rate):g} is not a rate; pass 1 to 4 bits in sixteenths, e.g. trellis-2.25")
+        if not 1 <= self.rate <= MOST_BITS or (self.rate * 16).denominator != 1:
+            raise QLRError(
+                f"trellis-{float(self.rate):g} is not a rate; pass 1 to {MOST_BITS} bits in sixteenths, e.g. trellis-2.25"
+            )
         if not 6 <= self.state_bits <= 16:
             raise QLRError(f"a trellis with {self.state_bits} state bits is not offered; pass 6 to 16")
 
@@ -101,6 +104,8 @@ class Trellis(Quantizer):
         return self.tile_rows, LENGTH // self.tile_rows
 
     def with_settings(self, tile_rows: int | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
+        if (tile_rows or self.tile_rows, state_bits) == (self.tile_rows, self.state_bits):
+            return self
         return replace(self, tile_rows=tile_rows or self.tile_rows, state_bits=state_bits)
 
     def for_backbone(self, shape: tuple[int, int] | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Trellis:
@@ -121,7 +126,12 @@ class Trellis(Quantizer):
     @property
     def gain(self) -> float:
         """Scale of the code for a unit Gaussian: at high rates its tails must reach further."""
-        return 1.0 + 0.1 * min(max(self.bits - 2.0, 0.0), 1.0)
+        return 1.0 + 0.1 * min(max(self.bits - 2.0, 0.0), 1.0) + 0.075 * min(max(self.bits - 4.0, 0.0), 2.0)
+
+    @property
+    def needs_runtime(self) -> int:
+        """Earlier runtimes know no gain beyond that of 4 bits."""
+        return 7 if self.rate > 4 else self.runtime_version
 
     def tiles(self, rows: int, cols: int) -> tuple[int, int]:
         height, width = self.tile
@@ -191,9 +201,9 @@ class Trellis(Quantizer):
         return SearchCost(SEARCH[bits], SHARED[bits], 2.0 * LENGTH / self.tile[1], 2**self.state_bits)
 
     def gaussian_error(self) -> float:
-        """At rates between quarters interpolated in the logarithm."""
-        quarter = self.rate * 4
-        low, high = Fraction(math.floor(quarter), 4), Fraction(math.ceil(quarter), 4)
+        """Between quarters of a bit, from 4 bits on between halves, interpolated in the logarithm."""
+        parts = 4 if self.rate < 4 else 2
+        low, high = Fraction(math.floor(self.rate * parts), parts), Fraction(math.ceil(self.rate * parts), parts)
         if low == high:
             return gaussian_error(low, self.state_bits)
         part = float((self.rate - low) / (high - low))
@@ -308,12 +318,19 @@ def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: in
 
         return advance
 
-    branches = [branch(shift) for shift in (1, 2, 3, 4)]
+    branches = [branch(shift) for shift in range(1, MOST_BITS + 1)]
     return lax.scan(lambda c, step: lax.switch(step[1] - 1, branches, c, step[0]), cost, (x, shifts))
 
 
 def _tournament(costs: Array) -> tuple[Array, Array]:
-    """Minimum and its index over the leading axis, pairwise: argmin does not vectorise on a CPU."""
+    """Minimum and its first index over the leading axis, pairwise: argmin does not vectorise on a CPU.
+
+    Of more than eight by reductions: XLA fuses the pairs into what follows and so repeats them for every successor.
+    """
+    if costs.shape[0] > 8:
+        least = jnp.min(costs, axis=0)
+        numbers = jnp.arange(costs.shape[0], dtype=jnp.int32)[:, None, None]
+        return least, jnp.min(jnp.where(costs == least, numbers, costs.shape[0]), axis=0).astype(jnp.uint8)
     value, index = list(costs), [jnp.uint8(i) for i in range(costs.shape[0])]
     while len(value) > 1:
         later = [b < a for a, b in zip(value[::2], value[1::2], strict=True)]

@@ -569,7 +569,8 @@ def state_values(count: int, state_bits: int) -> torch.Tensor:
 
 def state_gain(count: int) -> float:
     """What a state's hash is multiplied by where a sequence has `count` bytes, in float32 as the code is defined."""
-    gain = 1.0 + 0.1 * min(max(8 * count / LENGTH - 2.0, 0.0), 1.0)
+    bits = 8 * count / LENGTH
+    gain = 1.0 + 0.1 * min(max(bits - 2.0, 0.0), 1.0) + 0.075 * min(max(bits - 4.0, 0.0), 2.0)
     return (torch.tensor(gain, device="cpu") / torch.tensor(147.8, device="cpu")).item()
 
 

@@ -22,9 +22,10 @@ from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, is_linear, tensor_names
-from qlr_jax.models.config import read_config_json
+from qlr_jax.models.checkpoint import open_tensors
+from qlr_jax.models.config import carried, read_config_json
 from qlr_jax.models.families import FAMILIES
-from qlr_jax.models.folder import check_names, open_tensors
+from qlr_jax.models.folder import check_names
 from qlr_jax.models.llama import unpacked
 from qlr_jax.paths import local
 
@@ -86,7 +87,7 @@ def save_packed(
         shutil.copyfile(Path(__file__).with_name(RUNTIME), folder / RUNTIME)
         for name, text in (files or {}).items():
             (folder / name).write_text(text, encoding="utf-8")
-        raw = read_config_json(source)
+        raw = carried(read_config_json(source), model.config)
         write_json(folder / "config.json", _config(raw, matrices, settings, extra_config))
         write_checksums(folder)
     return out
@@ -262,7 +263,7 @@ def _runtime_version(matrices: Mapping[str, QLRMatrix]) -> int:
     specs = [Spec.parse(spec) for spec in {matrix.layout.spec for matrix in matrices.values()}]
     quantizers = [q for spec in specs for q in (spec.quantizer(), *(spec.factor_quantizers() if spec.rank else ()))]
     vocabulary = [VOCABULARY_RUNTIME for name, m in matrices.items() if not is_linear(name) and m.layout.spec != "bf16"]
-    return max([Quantizer.runtime_version, *(q.runtime_version for q in quantizers), *vocabulary])
+    return max([Quantizer.runtime_version, *(q.needs_runtime for q in quantizers), *vocabulary])
 
 
 def _open(out: str | Path, plain: bool = False) -> tuple[Path, LlamaConfig, dict[str, Layout]]:

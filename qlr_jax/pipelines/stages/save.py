@@ -28,6 +28,7 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
     delivered = candidates[outcome.delivered]
     record = Record(
         model=source.name,
+        original=source.identity,
         command=command,
         recipe=run.recipe,
         config=run.original.config,
@@ -49,6 +50,8 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
     )
     with run.progress.stage("saving"), enough_space(out):
         report = record.report()
-        settings, files = {"base_model": source.name}, job_files(record, report)
+        # where it lies is said in report.json alone: the rest of the folder may be published
+        known = {key: source.identity.get(key) for key in ("hub", "revision", "digest")}
+        settings, files = {"base_model": source.name, "original": known}, job_files(record, report)
         save_packed(out, run.original, delivered.matrices, source=source.folder, settings=settings, files=files)
     return report
