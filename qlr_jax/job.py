@@ -116,6 +116,8 @@ def _job(
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
         session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target})
+        for line in source.notes:
+            session.progress.say(line)
 
         with session.stage("calibrate"):
             statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)
