@@ -18,7 +18,7 @@ from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.models import Llama, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import local, output_folder
-from qlr_jax.pipelines.original import load_original, recorded
+from qlr_jax.pipelines.original import find_original, load_original, recorded
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.limits import REFERENCE_BYTES
 
@@ -140,7 +140,7 @@ def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bo
             raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
         return None
     try:
-        return load_original(out, given, compressed.config, ignore)
+        return load_original(out, find_original(out, given), compressed.config, ignore)
     except QLRError:
         if needed or given is not None:
             raise

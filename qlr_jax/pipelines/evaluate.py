@@ -50,7 +50,7 @@ def evaluate(
         window: tokens of a window; 2048 where not given, or as many as the model takes. Published figures are for 2048 or 4096.
         drift: whether hidden states are compared after every block too, on 32,768 tokens at most.
         tasks, task_path, limit: as `evaluation.zero_shot` has them.
-        batch: windows or requests of a batch, at most; fewer where logits would take more than 1 GB.
+        batch: windows or requests at a time, at most; fewer where logits would take more than 1 GB.
         ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
 
     Returns:

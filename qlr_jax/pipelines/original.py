@@ -72,7 +72,7 @@ def find_original(out: str | Path, given: str | Path | None = None) -> Path:
 
 def load_original(
     out: str | Path,
-    given: str | Path | None,
+    place: Path,
     compressed: LlamaConfig,
     ignore: Collection[str] = (),
     note: Callable[[str], None] = lambda line: None,
@@ -80,16 +80,17 @@ def load_original(
     """The model that `out` was compressed from.
 
     Args:
-        out, given: as for `find_original`.
+        out: the compressed folder.
+        place: what `find_original` found.
         compressed: the configuration of the model in `out`.
         ignore: attributes of its config.json to go on without, beside those that `out` records.
         note: is given, a sentence at a time, how it was read.
 
     Raises:
-        QLRError: as `find_original`, `load_model` and `check_config`.
+        QLRError: as `load_model` and `check_config`.
     """
     settings = read_config(out)[1].get("settings") or {}
-    found = load_model(find_original(out, given), ignore=[*settings.get("ignore_config", ()), *ignore], note=note)
+    found = load_model(place, ignore=[*settings.get("ignore_config", ()), *ignore], note=note)
     check_config(out, found.config, compressed)
     return found
 

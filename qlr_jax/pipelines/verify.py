@@ -54,8 +54,7 @@ def verify(
     you trust, or set `parity` to None.
 
     Args:
-        out, text, original, windows, ignore_config: as for `evaluate`; text and original are needed for kl, perplexity_ratio,
-            agreement and drift.
+        out, text, original, windows, ignore_config: as for `evaluate`; the first three are needed for all but files and parity.
         thresholds: a Thresholds, a mapping, or a YAML file (a recipe too); where not given those that the folder was compressed
             with (recipe.yaml), else the defaults.
 
