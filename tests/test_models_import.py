@@ -18,10 +18,11 @@ from qlr_jax.formats import save_packed
 from qlr_jax.formats.qlr.packed import read_config
 from qlr_jax.models import Llama, LlamaConfig, load_model, load_tokenizer, save_model
 from qlr_jax.models.attributes import changes_no_logit
+from qlr_jax.models.identity import digest_model
 from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.report import summary
 from qlr_jax.report.markdown import report_markdown
-from qlr_jax.run.facts import completed, digest_model, job_facts
+from qlr_jax.run.facts import completed, job_facts
 from qlr_jax.settings.constraints import Constraints
 from qlr_jax.settings.recipe import Recipe
 
@@ -495,9 +496,9 @@ def test_ignored_attributes_are_recorded_and_serve_whoever_reads_the_original(ti
     assert evaluate(out, text=[text], windows=1, drift=False, ignore_config=["harshness"])["tokens"] > 0
 
 
-def test_a_job_goes_on_with_what_it_ignored_only(tiny):
-    begun = job_facts(tiny, LIGHT, "a", "b", None, Constraints())
-    other = job_facts(tiny, LIGHT.updated(ignore_config=["sharpness"]), "a", "b", None, Constraints())
+def test_a_job_goes_on_with_what_it_ignored_only():
+    begun = job_facts({"digest": "0"}, SMALL, LIGHT, "a", "b", None, Constraints())
+    other = job_facts({"digest": "0"}, SMALL, LIGHT.updated(ignore_config=["sharpness"]), "a", "b", None, Constraints())
     earlier = {**begun, "recipe": {k: v for k, v in begun["recipe"].items() if k != "ignore_config"}}
     assert begun != other and completed(json.loads(json.dumps(earlier))) == json.loads(json.dumps(begun))
 
