@@ -113,7 +113,7 @@ def _job(
         facts = job_facts(source.identity, source.model.config, recipe, *known)
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
-        session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target})
+        session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, source.notes)
 
         with session.stage("calibrate"):
             statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)

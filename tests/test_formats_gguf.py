@@ -24,7 +24,7 @@ from qlr_jax.formats.targets import GGUF_BLOCKS
 from qlr_jax.models import KINDS, Llama, LlamaConfig, load_model, parts_of, save_model, shape_of
 from qlr_jax.models.folder import load_tokenizer
 from qlr_jax.models.gguf.names import LINEARS, gguf_name
-from qlr_jax.models.gguf.pre_tokenizers import LLAMA3
+from qlr_jax.models.gguf.pre_tokenizers import LLAMA3, QWEN2, TEKKEN
 from qlr_jax.progress import plain, silent
 
 BUNDLED = Path(qlr_jax.__file__).parent / "bundled"
@@ -42,6 +42,7 @@ SPECS = [  # by layer, in the order of KINDS; layer 0's gate is solved
     ["int-4g32+r8@bf16", "int-3g256", "int-8g32", "int-2g256+r4@int-8", "int-3g256", "bf16", "int-2g256"],
     ["int-2g256+r3@bf16", "int-4g32+r16@nf-4g32", "bf16+r2@bf16", "int-8g32", "int-4g32", "int-3g256+r5@trellis-4", "int-8g32"],
 ]
+SPLITS = {"llama-bpe": LLAMA3, "dbrx": LLAMA3, "deepseek-r1-qwen": QWEN2, "tekken": TEKKEN}
 G = 2.0**-4
 TOKENS = [0, 5, 7, 9, 100, 33, 1500, 200, 45, 2047, 0, 3]
 SOURCES = sorted(Path(qlr_jax.__file__).parent.rglob("*.py"))
@@ -318,20 +319,21 @@ def trained(kind):
 
     texts = [path.read_text(encoding="utf-8") for path in SOURCES]
     specials = ["<unk>", "<s>", "</s>"]
-    if kind == "llama":
+    if kind in ("llama", "gemma"):
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        before, after = ([normalizers.Prepend("▁")], [decoders.Strip(" ", 1, 0)]) if kind == "llama" else ([], [])
+        tokenizer.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *after]
         tokenizer.decoder = decoders.Sequence(steps)
         alphabet = [*specials, *(f"<0x{byte:02X}>" for byte in range(256))]
         trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=alphabet, max_token_length=8, show_progress=False)
         tokenizer.train_from_iterator([line for text in texts[:8] for line in text.split("\n")], trainer)
         tokenizer = Tokenizer.from_str(json.dumps(like_sentencepiece(json.loads(tokenizer.to_str()), specials)))
     else:
-        tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
-        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind != "llama-bpe")
+        tokenizer = Tokenizer(models.BPE(ignore_merges=kind in ("llama-bpe", "tekken")))
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("smollm", "default"))
         first = {
-            "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")],
+            **{name: [pre_tokenizers.Split(Regex(way), "isolated")] for name, way in SPLITS.items()},
             "smollm": [pre_tokenizers.Digits(individual_digits=True)],
             "default": [pre_tokenizers.Whitespace()],
         }
@@ -373,25 +375,32 @@ def small(parent, tokenizer_from):
 
 
 def compare_tokens(out, dest):
-    tokenizer, server = load_tokenizer(out), serve(dest / "model.gguf")
+    """The same ids from the folder, from llama.cpp, and from the file as we read it back."""
+    tokenizer, again, server = load_tokenizer(out), load_tokenizer(dest / "model.gguf"), serve(dest / "model.gguf")
+    names = ("bos_token", "eos_token", "unk_token", "chat_template")
+    assert {name: getattr(again, name) for name in names} == {name: getattr(tokenizer, name) for name in names}
     for line in [*LINES, *(path.read_text(encoding="utf-8") for path in SOURCES[:8])]:
         for special in (False, True):
             body = {"content": line, "add_special": special, "parse_special": True}
-            assert ask(server, "/tokenize", body)["tokens"] == tokenizer(line, add_special_tokens=special)["input_ids"], line[:99]
+            ids = tokenizer(line, add_special_tokens=special)["input_ids"]
+            assert ask(server, "/tokenize", body)["tokens"] == ids, line[:99]
+            assert again(line, add_special_tokens=special)["input_ids"] == ids, line[:99]
+            assert again.decode(ids) == tokenizer.decode(ids), line[:99]
 
 
 def test_bundled_tokenizer_in_llama_cpp(exported):
     compare_tokens(*exported["untied"])
 
 
-@pytest.mark.parametrize("kind", ["llama-bpe", "smollm", "llama"])
+@pytest.mark.parametrize("kind", ["llama-bpe", "dbrx", "deepseek-r1-qwen", "tekken", "smollm", "llama", "gemma"])
 def test_tokenizers_in_llama_cpp(kind, tmp_path):
     template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     out = small(tmp_path, tokenizer_folder(tmp_path / "tokenizer", trained(kind), chat_template=template))
     dest = export_gguf(out, tmp_path / "gguf")
     keys = fields_of(dest / "model.gguf")
-    assert keys["tokenizer.ggml.model"] == ("llama" if kind == "llama" else "gpt2")
-    assert keys.get("tokenizer.ggml.pre") == (None if kind == "llama" else kind)
+    sentencepiece = kind in ("llama", "gemma")
+    assert keys["tokenizer.ggml.model"] == ("llama" if sentencepiece else "gpt2")
+    assert keys.get("tokenizer.ggml.pre") == (None if sentencepiece else kind)
     assert len(keys["tokenizer.ggml.tokens"]) == 720 and keys["tokenizer.ggml.tokens"][719] == "[PAD719]"
     assert (keys["tokenizer.ggml.bos_token_id"], keys["tokenizer.ggml.eos_token_id"]) == (1, 2)
     assert keys["tokenizer.chat_template"] == template

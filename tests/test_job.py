@@ -186,3 +186,25 @@ def test_include_leaves_the_rest_as_it_is(tiny, text, tmp_path):
     assert {row["kind"] for row in result.report["matrices"]} == {"gate", "up", "down"}
     kept = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
     assert np.array_equal(kept, load_file(tiny / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"])
+
+
+def test_a_gguf_file_is_compressed_as_its_folder(tiny, text, tmp_path):
+    """The same weights, config and tokenizer come out; what needs the original again takes the file again."""
+    from qlr_jax.formats import export_gguf, save_packed
+    from qlr_jax.models import LlamaConfig, load_tokenizer
+    from qlr_jax.pipelines.evaluate import evaluate
+    from qlr_jax.pipelines.generate import generate
+
+    whole = save_packed(tmp_path / "whole", load_model(tiny), {}, source=tiny)
+    file = export_gguf(whole, tmp_path / "gguf") / "model.gguf"
+    light = LIGHT.updated(backbones=("int-2g16", "int-4g16"), ranks=(0,), budget="4bpw", include=("*.mlp.*",))
+    out = job.compress(file, tmp_path / "out", calibration=text, recipe=light).out
+    original, config = load_model(tiny), LlamaConfig.from_hf(tiny)
+    for name, param in load_model(file).tensors().items():
+        np.testing.assert_array_equal(original.tensors()[name].get_value(), param.get_value(), err_msg=name)
+    ids = {"bos_token_id": 0, "eos_token_id": (0, 2)}  # the tokenizer's own come first, and a file keeps all that end a text
+    assert qlr.load(out).config == dataclasses.replace(config, **ids)
+    content = text.read_text()
+    assert load_tokenizer(out)(content)["input_ids"] == load_tokenizer(tiny)(content)["input_ids"]
+    assert evaluate(out, text=[text], windows=2, drift=False)["kl"] > 0  # the report says where the file lies
+    assert "".join(generate(file.parent, "def", max_new_tokens=4)) == "".join(generate(tiny, "def", max_new_tokens=4))

@@ -11,16 +11,35 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import qlr_jax
+from qlr_jax import job
 from qlr_jax.cost.find import find_config
 from qlr_jax.errors import QLRError
 from qlr_jax.formats import save_packed
 from qlr_jax.formats.qlr.packed import read_config
 from qlr_jax.models import Llama, LlamaConfig, load_model, load_tokenizer, save_model
 from qlr_jax.models.attributes import changes_no_logit
-from qlr_jax.run.facts import digest_model
+from qlr_jax.models.identity import digest_model
+from qlr_jax.pipelines.evaluate import evaluate
+from qlr_jax.report import summary
+from qlr_jax.report.markdown import report_markdown
+from qlr_jax.run.facts import completed, job_facts
+from qlr_jax.settings.constraints import Constraints
+from qlr_jax.settings.recipe import Recipe
 
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=40, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2)
 SMALL = LlamaConfig(**SIZES)
+LIGHT = Recipe(
+    backbones=("int-3g32", "int-4g32"),
+    ranks=(0,),
+    include=("*.k_proj",),
+    attribution="error",
+    outputs="alike",
+    iterations=1,
+    sequences=8,
+    sequence_length=32,
+    measure_tokens=256,
+    refine=0,
+)
 TOKENS = np.random.default_rng(0).integers(0, 64, (1, 24))
 run = jax.jit(lambda model, tokens: model(tokens))
 
@@ -448,3 +467,60 @@ def test_wrappers_of_several_models_are_named():
         LlamaConfig.from_hf(wrapped)
     with pytest.raises(QLRError, match="text_config is a model of type 'gemma3_text'"):
         LlamaConfig.from_hf({"model_type": "gemma3", "architectures": None, "text_config": {"model_type": "gemma3_text"}})
+
+
+# --- through the commands --------------------------------------------------------------------------------------------------
+
+
+def test_ignored_attributes_are_recorded_and_serve_whoever_reads_the_original(tiny, text, tmp_path, monkeypatch):
+    source, out = shutil.copytree(tiny, tmp_path / "model"), tmp_path / "out"
+    edit(source, sharpness=2.0)
+    shutil.copyfile(source / "model.safetensors", source / "consolidated.safetensors")
+    with pytest.raises(QLRError, match=r"'sharpness' .*--ignore-config sharpness"):
+        job.compress(source, out, "4bpw", text, LIGHT)
+    with pytest.raises(QLRError, match="'sharpness'"):
+        find_config(source)
+    assert find_config(source, ["sharpness"])[0].hidden_size == 32
+    recipe = LIGHT.updated(ignore_config=["sharpness"])
+    report = job.compress(source, out, "4bpw", text, recipe).report
+    notes = report["import_notes"]
+    assert len(notes) == 2 and "consolidated.safetensors not" in notes[0] and "sharpness (2.0) ignored as asked" in notes[1]
+    assert Recipe.from_yaml(out / "recipe.yaml").ignore_config == ("sharpness",)
+    for page in ((out / "report.html").read_text(), report_markdown(report), summary(report)):
+        assert "sharpness (2.0) ignored as asked" in page
+    assert "sharpness" not in read_config(out)[0]
+    assert evaluate(out, text=[text], windows=1, drift=False)["tokens"] > 0  # it knows what to ignore
+    edit(source, harshness=2.0)
+    with pytest.raises(QLRError, match="'harshness'"):
+        evaluate(out, text=[text], windows=1, drift=False)
+    assert evaluate(out, text=[text], windows=1, drift=False, ignore_config=["harshness"])["tokens"] > 0
+
+
+def test_a_job_goes_on_with_what_it_ignored_only():
+    begun = job_facts({"digest": "0"}, SMALL, LIGHT, "a", "b", None, Constraints())
+    other = job_facts({"digest": "0"}, SMALL, LIGHT.updated(ignore_config=["sharpness"]), "a", "b", None, Constraints())
+    earlier = {**begun, "recipe": {k: v for k, v in begun["recipe"].items() if k != "ignore_config"}}
+    assert begun != other and completed(json.loads(json.dumps(earlier))) == json.loads(json.dumps(begun))
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "sensitivity", "evaluate", "verify", "generate", "adapt"])
+def test_every_command_that_reads_a_model_takes_names_to_ignore(command):
+    from typer.testing import CliRunner
+
+    from qlr_jax.cli import app
+
+    assert "--ignore-config" in CliRunner().invoke(app, [command, "--help"]).stdout
+
+
+def test_plan_and_generate_pass_names_on(folder, tiny, tmp_path):
+    from typer.testing import CliRunner
+
+    from qlr_jax.cli import app
+
+    source = shutil.copytree(tiny, tmp_path / "tiny")
+    edit(source, sharpness=2.0)
+    calls = (["plan", str(source), "--budget", "2bpw"], ["generate", str(source), "--prompt", "a", "--max-new-tokens", "1"])
+    for call in calls:
+        failed = CliRunner().invoke(app, [*call, "--json"])
+        assert failed.exit_code == 1 and "--ignore-config sharpness" in json.loads(failed.stdout)["error"]
+        assert CliRunner().invoke(app, [*call, "--json", "--ignore-config", "sharpness"]).exit_code == 0

@@ -15,6 +15,7 @@ from qlr_jax.cli.options import (
     Exclude,
     Force,
     HessiansFrom,
+    IgnoreConfig,
     Include,
     Lock,
     RecipeFile,
@@ -64,6 +65,7 @@ def compress(
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
+    ignore_config: IgnoreConfig = None,
     evaluate_on: Annotated[
         list[Path] | None, typer.Option("--evaluate-on", metavar="FILE", help="Held-out text to measure on; may repeat.")
     ] = None,
@@ -136,6 +138,7 @@ def compress(
             budget=budget,
             include=include,
             exclude=exclude,
+            ignore_config=ignore_config,
             seed=seed,
             state_bits=state_bits,
             target=target,
@@ -199,6 +202,7 @@ def plan(
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
+    ignore_config: IgnoreConfig = None,
     state_bits: StateBits = None,
     target: Target = None,
     as_json: AsJson = False,
@@ -213,7 +217,15 @@ def plan(
     with clear_errors(as_json):
         from qlr_jax.settings.recipe import DEMO, Recipe, gathered
 
-        settings = gathered(recipe, budget=budget, include=include, exclude=exclude, state_bits=state_bits, target=target)
+        settings = gathered(
+            recipe,
+            budget=budget,
+            include=include,
+            exclude=exclude,
+            ignore_config=ignore_config,
+            state_bits=state_bits,
+            target=target,
+        )
         show_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
 
 
@@ -229,6 +241,7 @@ def sensitivity(
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
+    ignore_config: IgnoreConfig = None,
     matrix: Annotated[
         str | None,
         typer.Option("--matrix", metavar="NAME", help="Draw its error against bits; else that of the most sensitive matrix."),
@@ -260,6 +273,7 @@ def sensitivity(
             recipe,
             include=include,
             exclude=exclude,
+            ignore_config=ignore_config,
             seed=seed,
             target=target,
             hessians_from=text_of(hessians),
@@ -296,7 +310,7 @@ def show_plan(model: str, recipe: Recipe, device: str | None, hosts: int, out: P
     from qlr_jax import cost
     from qlr_jax.report.terminal.cost import plan_text
 
-    config, size = cost.find_config(model)
+    config, size = cost.find_config(model, recipe.ignore_config)
     found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)
     show(found.to_dict(), as_json, lambda _: plan_text(found))
 

@@ -50,6 +50,14 @@ Original = Annotated[
     Path | None,
     typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original, to compare with."),
 ]
+IgnoreConfig = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--ignore-config",
+        metavar="NAME",
+        help="Go on without this attribute of the model's config.json, which is not known here; may repeat.",
+    ),
+]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")]
 Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, Compressed, HeldOut, Original, Windows
+from qlr_jax.cli.options import AsJson, Compressed, HeldOut, IgnoreConfig, Original, Windows
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
@@ -22,6 +22,7 @@ def evaluate(
     out: Compressed,
     text: HeldOut = None,
     original: Original = None,
+    ignore_config: IgnoreConfig = None,
     windows: Windows = None,
     window: Annotated[
         int | None, typer.Option("--window", min=2, help="Tokens of a window; 2048, or as many as the model takes.")
@@ -59,6 +60,7 @@ def evaluate(
             out,
             text=text or None,
             original=original,
+            ignore_config=ignore_config or (),
             progress=progress.choose(as_json),
             windows=windows,
             window=window,
@@ -76,6 +78,7 @@ def verify(
     out: Compressed,
     text: HeldOut = None,
     original: Original = None,
+    ignore_config: IgnoreConfig = None,
     windows: Windows = None,
     thresholds: Annotated[
         Path | None,
@@ -103,6 +106,7 @@ def verify(
             out,
             text=text or None,
             original=original,
+            ignore_config=ignore_config or (),
             thresholds=thresholds,
             windows=windows,
             progress=progress.choose(as_json),
@@ -121,6 +125,7 @@ def generate(
     top_p: Annotated[float, typer.Option("--top-p", help="Draw among the likeliest tokens of this probability together.")] = 1.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
+    ignore_config: IgnoreConfig = None,
     as_json: AsJson = False,
 ) -> None:
     """Let a compressed model write on from a prompt, so that a person can look.
@@ -143,6 +148,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             stop=stop or (),
+            ignore_config=ignore_config or (),
             progress=progress.choose(as_json),
         )
         if as_json:
@@ -185,6 +191,7 @@ def adapt(
         Path | None,
         typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original: the teacher of kl and mix."),
     ] = None,
+    ignore_config: IgnoreConfig = None,
     train: Annotated[
         list[str] | None,
         typer.Option(
@@ -268,6 +275,7 @@ def adapt(
             text or None,
             config,
             original=original,
+            ignore_config=ignore_config or (),
             held_out=held_out or None,
             resume=resume,
             progress=progress.choose(as_json),

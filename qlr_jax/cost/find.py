@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from qlr_jax.errors import QLRError
@@ -14,10 +15,14 @@ from qlr_jax.models.known import KNOWN
 from qlr_jax.paths import local
 
 
-def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
+def find_config(model: str | Path, ignore: Collection[str] = ()) -> tuple[LlamaConfig, int | None]:
     """The configuration of a folder or GGUF file, of "bundled", or of a hub name, and the bytes of its weights where they are here.
 
     A name is looked for among the well-known models; of any other on the hub, config.json alone is fetched.
+
+    Args:
+        model: folder, file, name.
+        ignore: attributes of its config.json to go on without.
 
     Raises:
         QLRError: nothing of that name.
@@ -29,11 +34,11 @@ def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
     text = str(model)
     folder = BUNDLED if text == BUNDLED_NAME else local(text)
     if (gguf := find_gguf(folder)) is not None:
-        return LlamaConfig.from_hf(gguf), sum(path.stat().st_size for path in read_gguf(gguf).paths)
+        return LlamaConfig.from_hf(gguf, ignore), sum(path.stat().st_size for path in read_gguf(gguf).paths)
     if folder.is_dir():
-        return LlamaConfig.from_hf(folder), sum(path.stat().st_size for path in weight_files(folder)) or None
+        return LlamaConfig.from_hf(folder, ignore), sum(path.stat().st_size for path in weight_files(folder)) or None
     if folder.is_file():
-        return LlamaConfig.from_hf(folder), None
+        return LlamaConfig.from_hf(folder, ignore), None
     name = re.sub(r"^meta-|-(hf|instruct|chat)\b", "", text.rpartition("/")[2].lower())
     if known := {key.lower(): config for key, config in KNOWN.items()}.get(name):
         return known, None
@@ -41,7 +46,7 @@ def find_config(model: str | Path) -> tuple[LlamaConfig, int | None]:
         from huggingface_hub import hf_hub_download
 
         try:
-            return LlamaConfig.from_hf(Path(hf_hub_download(text, "config.json"))), None
+            return LlamaConfig.from_hf(Path(hf_hub_download(text, "config.json")), ignore), None
         except QLRError:
             raise
         except Exception as error:  # the hub raises many kinds; each means that nothing was found

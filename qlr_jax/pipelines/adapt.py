@@ -15,10 +15,10 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, divergence, reference
 from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
 from qlr_jax.locks import locked, refuse_locked
-from qlr_jax.models import Llama, load_model, load_tokenizer
+from qlr_jax.models import Llama, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import local, output_folder
-from qlr_jax.pipelines.original import check_config, find_original, recorded
+from qlr_jax.pipelines.original import find_original, load_original, recorded
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.limits import REFERENCE_BYTES
 
@@ -41,6 +41,7 @@ def adapt(
     resume: bool = False,
     progress: Progress | None = None,
     command: str = "",
+    ignore_config: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Adapt a compressed folder to a text, and write what comes of it as a folder of the same kind.
 
@@ -56,6 +57,7 @@ def adapt(
         evaluation_tokens: for the figures, at most.
         resume: go on with an adaptation that was interrupted.
         command: what was typed, for the report.
+        ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
 
     Returns:
         What report.json has under "adapted", with `out` and `dest`.
@@ -67,7 +69,8 @@ def adapt(
     out, dest = local(out), output_folder(dest, (JOB,), [out, original])
     refuse_locked(dest)
     with locked(dest):
-        return _adapt(out, dest, text, config, original, held_out, sequences, evaluation_tokens, resume, progress, command)
+        counts = (sequences, evaluation_tokens)
+        return _adapt(out, dest, text, config, original, held_out, *counts, resume, progress, command, ignore_config)
 
 
 # one line a step, as in a job
@@ -83,6 +86,7 @@ def _adapt(
     resume: bool,
     progress: Progress,
     command: str,
+    ignore_config: Sequence[str],
 ) -> dict[str, Any]:
     checkpoint = dest / JOB / "adapt"
     if checkpoint.exists() and not resume:
@@ -90,7 +94,7 @@ def _adapt(
     with progress.stage("loading"):
         settings = read_config(out)[1].get("settings", {})
         model, tokenizer = load(out), load_tokenizer(out)
-        teacher = _original(out, original, model, needed=config.loss != "text")
+        teacher = _original(out, original, model, needed=config.loss != "text", ignore=ignore_config)
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
@@ -129,20 +133,18 @@ def _adapt(
     return {"out": str(out), "dest": str(dest), **record}
 
 
-def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bool) -> Llama | None:
+def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bool, ignore: Sequence[str] = ()) -> Llama | None:
     """The uncompressed model; None where it is not at hand and not needed."""
     if given is None and not recorded(out)["name"]:
         if needed:
             raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
         return None
     try:
-        original = load_model(find_original(out, given))
-        check_config(out, original.config, compressed.config)
+        return load_original(out, find_original(out, given), compressed.config, ignore)
     except QLRError:
         if needed or given is not None:
             raise
         return None
-    return original
 
 
 def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:

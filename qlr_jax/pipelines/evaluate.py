@@ -14,10 +14,10 @@ from qlr_jax import calibration, evaluation
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load
-from qlr_jax.models import Llama, load_model, load_tokenizer
+from qlr_jax.models import Llama, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.paths import local
-from qlr_jax.pipelines.original import check_config, find_original
+from qlr_jax.pipelines.original import find_original, load_original
 from qlr_jax.progress import Progress, silent
 from qlr_jax.settings.resolved import sequence_length
 
@@ -37,6 +37,7 @@ def evaluate(
     task_path: str | Path | None = None,
     limit: int | None = None,
     batch: int = 8,
+    ignore_config: Sequence[str] = (),
 ) -> dict[str, Any]:
     """How good a compressed folder is beside its original: on a text, on zero-shot tasks, or on both.
 
@@ -49,7 +50,8 @@ def evaluate(
         window: tokens of a window; 2048 where not given, or as many as the model takes. Published figures are for 2048 or 4096.
         drift: whether hidden states are compared after every block too, on 32,768 tokens at most.
         tasks, task_path, limit: as `evaluation.zero_shot` has them.
-        batch: windows or requests of a batch, at most; fewer where logits would take more than 1 GB.
+        batch: windows or requests at a time, at most; fewer where logits would take more than 1 GB.
+        ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
 
     Returns:
         The fields of `evaluation.Comparison` and perplexity_ratio; intervals (95 %, windows resampled) by the same names; worst
@@ -62,8 +64,8 @@ def evaluate(
     progress = progress or silent()
     with progress.stage("loading"):
         base = find_original(out, original)
-        compressed, tokenizer, uncompressed = load(out).densified(), load_tokenizer(out), load_model(base)
-        check_config(out, uncompressed.config, compressed.config)
+        compressed, tokenizer = load(out).densified(), load_tokenizer(out)
+        uncompressed = load_original(out, base, compressed.config, ignore_config, progress.say)
     if not text and not tasks and base != BUNDLED:
         raise QLRError("no text was given to evaluate on; pass --text FILE, or --tasks")
     result: dict[str, Any] = {}

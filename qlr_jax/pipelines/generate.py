@@ -21,6 +21,7 @@ def generate(
     settings: GenerationSettings | None = None,
     *,
     stop: Sequence[str] = (),
+    ignore_config: Sequence[str] = (),
     progress: Progress | None = None,
     **options: Any,
 ) -> Iterator[str]:
@@ -29,13 +30,17 @@ def generate(
     Args:
         source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
         prompt, settings, stop, options: as for `evaluation.stream_text`.
+        ignore_config: attributes of an original's config.json to go on without.
 
     Raises:
         QLRError: as `load`, `load_model` and `evaluation.stream_text`; before the first piece.
     """
-    with (progress or silent()).stage("loading"):
+    progress = progress or silent()
+    with progress.stage("loading"):
         folder = locate(source)
-        model, tokenizer = load(folder) if _is_packed(folder) else load_model(folder), load_tokenizer(folder)
+        packed = _is_packed(folder)
+        model = load(folder) if packed else load_model(folder, ignore=ignore_config, note=progress.say)
+        tokenizer = load_tokenizer(folder)
     return evaluation.stream_text(model, tokenizer, prompt, settings, stop=stop, **options)
 
 

@@ -74,13 +74,15 @@ def _measured(
     texts = Texts.standard_library() if own else Texts.read(calibration)
     with clock.stage("load"), progress.stage("loading"):
         source = open_source(model, recipe, whole=True)  # a table is for budgets of all kinds
+        for line in source.notes:
+            progress.say(line)
         check_texts(source, texts.calibration)
     with clock.stage("calibrate"):
         statistics, reference = calibrate(source, texts.calibration, progress)
     with clock.stage("measure"):
         table = measure(Run(source, statistics, reference, progress)).table
     seconds = dict(clock.seconds) | {"total": time.perf_counter() - clock.started}
-    facts: dict[str, Any] = {"model": source.name, "original": dict(source.identity)}
+    facts: dict[str, Any] = {"model": source.name, "original": dict(source.identity), "import": list(source.notes)}
     facts |= {"command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}
     table = dataclasses.replace(table, notes=dict(table.notes) | facts)
     with staged(out) as folder:

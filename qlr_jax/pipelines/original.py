@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import SKIP_CHECKSUMS
 from qlr_jax.formats.qlr.packed import read_config
-from qlr_jax.models import LlamaConfig
+from qlr_jax.models import Llama, LlamaConfig, load_model
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from qlr_jax.models.identity import digest_model
 from qlr_jax.paths import local
@@ -67,6 +68,31 @@ def find_original(out: str | Path, given: str | Path | None = None) -> Path:
             continue
         return _checked(found, known, out, what)
     raise QLRError(f"the recorded original of {out}, {what}, is not there ({why}); pass where it lies now (--original MODEL)")
+
+
+def load_original(
+    out: str | Path,
+    place: Path,
+    compressed: LlamaConfig,
+    ignore: Collection[str] = (),
+    note: Callable[[str], None] = lambda line: None,
+) -> Llama:
+    """The model that `out` was compressed from.
+
+    Args:
+        out: the compressed folder.
+        place: what `find_original` found.
+        compressed: the configuration of the model in `out`.
+        ignore: attributes of its config.json to go on without, beside those that `out` records.
+        note: is given, a sentence at a time, how it was read.
+
+    Raises:
+        QLRError: as `load_model` and `check_config`.
+    """
+    settings = read_config(out)[1].get("settings") or {}
+    found = load_model(place, ignore=[*settings.get("ignore_config", ()), *ignore], note=note)
+    check_config(out, found.config, compressed)
+    return found
 
 
 def _checked(place: Path, known: dict[str, Any], out: str | Path, what: str) -> Path:

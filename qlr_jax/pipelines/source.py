@@ -40,6 +40,7 @@ class Source:
         prices: the option table with its exact bytes, no damage yet.
         backbones: name -> Q, where the recipe takes them from another model.
         identity: where it lies, its name on the hub, and a digest of its weights (`models.identity`).
+        notes: sentences on how the model was read, for a person.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Source:
     prices: allocators.OptionTable
     backbones: Mapping[str, Weight] = field(default_factory=dict)
     identity: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def locate(model: str | Path) -> Path:
@@ -75,17 +77,19 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
             backbones of another model.
     """
     folder = locate(model)
-    config = LlamaConfig.from_hf(folder)
+    config = LlamaConfig.from_hf(folder, recipe.ignore_config)
     settings = Settings.of(recipe, config, whole=whole)
-    original, tokenizer = load_model(folder, on_disk=settings.streaming), load_tokenizer(folder)
+    notes: list[str] = []
+    original = load_model(folder, on_disk=settings.streaming, ignore=recipe.ignore_config, note=notes.append)
+    tokenizer = load_tokenizer(folder)
     matrices = original.matrices()
     names = (*settings.matrices, *settings.vocabulary)
     weights = {name: _checked(matrices[name].weight.get_value(), checked_weight) for name in names}
-    backbones = _given_backbones(recipe.backbone_from, original, settings.streaming) if recipe.backbone_from else {}
+    backbones = _given_backbones(recipe, original, settings.streaming) if recipe.backbone_from else {}
     name = BUNDLED_NAME if folder == BUNDLED else str(model)
     prices = price_options(config, recipe, settings)
     known = identity(folder, name)
-    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known)
+    return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known, tuple(notes))
 
 
 def saved_table(table: allocators.OptionTable, source: Source, progress: Progress) -> allocators.OptionTable:
@@ -111,9 +115,10 @@ def saved_table(table: allocators.OptionTable, source: Source, progress: Progres
     return table
 
 
-def _given_backbones(source: str | Path, original: Llama, on_disk: bool) -> dict[str, Weight]:
+def _given_backbones(recipe: Recipe, original: Llama, on_disk: bool) -> dict[str, Weight]:
     """Q of every linear layer: the weights of another model's folder, whose other tensors must be the original's."""
-    other = load_model(source, on_disk=on_disk)
+    source = str(recipe.backbone_from)
+    other = load_model(source, on_disk=on_disk, ignore=recipe.ignore_config)
     theirs, ours, linears = other.tensors(), original.tensors(), original.linears()
     if list(theirs) != list(ours):
         raise QLRError(f"{source} is no model of the same tensors as the original; pass the dense weights of the same model")

@@ -45,6 +45,7 @@ def verify(
     thresholds: Thresholds | Mapping[str, Any] | str | Path | None = None,
     windows: int | None = None,
     progress: Progress | None = None,
+    ignore_config: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Whether a compressed folder may be used: every threshold checked, each with its margin.
 
@@ -53,7 +54,7 @@ def verify(
     you trust, or set `parity` to None.
 
     Args:
-        out, text, original, windows: as for `evaluate`; text and original are needed for kl, perplexity_ratio, agreement, drift.
+        out, text, original, windows, ignore_config: as for `evaluate`; the first three are needed for all but files and parity.
         thresholds: a Thresholds, a mapping, or a YAML file (a recipe too); where not given those that the folder was compressed
             with (recipe.yaml), else the defaults.
 
@@ -86,7 +87,7 @@ def verify(
             with progress.stage("comparing JAX and PyTorch"):
                 checks.append(_parity(out, asked.parity))
         if any(limit is not None for limit in (asked.kl, asked.perplexity_ratio, asked.agreement, asked.drift)):
-            wants = {"text": text, "original": original, "windows": windows, "progress": progress}
+            wants = {"text": text, "original": original, "windows": windows, "progress": progress, "ignore_config": ignore_config}
             found = evaluate(out, drift=asked.drift is not None, **wants)
             checks += _measured(found, asked)
     order = [field.name for field in dataclasses.fields(asked)]

@@ -30,7 +30,16 @@ from qlr_jax.report.content.quality import (
     rank_paid,
     refined_line,
 )
-from qlr_jax.report.content.reproduce import FOLDER, LOADING, commands, compressed_as, recipe_text, recipe_title, versions
+from qlr_jax.report.content.reproduce import (
+    FOLDER,
+    LOADING,
+    commands,
+    compressed_as,
+    import_notes,
+    recipe_text,
+    recipe_title,
+    versions,
+)
 from qlr_jax.report.content.running import machine_line, stage_rows
 from qlr_jax.report.content.sizes import HEADS as SIZE_HEADS
 from qlr_jax.report.content.sizes import size_rows, target_note
@@ -115,6 +124,7 @@ def _allocation(report: Mapping[str, Any]) -> list[str]:
 
 def _again(report: Mapping[str, Any]) -> list[str]:
     out = [_code(typed, "sh")] if (typed := commands(report)) else []
+    out += [_plain(line) for line in import_notes(report)]
     if recipe := recipe_text(report):
         out.append(f"{recipe_title(report)}:\n\n{_code(recipe, 'yaml')}")
     return [*out, f"Versions: {_plain(found)}." if (found := versions(report)) else ""]

@@ -50,6 +50,7 @@ class Record:
     peak_rss: int
     problem: allocators.Problem
     device: str
+    import_notes: tuple[str, ...]
     left_out: Mapping[str, Mapping[int, str]]
     original: Mapping[str, Any] = field(default_factory=dict)
 
@@ -95,6 +96,7 @@ class Record:
             "agreement": {name: c.agreement for name, c in everyone.items()},
             "calibration_kl": {name: c.kl for name, c in self.calibration.items()},
             "delivered": self.delivered,
+            "import_notes": list(self.import_notes),
             "left_out": {kind: {str(row): where for row, where in rows.items()} for kind, rows in self.left_out.items()},
             "refined": self._refined(),
             "fit": self._fit(),

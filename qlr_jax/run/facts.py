@@ -61,7 +61,7 @@ def completed(facts: Any, now: Mapping[str, Any] | None = None) -> Any:
     """
     if not isinstance(facts, dict) or not isinstance(facts.get("recipe"), dict):
         return facts
-    defaults = {item.name: item.default for item in dataclasses.fields(Recipe)}
+    defaults = {f.name: list(f.default) if isinstance(f.default, tuple) else f.default for f in dataclasses.fields(Recipe)}
     model = facts.get("model")
     if now and DIGEST in str(now.get("model")) and DIGEST not in str(model):
         model = now["model"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -81,18 +81,21 @@ class Session:
                 with self.progress.stage(title):
                     yield
 
-    def begin(self, facts: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    def begin(self, facts: Mapping[str, Any], known: Mapping[str, Any], notes: Sequence[str] = ()) -> None:
         """Open the job's folder: what is kept there of an earlier run is not done again.
 
         Args:
             facts: what the job is of; a job that was begun with others is refused.
             known: for job/report.json.
+            notes: what is to be said, and logged, before the work begins.
         """
         self._space = Workspace.open(self.out, facts, self.resume)
         if self.resume and not self._space.begun:
             self.progress.say(f"{self.out} holds no job to go on with; it begins now")
         self._journal = Journal(self.clock, self._space.write_report, {"command": self.command, **known})
         self.progress = logged(self.progress, self._space.log)
+        for line in notes:
+            self.progress.say(line)
 
     def spill(self, kind: str) -> Callable[[str, np.ndarray], np.ndarray]:
         """(name, array) -> the same array, in a file of the job's folder."""

@@ -67,6 +67,7 @@ class Recipe:
     )
     include: tuple[str, ...] = _field((), "patterns of the linear layers to compress, e.g. '*.mlp.*'; empty = all")
     exclude: tuple[str, ...] = _field((), "patterns of the linear layers to leave as they are")
+    ignore_config: tuple[str, ...] = _field((), "attributes of config.json that are not known here, to go on without")
     backbone_from: str | None = _field(None, "folder of another compression's dense weights: they are Q, and only L R is fitted")
     hessians_from: str | None = _field(None, "folder or file of Hessians made elsewhere, in place of the calibration's")
     hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
@@ -244,9 +245,10 @@ def _converted(name: str, kind: str, value: Any) -> Any:
             return tuple(_converted(name, "int" if "int" in kind else "str", entry) for entry in value)
         wanted = "a list such as " + {
             "ranks": "[0, 8, 16]",
-            "vocabulary": "[bf16, int-8g32]",
             "backbones": "[trellis-2, trellis-3]",
             "factors": "[trellis-2]",
+            "ignore_config": "[qk_norm]",
+            "vocabulary": "[bf16, int-8g32]",
         }.get(name, "['*.mlp.*']")
     elif kind.startswith("dict"):
         if isinstance(value, dict):

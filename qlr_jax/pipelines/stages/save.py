@@ -46,12 +46,16 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
         peak_rss=peak_rss(),
         problem=outcome.problem,
         device=device_kind(),
+        import_notes=source.notes,
         left_out={"inputs": getattr(statistics.hessians, "left_out", {}), "outputs": getattr(statistics.outputs, "left_out", {})},
     )
     with run.progress.stage("saving"), enough_space(out):
         report = record.report()
         # where it lies is said in report.json alone: the rest of the folder may be published
         known = {key: source.identity.get(key) for key in ("hub", "revision", "digest")}
-        settings, files = {"base_model": source.name, "original": known}, job_files(record, report)
+        settings: dict[str, Any] = {"base_model": source.name, "original": known}
+        if run.recipe.ignore_config:
+            settings["ignore_config"] = list(run.recipe.ignore_config)  # whoever reads the original again needs them too
+        files = job_files(record, report)
         save_packed(out, run.original, delivered.matrices, source=source.folder, settings=settings, files=files)
     return report

@@ -33,6 +33,11 @@ def commands(report: Mapping[str, Any]) -> str:
     return "\n".join(str(found) for found in (report.get("command"), part_of(report, "adapted").get("command")) if found)
 
 
+def import_notes(report: Mapping[str, Any]) -> list[str]:
+    """What a person should know of how the original's folder was read, a sentence each."""
+    return [f"{line}." for line in report.get("import_notes") or ()]
+
+
 def recipe_title(report: Mapping[str, Any]) -> str:
     """The heading of the recipe."""
     return f"Recipe (seed {part_of(report, 'recipe').get('seed', MISSING)})"

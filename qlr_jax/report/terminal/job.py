@@ -8,6 +8,7 @@ from typing import Any
 from qlr_jax.progress import duration
 from qlr_jax.report.content.allocation import rank_line
 from qlr_jax.report.content.quality import delivery_note, evaluated_on, predicted, rank_paid, refined_line
+from qlr_jax.report.content.reproduce import import_notes
 from qlr_jax.report.terminal.columns import columns
 from qlr_jax.report.words import (
     MODELS,
@@ -37,6 +38,7 @@ def summary(report: Mapping[str, Any]) -> str:
         "",
         *[line for line in (rank_paid(report), refined_line(report)) if line],
         rank_line(rows_of(report, "matrices")),
+        *import_notes(report),
     ]
     seconds, memory = part_of(report, "seconds").get("total"), report.get("peak_rss_bytes")
     if is_number(seconds):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from qlr_jax.report.content.reproduce import FOLDER, LOADING, commands, recipe_text, recipe_title, versions
+from qlr_jax.report.content.reproduce import FOLDER, LOADING, commands, import_notes, recipe_text, recipe_title, versions
 
 
 def again_sections(report: Mapping[str, Any]) -> str:
@@ -14,6 +14,8 @@ def again_sections(report: Mapping[str, Any]) -> str:
     out = []
     if typed := commands(report):
         out.append(f"<h3>Command</h3><pre>{escape(typed)}</pre>")
+    if notes := import_notes(report):
+        out.append("<h3>How the original was read</h3>" + "".join(f"<p>{escape(line)}</p>" for line in notes))
     if recipe := recipe_text(report):
         out.append(f"<h3>{escape(recipe_title(report))}</h3><pre>{escape(recipe)}</pre>")
     if found := versions(report):
