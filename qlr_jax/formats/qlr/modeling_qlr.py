@@ -878,7 +878,7 @@ class QLREmbedding(QLRLinear):
             raise ValueError(f"single rows cannot be read from {spec}; export the folder again")
         self.factor = factor
         self.cast = nn.Module()  # `Stored` keeps the type of what is its own
-        self.cast.register_buffer("to", torch.empty(0, dtype=dtype), persistent=False)
+        self.cast.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens (…) -> (…, in), in the model's type."""
