@@ -42,6 +42,7 @@ def compress(
     recipe: Recipe | str | Path | None = None,
     *,
     evaluate_on: Files = None,
+    chat: bool = False,
     table: allocators.OptionTable | None = None,
     constraints: Constraints | None = None,
     resume: bool = False,
@@ -57,9 +58,10 @@ def compress(
         model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3, Gemma or OLMo2 model.
         out: the folder to write; it must not exist or be empty.
         budget: e.g. `2.25bpw`, `900MB`, `device:8GiB,context=8192`; the recipe's where not given.
-        calibration: text file(s).
+        calibration: text: files, folders, patterns, `FILE.jsonl#FIELD`; with `:WEIGHT` a mixture (`calibration.files.read_part`).
         recipe: a Recipe or a YAML file; the defaults where not given.
         evaluate_on: held-out text file(s) for the report's figures; none: calibration figures only.
+        chat: apply the tokenizer's chat template to both (`calibration.Corpus`).
         table: what `sensitivity` saved for this model and recipe; nothing is measured again then.
         constraints: locks and ties.
         resume: go on with a job that was interrupted, where `out` holds one of the same recipe, model and texts: what it has
@@ -72,7 +74,7 @@ def compress(
         QLRError, allocators.AllocationError: one sentence on what cannot be used; nothing is written then.
     """
     session = Session(out, command, resume, cluster, progress, sources=[model])
-    texts, asked = Texts.read(calibration, evaluate_on), Recipe.of(recipe, budget).located()
+    texts, asked = Texts.read(calibration, evaluate_on, chat), Recipe.of(recipe, budget).located()
     return _job(model, asked, texts, session, table, constraints or Constraints())
 
 
@@ -109,11 +111,13 @@ def _job(
             table = None if table is None else saved_table(table, source, session.progress)
             # what cannot be met is refused before the work begins
             budget.on(constraints.on(source.prices if table is None else table))
-        known = texts.calibration, texts.held_out, table, constraints
-        facts = job_facts(source.identity, source.model.config, recipe, *known)
+        contents = texts.calibration.content, texts.held_out.content if texts.held_out else ""
+        facts = job_facts(source.identity, source.model.config, recipe, *contents, table, constraints)
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
-        session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, source.notes)
+        session.begin(
+            facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, [*source.notes, *texts.notes]
+        )
 
         with session.stage("calibrate"):
             statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)

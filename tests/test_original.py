@@ -16,7 +16,7 @@ from qlr_jax.models import load_model
 from qlr_jax.models.identity import digest_files, digest_model, identity
 from qlr_jax.pipelines import adapt
 from qlr_jax.pipelines.original import find_original, recorded
-from qlr_jax.pipelines.source import open_source, say_whose
+from qlr_jax.pipelines.source import open_source, saved_table
 from qlr_jax.settings.recipe import Recipe
 
 
@@ -137,6 +137,7 @@ def test_it_is_said_whose_a_table_is(tiny, made):
     source, said = open_source(made / "elsewhere" / "llama", Recipe(backbones=("int-4g16",), ranks=(0,))), []
     progress = type("Says", (), {"say": lambda self, line: said.append(line)})()
     for digest in (source.identity["digest"], None, digest_model(tiny)):
-        notes = {"original": {"digest": digest, "path": "there"}}
-        say_whose(dataclasses.replace(source.prices, notes=notes), source, progress)
+        matrices = {name: {"coefficient": 1.0, "shape": shape} for name, shape in source.settings.matrices.items()}
+        notes = {"original": {"digest": digest, "path": "there"}, "matrices": matrices}
+        saved_table(dataclasses.replace(source.prices, notes=notes), source, progress)
     assert len(said) == 1 and "measured on there, another model" in said[0]

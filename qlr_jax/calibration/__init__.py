@@ -1,30 +1,46 @@
 """Text -> tokens -> Hessians of inputs, plain or weighted by the end loss, and of outputs."""
 
 from qlr_jax.calibration.compensated import compensated_target, moments
+from qlr_jax.calibration.corpus import Corpus, Files
 from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
 from qlr_jax.calibration.imported import read_hessians
 from qlr_jax.calibration.text import read_text, split_of, standard_library
-from qlr_jax.calibration.tokens import calibration_tokens, encode, evenly_spaced, subsample
+from qlr_jax.calibration.tokens import (
+    SHORTEST,
+    calibration_tokens,
+    encode,
+    evenly_spaced,
+    fitting_length,
+    shares,
+    spread,
+    subsample,
+)
 from qlr_jax.calibration.vocabulary import RowMetric, vocabulary_metrics
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
 __all__ = [
+    "SHORTEST",
     "WEIGHTINGS",
     "CalibrationResult",
+    "Corpus",
+    "Files",
     "RowMetric",
     "calibration_tokens",
     "compensated_target",
     "encode",
     "evenly_spaced",
+    "fitting_length",
     "hessians",
     "matrix_hessians",
     "moments",
     "output_hessians",
     "read_hessians",
     "read_text",
+    "shares",
     "split_of",
+    "spread",
     "squared_gradients",
     "standard_library",
     "subsample",

@@ -5,8 +5,8 @@ import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlr_jax.calibration.corpus import Corpus
 from qlr_jax.errors import QLRError
-from qlr_jax.paths import local
 
 SPLITS = ("train", "calibration", "heldout")
 
@@ -57,23 +57,9 @@ def standard_library(split: str, root: str | Path | None = None) -> str:
 
 
 def read_text(paths: Sequence[str | Path] | str | Path) -> str:
-    """The text of one or several UTF-8 files, joined by a newline.
+    """The text of one or several files, folders or patterns (`calibration.files`), joined by a newline.
 
     Raises:
         QLRError: a file that is missing, empty or not UTF-8, or none given.
     """
-    texts = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        file = local(path)
-        if not file.is_file():
-            raise QLRError(f"text file {file} does not exist; give a UTF-8 text file")
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise QLRError(f"text file {file} is not UTF-8; convert it first") from None
-        if not text.strip():
-            raise QLRError(f"text file {file} is empty; give a file with text in it")
-        texts.append(text)
-    if not texts:
-        raise QLRError("no text file is given; give at least one UTF-8 text file")
-    return "\n".join(texts)
+    return Corpus.read(paths).content

@@ -1,5 +1,6 @@
 """Text -> calibration sequences of one length."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -7,6 +8,8 @@ from jaxtyping import Int
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.vocabulary import check_tokens
+
+SHORTEST, WANTED = 32, 4  # tokens of a sequence and number of sequences, where a text is too short for a long one
 
 
 def encode(text: str, tokenizer: Any, vocabulary: int | None = None) -> Int[np.ndarray, "tokens"]:
@@ -49,6 +52,53 @@ def subsample(rows: Int[np.ndarray, "rows length"], tokens: int) -> Int[np.ndarr
     return rows[evenly_spaced(len(rows), tokens // rows.shape[1])]
 
 
+def fitting_length(tokens: int, length: int, wanted: int = WANTED) -> int:
+    """The length of a sequence; where the text does not fill one, that which gives as many as are wanted, unless they get short.
+
+    Args:
+        tokens: that the text has.
+        length: of a sequence where there is text enough.
+        wanted: sequences of a text that is too short for one of `length`.
+
+    Example:
+        >>> fitting_length(5000, 2048), fitting_length(1500, 2048), fitting_length(9, 2048)
+        (2048, 375, 9)
+    """
+    return length if tokens >= length else max(2, min(tokens, max(SHORTEST, tokens // wanted)))
+
+
+def shares(counts: Sequence[int], weights: Sequence[float], sequences: int, body: int) -> list[int]:
+    """How many sequences each of several texts gives, in the proportion of their weights, at least one.
+
+    Where a text has too few for its share, all give less, so that the proportion holds.
+
+    Args:
+        counts: tokens of each text.
+        weights: of each.
+        sequences: in all, at most.
+        body: tokens of a text that a sequence takes.
+
+    Example:
+        >>> shares([9000, 9000], [2, 1], 256, 10), shares([9000, 50], [2, 1], 256, 10), shares([90], [1], 256, 10)
+        ([171, 85], [10, 5], [9])
+    """
+    available, whole = [count // body for count in counts], sum(weights)
+    total = min([sequences, *(int(own * whole / weight) for own, weight in zip(available, weights, strict=True))])
+    exact = [total * weight / whole for weight in weights]
+    found = [int(share) for share in exact]
+    for at in sorted(range(len(found)), key=lambda at: found[at] - exact[at])[: total - sum(found)]:
+        found[at] += 1
+    return [min(max(share, 1), own) for share, own in zip(found, available, strict=True)]
+
+
+def spread(ids: Int[np.ndarray, "tokens"], sequences: int, length: int, bos: int | None) -> Int[np.ndarray, "sequences length"]:
+    """Windows that never overlap, evenly spaced over the ids, each behind BOS where there is one; there have to be enough."""
+    body = length if bos is None else length - 1
+    starts = np.arange(sequences) * (len(ids) - body) // max(sequences - 1, 1)
+    out = np.stack([ids[s : s + body] for s in starts])
+    return out if bos is None else np.concatenate([np.full((sequences, 1), bos, np.int32), out], axis=1)
+
+
 def calibration_tokens(text: str, tokenizer: Any, sequences: int, length: int) -> Int[np.ndarray, "sequences length"]:
     """Windows of one length, evenly spaced over the text, that never overlap; each starts with BOS if the tokenizer has one.
 
@@ -70,6 +120,4 @@ def calibration_tokens(text: str, tokenizer: Any, sequences: int, length: int) -
             f"the calibration text has {len(ids)} tokens, but {sequences} sequences of {length} need {sequences * body}; "
             "give more text, or ask for fewer or shorter sequences"
         )
-    starts = np.arange(sequences) * (len(ids) - body) // max(sequences - 1, 1)
-    out = np.stack([ids[s : s + body] for s in starts])
-    return out if bos is None else np.concatenate([np.full((sequences, 1), bos, np.int32), out], axis=1)
+    return spread(ids, sequences, length, bos)

@@ -12,6 +12,7 @@ from qlr_jax.cli.options import (
     AtLeast,
     BudgetText,
     Calibration,
+    Chat,
     Exclude,
     Force,
     HessiansFrom,
@@ -25,7 +26,7 @@ from qlr_jax.cli.options import (
     TieBackbone,
     TieSpec,
 )
-from qlr_jax.cli.shell import app, clear_errors, command, show, text_of
+from qlr_jax.cli.shell import MixtureCommand, app, clear_errors, command, show, text_of
 from qlr_jax.errors import QLRError
 
 if TYPE_CHECKING:
@@ -56,12 +57,13 @@ def demo(
 
 
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
-@app.command(short_help="A Llama model under a memory budget.")
+@app.command(short_help="A Llama model under a memory budget.", cls=MixtureCommand)
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, or a GGUF file.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed model; new or empty.")],
     budget: BudgetText = None,
     calibration: Calibration = None,
+    chat: Chat = False,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -123,7 +125,7 @@ def compress(
     \b
     Example:
         qlr compress path/to/llama small --budget 2.25bpw --calibration text.txt
-        qlr compress path/to/llama small --budget 900MB --calibration a.txt --calibration b.txt --evaluate-on heldout.txt
+        qlr compress path/to/llama small --budget 900MB --calibration web.jsonl:2 code.txt:1 --evaluate-on heldout.txt
         qlr compress path/to/llama small --recipe small/recipe.yaml --seed 1
         qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
         qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
@@ -166,6 +168,7 @@ def compress(
             out,
             budget=chosen.budget,
             calibration=calibration or None,
+            chat=chat,
             recipe=chosen,
             progress=progress.choose(as_json),
             command=command(),
@@ -230,7 +233,7 @@ def plan(
 
 
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
-@app.command(short_help="What every matrix is sensitive to, as a table.")
+@app.command(short_help="What every matrix is sensitive to, as a table.", cls=MixtureCommand)
 def sensitivity(
     model: Annotated[
         str,
@@ -238,6 +241,7 @@ def sensitivity(
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
     calibration: Calibration = None,
+    chat: Chat = False,
     recipe: RecipeFile = None,
     include: Include = None,
     exclude: Exclude = None,
@@ -288,6 +292,7 @@ def sensitivity(
             model,
             out,
             calibration=calibration or None,
+            chat=chat,
             recipe=chosen,
             matrix=matrix,
             progress=progress.choose(as_json),

@@ -12,7 +12,11 @@ Saved = Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json, or t
 BudgetText = Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")]
 Calibration = Annotated[
     list[Path] | None,
-    typer.Option("--calibration", metavar="TEXT", help="UTF-8 text to calibrate on; may repeat."),
+    typer.Option(
+        "--calibration",
+        metavar="TEXT",
+        help="Text to calibrate on: file, folder or pattern, FILE.jsonl#FIELD; may repeat, mixed by weights: a.txt:2 b.txt:1.",
+    ),
 ]
 Lock = Annotated[
     list[str] | None,
@@ -45,7 +49,11 @@ HessiansFrom = Annotated[
     Path | None,
     typer.Option("--hessians", metavar="PATH", help="Hessians made elsewhere, a folder or a file of .safetensors or .npz."),
 ]
-HeldOut = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out UTF-8 text; may repeat.")]
+HeldOut = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Held-out text; may repeat.")]
+Chat = Annotated[
+    bool,
+    typer.Option("--chat", help="Apply the tokenizer's chat template: to messages of records, else to paragraphs by turns."),
+]
 Original = Annotated[
     Path | None,
     typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original, to compare with."),

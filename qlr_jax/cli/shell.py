@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from qlr_jax.errors import QLRError
 
@@ -24,6 +26,31 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+class MixtureCommand(TyperCommand):
+    """A command whose --calibration takes several weighted texts at once: `--calibration a.txt:2 b.txt:1`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, spread(args))
+
+
+def spread(args: list[str]) -> list[str]:
+    """Arguments with --calibration before each of the weighted texts that follow one another.
+
+    Example:
+        >>> spread(["m", "--calibration", "a.txt:2", "b.txt:1", "out"])
+        ['m', '--calibration', 'a.txt:2', '--calibration', 'b.txt:1', 'out']
+    """
+    option, found, mixing = "--calibration", [], False
+    for at, arg in enumerate(args):
+        weighted = re.search(r".:\d*\.?\d+$", arg) is not None and (not arg.startswith("-") or arg.startswith(f"{option}="))
+        own = arg.startswith(f"{option}=") or (at > 0 and args[at - 1] == option)
+        if mixing and weighted and not own:
+            found.append(option)
+        mixing = weighted and (own or mixing)
+        found.append(arg)
+    return found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, Compressed, HeldOut, IgnoreConfig, Original, Windows
+from qlr_jax.cli.options import AsJson, Chat, Compressed, HeldOut, IgnoreConfig, Original, Windows
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
@@ -21,6 +21,7 @@ VALIDATE_EVERY, VALIDATIONS = 50, 15  # validation on held-out text: every 50 st
 def evaluate(
     out: Compressed,
     text: HeldOut = None,
+    chat: Chat = False,
     original: Original = None,
     ignore_config: IgnoreConfig = None,
     windows: Windows = None,
@@ -59,6 +60,7 @@ def evaluate(
         result = job.evaluate(
             out,
             text=text or None,
+            chat=chat,
             original=original,
             ignore_config=ignore_config or (),
             progress=progress.choose(as_json),
@@ -77,6 +79,7 @@ def evaluate(
 def verify(
     out: Compressed,
     text: HeldOut = None,
+    chat: Chat = False,
     original: Original = None,
     ignore_config: IgnoreConfig = None,
     windows: Windows = None,
@@ -105,6 +108,7 @@ def verify(
         verdict = gate.verify(
             out,
             text=text or None,
+            chat=chat,
             original=original,
             ignore_config=ignore_config or (),
             thresholds=thresholds,
@@ -182,11 +186,12 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
 def adapt(
     out: Compressed,
     dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the adapted model; new or empty.")],
-    text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text to adapt to; may repeat.")] = None,
+    text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Text to adapt to; may repeat.")] = None,
     held_out: Annotated[
         list[Path] | None,
         typer.Option("--held-out", metavar="FILE", help="Other text that the figures are measured on; may repeat."),
     ] = None,
+    chat: Chat = False,
     original: Annotated[
         Path | None,
         typer.Option("--original", metavar="MODEL", help="Folder or GGUF file of the original: the teacher of kl and mix."),
@@ -277,6 +282,7 @@ def adapt(
             original=original,
             ignore_config=ignore_config or (),
             held_out=held_out or None,
+            chat=chat,
             resume=resume,
             progress=progress.choose(as_json),
             command=command(),

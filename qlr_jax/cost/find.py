@@ -7,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from qlr_jax.errors import QLRError
-from qlr_jax.models import LlamaConfig
+from qlr_jax.models import LlamaConfig, hub
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from qlr_jax.models.checkpoint import weight_files
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
@@ -42,19 +42,12 @@ def find_config(model: str | Path, ignore: Collection[str] = ()) -> tuple[LlamaC
     name = re.sub(r"^meta-|-(hf|instruct|chat)\b", "", text.rpartition("/")[2].lower())
     if known := {key.lower(): config for key, config in KNOWN.items()}.get(name):
         return known, None
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
-        from huggingface_hub import hf_hub_download
-
+    if hub.parts(text) is not None:
         try:
-            return LlamaConfig.from_hf(Path(hf_hub_download(text, "config.json")), ignore), None
-        except QLRError:
-            raise
-        except Exception as error:  # the hub raises many kinds; each means that nothing was found
-            why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise QLRError(
-                f"{text} is no folder, and the hub does not deliver its config.json ({why}); pass a folder that holds one, "
-                f"or one of {', '.join(KNOWN)}"
-            ) from None
+            file = hub.config_file(text)
+        except QLRError as error:
+            raise QLRError(f"{error}; pass a folder that holds one, or one of {', '.join(KNOWN)}") from None
+        return LlamaConfig.from_hf(file, ignore), None
     raise QLRError(
         f"model {text!r} is not known; pass a folder with a config.json, a hub name owner/name, or one of {', '.join(KNOWN)}"
     )

@@ -16,7 +16,7 @@ from qlr_jax.evaluation.drift import Drift, drift
 from qlr_jax.evaluation.generation import generate, stream
 from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.evaluation.text import stream_text
-from qlr_jax.evaluation.windows import Windows, cut, windows
+from qlr_jax.evaluation.windows import Windows, cut, cut_corpus, windows
 from qlr_jax.evaluation.zero_shot import PAPER_TASKS, compare_zero_shot, zero_shot
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "compare",
     "compare_zero_shot",
     "cut",
+    "cut_corpus",
     "divergence",
     "drift",
     "generate",

@@ -1,13 +1,14 @@
 """Text -> evaluation windows by the protocol of GPTQ, QuIP# and CALDERA; how models are run over them in batches."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from qlr_jax.calibration.tokens import encode
+from qlr_jax.calibration.corpus import Corpus
+from qlr_jax.calibration.tokens import WANTED, encode, fitting_length
 from qlr_jax.errors import QLRError
 
 
@@ -38,14 +39,50 @@ def cut(text: str, tokenizer: Any, length: int, vocabulary: int | None = None) -
     Raises:
         QLRError: not one window can be filled; a token that the model has no row for.
     """
+    return cut_ids(encode(text, tokenizer, vocabulary), tokenizer.bos_token_id, length)
+
+
+def cut_ids(ids: Int[np.ndarray, "tokens"], bos: int | None, length: int) -> Windows:
+    """`cut` of a text's token ids.
+
+    Args:
+        ids: of the whole text, without BOS.
+        bos: id of the token that comes before them, None for none.
+        length: tokens of a window, at least 2.
+
+    Raises:
+        QLRError: not one window can be filled.
+    """
     if length < 2:
         raise QLRError(f"windows of {length} tokens are asked for; at least 2 are needed")
-    ids, bos = encode(text, tokenizer, vocabulary), tokenizer.bos_token_id
     ids = ids if bos is None else np.concatenate([np.asarray([bos], np.int32), ids])
     count = len(ids) // length
     if not count:
         raise QLRError(f"the text has {len(ids)} tokens, fewer than one window of {length}; give more text or a shorter window")
     return Windows(ids[: count * length].reshape(count, length), bos, len(ids) - count * length)
+
+
+def cut_corpus(
+    corpus: Corpus, tokenizer: Any, length: int, vocabulary: int, say: Callable[[str], None] | None = None, *, wanted: int = WANTED
+) -> Windows:
+    """`cut` of a corpus, whose windows may be shorter than `length` where its text is too short for one.
+
+    Args:
+        corpus: without weights.
+        tokenizer, length, vocabulary: as for `cut`.
+        say: is told of shorter windows; None: they are refused.
+        wanted: windows, where they are shorter.
+
+    Raises:
+        QLRError: as `cut` and `Corpus.text`.
+    """
+    corpus.text(tokenizer)  # refuses weights
+    ids, bos = corpus.ids(tokenizer, vocabulary)[0], tokenizer.bos_token_id
+    count = len(ids) + (bos is not None)
+    if say is not None and (shorter := fitting_length(count, length, wanted)) < length:
+        say(f"the text has {count:,} tokens, too few for a window of {length:,}: {count // shorter} windows of {shorter} are taken")
+        length = shorter
+    return cut_ids(ids, bos, length)
 
 
 def windows(text: str, tokenizer: Any, length: int, vocabulary: int | None = None) -> Int[np.ndarray, "windows length"]:

@@ -88,6 +88,8 @@ def card_of(
     report = report if isinstance(report, Mapping) else {}
     base = base or report.get("model")
     base = base if isinstance(base, str) else None
+    if base and _on_hub(name := base.partition("@")[0]):
+        base = name  # the hub links models, not revisions of them
     bits = report.get("bits_per_weight")
     title = f"# {_name(base)}" + (f" at {bits:.4g} bits a weight" if _is_number(bits) else ", compressed")
     about = "Compressed by qlr-jax, which keeps linear layers as W ≈ g · Uᵀ (Q + L diag(s) R) V."

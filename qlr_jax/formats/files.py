@@ -13,6 +13,7 @@ import numpy as np
 
 from qlr_jax.errors import QLRError
 from qlr_jax.locks import locked
+from qlr_jax.models.checkpoint import COMPANIONS
 from qlr_jax.models.gguf.file import read_gguf
 from qlr_jax.models.gguf.tokenizer import write_companions
 from qlr_jax.paths import PARTIAL, output_file, output_folder
@@ -151,10 +152,8 @@ def copy_companions(source: Path, folder: Path) -> None:
         source: a model's folder, or a GGUF file, whose metadata are written as such files.
         folder: where to.
     """
-    from qlr_jax.models.folder import TOKENIZER_FILES  # brings JAX along, which writing a text does not need
-
     if source.is_file():
         return write_companions(read_gguf(source), folder)
-    for name in (*TOKENIZER_FILES, "generation_config.json"):
+    for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)

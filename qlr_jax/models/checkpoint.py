@@ -17,6 +17,12 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 NAMED = "transformers_weights"
 """The attribute of config.json that names the file of weights, or their index, in place of these two."""
 
+COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
+    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "generation_config.json",
+)  # fmt: skip
+"""Files that belong to a model beside its weights: its tokenizer's, its chat template's, and how it generates."""
+
 Reader = Callable[[], np.ndarray]
 
 # As safetensors names them; its numpy reader knows none of them (0.8).
@@ -63,8 +69,8 @@ def find_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} holds a LoRA adapter (adapter_config.json), which is no model by itself and changes the one beside it; "
             "merge it into its base with peft (merge_and_unload, then save_pretrained) and give that folder"
         )
-    name = _named(folder) or (SINGLE if (folder / SINGLE).is_file() else INDEX if (folder / INDEX).is_file() else SINGLE)
-    names = _shards(folder / name) if name.endswith(".index.json") else [name]
+    name = named_weights(folder) or (SINGLE if (folder / SINGLE).is_file() else INDEX if (folder / INDEX).is_file() else SINGLE)
+    names = shards_of(folder / name) if name.endswith(".index.json") else [name]
     for file in names:
         if not (folder / file).is_file():
             raise QLRError(f"{folder / file} does not exist{_hint(folder)}; give a folder with {SINGLE} or all shards of its index")
@@ -82,7 +88,12 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
         return ()
 
 
-def _named(folder: Path) -> str | None:
+def named_weights(folder: Path) -> str | None:
+    """The file of weights, or their index, that config.json names; None where it names none.
+
+    Raises:
+        QLRError: it names something else.
+    """
     try:
         name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(NAMED)
     except (OSError, ValueError, AttributeError):
@@ -94,7 +105,12 @@ def _named(folder: Path) -> str | None:
     return name
 
 
-def _shards(index: Path) -> list[str]:
+def shards_of(index: Path) -> list[str]:
+    """The names of the files that an index lists, in the order in which they are read.
+
+    Raises:
+        QLRError: it is no index.
+    """
     try:
         return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, KeyError, ValueError, AttributeError, TypeError) as error:

@@ -14,7 +14,8 @@ import numpy as np
 
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
-from qlr_jax.models.checkpoint import Reader, find_checkpoint, open_tensors
+from qlr_jax.models import hub
+from qlr_jax.models.checkpoint import COMPANIONS, Reader, find_checkpoint, open_tensors
 from qlr_jax.models.config import LlamaConfig, ignored, read_config_json
 from qlr_jax.models.float8 import dequantized
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
@@ -26,17 +27,14 @@ from qlr_jax.models.parity import differs
 from qlr_jax.models.rope import rope_note
 from qlr_jax.paths import local
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "added_tokens.json",
-    "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt",
-)  # fmt: skip
+TOKENIZER_FILES = COMPANIONS[:-1]
 
 # Buffers that old checkpoints store although the config determines them.
 _REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
 
 def find_folder(source: str | Path) -> Path:
-    """The local folder of a model: `source` itself, or the snapshot of a hub name such as "meta-llama/Llama-3.2-1B".
+    """The local folder of a model: `source` itself, or what the hub has of "owner/name" or "owner/name@revision".
 
     Of a model in a GGUF file it is the file, whether that is given or the folder that holds it (and no safetensors).
 
@@ -50,15 +48,9 @@ def find_folder(source: str | Path) -> Path:
         return path
     if path.is_file():
         raise QLRError(f"{source} is a file; give the folder that holds config.json and model.safetensors, or a GGUF file")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) or str(source).startswith((".", "/")):
+    if hub.parts(str(source)) is None:
         raise QLRError(f"folder {source} does not exist; give the folder of a Hugging Face Llama model, or a hub name owner/name")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]))
-    except Exception as error:  # the hub raises many kinds; each means that nothing was found
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise QLRError(f"{source} is neither a local folder nor a model that the hub delivers ({why})") from error
+    return hub.snapshot(str(source))
 
 
 def load_model(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from qlr_jax import adaptation, calibration, evaluation
 from qlr_jax.adaptation import AdaptConfig
+from qlr_jax.calibration import Corpus
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, divergence, reference
 from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
@@ -36,6 +37,7 @@ def adapt(
     *,
     original: str | Path | None = None,
     held_out: Sequence[str | Path] | None = None,
+    chat: bool = False,
     sequences: int = 4096,
     evaluation_tokens: int = 16384,
     resume: bool = False,
@@ -53,6 +55,7 @@ def adapt(
         original: the uncompressed model, for the losses "kl" and "mix" and for the figures; what `out` names where not given.
         held_out: file(s) that the figures are measured on; for the bundled model its own where no text is given; else the
             sequences that early stopping looks at, which training does not see.
+        chat: apply the tokenizer's chat template to the texts (`calibration.Corpus`).
         sequences: of the text, at most, spread over it.
         evaluation_tokens: for the figures, at most.
         resume: go on with an adaptation that was interrupted.
@@ -70,7 +73,7 @@ def adapt(
     refuse_locked(dest)
     with locked(dest):
         counts = (sequences, evaluation_tokens)
-        return _adapt(out, dest, text, config, original, held_out, *counts, resume, progress, command, ignore_config)
+        return _adapt(out, dest, text, config, original, held_out, chat, *counts, resume, progress, command, ignore_config)
 
 
 # one line a step, as in a job
@@ -81,6 +84,7 @@ def _adapt(
     config: AdaptConfig,
     original: str | Path | None,
     held_out: Sequence[str | Path] | None,
+    chat: bool,
     sequences: int,
     evaluation_tokens: int,
     resume: bool,
@@ -98,13 +102,13 @@ def _adapt(
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
-    content = calibration.standard_library("calibration") if bundled else calibration.read_text(text or ())
-    rows = _rows(content, tokenizer, model, sequences)
+    corpus = Corpus.of(calibration.standard_library("calibration")) if bundled else Corpus.read(text, chat)
+    rows = _rows(corpus, tokenizer, model, sequences, progress.say)
     training, stopping = np.delete(rows, np.s_[::STOPPING], axis=0), rows[::STOPPING][:64]
     windows, measured_on = stopping, "sequences of the text that training did not see"
     if held_out or bundled:
-        other = calibration.read_text(held_out) if held_out else calibration.standard_library("heldout")
-        windows = evaluation.windows(other, tokenizer, rows.shape[1], model.config.vocab_size)
+        other = Corpus.read(held_out, chat) if held_out else Corpus.of(calibration.standard_library("heldout"))
+        windows = evaluation.cut_corpus(other, tokenizer, rows.shape[1], model.config.vocab_size, progress.say).rows
         measured_on = ", ".join(map(str, held_out)) if held_out else "held-out modules of Python's standard library"
     windows = calibration.subsample(windows, evaluation_tokens)
 
@@ -147,14 +151,23 @@ def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bo
         return None
 
 
-def _rows(content: str, tokenizer: Any, model: Llama, sequences: int) -> np.ndarray:
-    length = min(LENGTH, model.config.max_position_embeddings)
-    available = len(calibration.encode(content, tokenizer, model.config.vocab_size)) // length
-    if available < 2 * STOPPING:
-        raise QLRError(
-            f"the text gives {available} sequences of {length} tokens, too few to train and to stop early; give more text"
-        )
-    return calibration.subsample(evaluation.windows(content, tokenizer, length), sequences * length)
+def _rows(corpus: Corpus, tokenizer: Any, model: Llama, sequences: int, say: Callable[[str], None]) -> np.ndarray:
+    for note in corpus.notes:
+        say(note)
+    length, wanted = min(LENGTH, model.config.max_position_embeddings), 2 * STOPPING
+    corpus.text(tokenizer)  # refuses weights
+    available = len(corpus.ids(tokenizer, model.config.vocab_size)[0])
+    if available < wanted * length:
+        shorter = available // wanted
+        if shorter < calibration.SHORTEST:
+            raise QLRError(
+                f"the text gives {available // length} sequences of {length} tokens, too few to train and to stop early; "
+                "give more text"
+            )
+        say(f"the text has {available:,} tokens, too few for {wanted} sequences of {length}: sequences of {shorter} are taken")
+        length = shorter
+    rows = evaluation.cut_corpus(corpus, tokenizer, length, model.config.vocab_size).rows
+    return calibration.subsample(rows, sequences * length)
 
 
 def _figures(found: Comparison, against_original: bool) -> dict[str, float]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qlr_jax import calibration, evaluation
+from qlr_jax.calibration import Corpus
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load
@@ -24,6 +25,7 @@ from qlr_jax.settings.resolved import sequence_length
 DRIFT_TOKENS = 32_768  # the mean over tokens has settled long before
 
 
+# most of the lines say what the arguments are and what comes back
 def evaluate(
     out: str | Path,
     *,
@@ -38,6 +40,7 @@ def evaluate(
     limit: int | None = None,
     batch: int = 8,
     ignore_config: Sequence[str] = (),
+    chat: bool = False,
 ) -> dict[str, Any]:
     """How good a compressed folder is beside its original: on a text, on zero-shot tasks, or on both.
 
@@ -47,16 +50,18 @@ def evaluate(
             Without any, tasks alone are measured.
         original: folder or name of the original; the recorded one where not given. Another model is refused.
         windows: how many windows at most, spread over the text.
-        window: tokens of a window; 2048 where not given, or as many as the model takes. Published figures are for 2048 or 4096.
+        window: tokens of a window; 2048 where not given, or as many as the model takes, or the text gives.
+            Published figures are for 2048 or 4096.
         drift: whether hidden states are compared after every block too, on 32,768 tokens at most.
         tasks, task_path, limit: as `evaluation.zero_shot` has them.
         batch: windows or requests at a time, at most; fewer where logits would take more than 1 GB.
         ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
+        chat: apply the tokenizer's chat template to the text (`calibration.Corpus`).
 
     Returns:
         The fields of `evaluation.Comparison` and perplexity_ratio; intervals (95 %, windows resampled) by the same names; worst
         (the token with the largest KL); drift; zero_shot; and the protocol: in a sentence, and as tokenizer, bos, window,
-        windows, windows_in_text, dropped_tokens.
+        windows, windows_in_text, dropped_tokens; notes: what was changed on reading the text, a sentence each.
 
     Raises:
         QLRError: nothing to evaluate on, an unknown original, or what the folder, the text or a task lacks.
@@ -68,16 +73,25 @@ def evaluate(
         uncompressed = load_original(out, base, compressed.config, ignore_config, progress.say)
     if not text and not tasks and base != BUNDLED:
         raise QLRError("no text was given to evaluate on; pass --text FILE, or --tasks")
+    notes: list[str] = []
+
+    def say(note: str) -> None:
+        notes.append(note)
+        progress.say(note)
+
     result: dict[str, Any] = {}
     if text or not tasks:
-        content = calibration.read_text(text) if text else calibration.standard_library("heldout")
+        corpus = Corpus.read(text, chat) if text else Corpus.of(calibration.standard_library("heldout"))
+        for note in corpus.notes:
+            say(note)
         most = compressed.config.max_position_embeddings
         if window is not None and window > most:
             raise QLRError(f"windows of {window} tokens are asked for, and the model takes {most}; give at most {most}")
-        whole = evaluation.cut(content, tokenizer, sequence_length(compressed.config, window), compressed.config.vocab_size)
+        length, vocabulary = sequence_length(compressed.config, window), compressed.config.vocab_size
+        whole = evaluation.cut_corpus(corpus, tokenizer, length, vocabulary, say if window is None else None)
         rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
         result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress)
-        result |= _protocol(out, tokenizer, whole, rows)
+        result |= _protocol(out, tokenizer, whole, rows, chat) | {"notes": notes}
     if tasks:
         settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
         result["zero_shot"] = evaluation.compare_zero_shot(uncompressed, compressed, tokenizer, tasks, **settings)
@@ -101,11 +115,12 @@ def _on_text(
     return result
 
 
-def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray) -> dict[str, Any]:
+def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray, chat: bool) -> dict[str, Any]:
     """Every choice that perplexity depends on, as data and in a sentence."""
     file, bos = local(out) / "tokenizer.json", None if whole.bos is None else tokenizer.decode([whole.bos])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()[:12] if file.is_file() else None
     named = f"{len(tokenizer)} tokens" + (f", sha256 {digest} of tokenizer.json" if digest else "")
+    templated = " in the chat template" if chat else ""
     used = f"{len(rows)} of {len(whole.rows)} windows" if len(rows) < len(whole.rows) else f"{len(rows)} windows"
     return {
         "tokenizer": named,
@@ -115,7 +130,8 @@ def _protocol(out: str | Path, tokenizer: Any, whole: Windows, rows: np.ndarray)
         "windows_in_text": len(whole.rows),
         "dropped_tokens": whole.dropped,
         "protocol": (
-            f"the whole text tokenized once by the model's tokenizer ({named}), {f'one BOS ({bos}) before' if bos else 'no BOS'}; "
+            f"the whole text{templated} tokenized once by the model's tokenizer ({named}), "
+            f"{f'one BOS ({bos}) before' if bos else 'no BOS'}; "
             f"{used} of {rows.shape[1]} tokens that do not overlap, {whole.dropped} tokens at the end dropped; "
             "exp of the mean over windows of each window's mean negative log-likelihood of its tokens after the first"
         ),

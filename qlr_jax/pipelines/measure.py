@@ -33,6 +33,7 @@ def sensitivity(
     recipe: Recipe | str | Path | None = None,
     *,
     matrix: str | None = None,
+    chat: bool = False,
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -43,6 +44,7 @@ def sensitivity(
         out: the folder for table.json, sensitivity.html and the pictures; it must not exist or be empty.
         calibration: text file(s); "bundled" has its own.
         recipe: a Recipe or a YAML file; its budget plays no part.
+        chat: apply the tokenizer's chat template to the text.
         matrix: whose error is drawn against bits; that of the largest damage where not given.
         progress, command: where to report how far it is, and what was typed, for the table's notes.
 
@@ -57,13 +59,14 @@ def sensitivity(
     progress, recipe, out, clock = progress or silent(), Recipe.of(recipe).located(), output_folder(out, sources=[model]), Clock()
     refuse_locked(out)
     with locked(out):
-        return _measured(model, out, calibration, recipe, matrix, progress, clock, command)
+        return _measured(model, out, calibration, chat, recipe, matrix, progress, clock, command)
 
 
 def _measured(
     model: str | Path,
     out: Path,
     calibration: Files,
+    chat: bool,
     recipe: Recipe,
     matrix: str | None,
     progress: Progress,
@@ -71,12 +74,14 @@ def _measured(
     command: str,
 ) -> dict[str, Any]:
     own = str(model) == BUNDLED_NAME and not calibration
-    texts = Texts.standard_library() if own else Texts.read(calibration)
+    texts = Texts.standard_library() if own else Texts.read(calibration, chat=chat)
     with clock.stage("load"), progress.stage("loading"):
         source = open_source(model, recipe, whole=True)  # a table is for budgets of all kinds
         for line in source.notes:
             progress.say(line)
         check_texts(source, texts.calibration)
+        for note in texts.notes:
+            progress.say(note)
     with clock.stage("calibrate"):
         statistics, reference = calibrate(source, texts.calibration, progress)
     with clock.stage("measure"):

@@ -59,7 +59,8 @@ def find_original(out: str | Path, given: str | Path | None = None) -> Path:
     if path and local(path).exists():
         return _checked(locate(path), known, out, what)
     # moved with the folder, or in the hub's cache: with a digest it is sure to be the same
-    names = [name] if known["digest"] is None else [place for place in (name, known["hub"]) if place]
+    exact = f"{known['hub']}@{known['revision']}" if known["hub"] and known["revision"] else None
+    names = [name] if known["digest"] is None else [place for place in (exact, name, known["hub"]) if place]
     for place in names:
         try:
             found = locate(place)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from qlr_jax import calibration
+from qlr_jax.calibration import Corpus, Files
 from qlr_jax.errors import QLRError
 
-Files = Sequence[str | Path] | str | Path | None
-"""Text files, one, or none."""
+__all__ = ["Files", "Texts"]
 
 
 @dataclass(frozen=True)
@@ -19,29 +17,37 @@ class Texts:
 
     Attributes:
         calibration: what Hessians and sensitivity are measured on.
-        held_out: for the report's figures; "" for none.
+        held_out: for the report's figures; None for none.
         held_out_name: as the report calls it.
     """
 
-    calibration: str
-    held_out: str = ""
+    calibration: Corpus
+    held_out: Corpus | None = None
     held_out_name: str = ""
 
     @classmethod
-    def read(cls, calibration_files: Files, held_out_files: Files = None) -> Texts:
+    def read(cls, calibration_files: Files, held_out_files: Files = None, chat: bool = False) -> Texts:
         """The texts of files.
+
+        Args:
+            calibration_files, held_out_files: what names them, as `calibration.files.read_part` takes it.
+            chat: apply the tokenizer's chat template to both.
 
         Raises:
             QLRError: no calibration text, or a file that cannot be read.
         """
         if not calibration_files:
             raise QLRError("no calibration text was given; pass one or more text files that resemble what the model will read")
-        files = [held_out_files] if isinstance(held_out_files, str | Path) else held_out_files or ()
-        held_out = calibration.read_text(held_out_files) if held_out_files else ""
-        return cls(calibration.read_text(calibration_files), held_out, ", ".join(map(str, files)))
+        held_out = Corpus.read(held_out_files, chat) if held_out_files else None
+        return cls(Corpus.read(calibration_files, chat), held_out, ", ".join(held_out.names) if held_out else "")
 
     @classmethod
     def standard_library(cls) -> Texts:
         """Modules of this machine's Python standard library, some of them held out: the bundled model's own kind of text."""
-        splits = calibration.standard_library("calibration"), calibration.standard_library("heldout")
-        return cls(*splits, "held-out modules of Python's standard library")
+        calibrated, held_out = (Corpus.of(calibration.standard_library(split)) for split in ("calibration", "heldout"))
+        return cls(calibrated, held_out, "held-out modules of Python's standard library")
+
+    @property
+    def notes(self) -> list[str]:
+        """What was changed on reading, a sentence each."""
+        return [*self.calibration.notes, *(self.held_out.notes if self.held_out else ())]

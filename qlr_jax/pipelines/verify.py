@@ -37,6 +37,7 @@ class Check:
     says: str
 
 
+# most of the lines say what the arguments are
 def verify(
     out: str | Path,
     *,
@@ -44,6 +45,7 @@ def verify(
     original: str | Path | None = None,
     thresholds: Thresholds | Mapping[str, Any] | str | Path | None = None,
     windows: int | None = None,
+    chat: bool = False,
     progress: Progress | None = None,
     ignore_config: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -54,7 +56,8 @@ def verify(
     you trust, or set `parity` to None.
 
     Args:
-        out, text, original, windows, ignore_config: as for `evaluate`; the first three are needed for all but files and parity.
+        out, text, original, windows, chat, ignore_config: as for `evaluate`; the first three are needed for all but files and
+            parity.
         thresholds: a Thresholds, a mapping, or a YAML file (a recipe too); where not given those that the folder was compressed
             with (recipe.yaml), else the defaults.
 
@@ -87,7 +90,8 @@ def verify(
             with progress.stage("comparing JAX and PyTorch"):
                 checks.append(_parity(out, asked.parity))
         if any(limit is not None for limit in (asked.kl, asked.perplexity_ratio, asked.agreement, asked.drift)):
-            wants = {"text": text, "original": original, "windows": windows, "progress": progress, "ignore_config": ignore_config}
+            wants = {"text": text, "original": original, "windows": windows, "progress": progress}
+            wants |= {"ignore_config": ignore_config, "chat": chat}
             found = evaluate(out, drift=asked.drift is not None, **wants)
             checks += _measured(found, asked)
     order = [field.name for field in dataclasses.fields(asked)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -53,6 +53,7 @@ class Record:
     import_notes: tuple[str, ...]
     left_out: Mapping[str, Mapping[int, str]]
     original: Mapping[str, Any] = field(default_factory=dict)
+    text_notes: Sequence[str] = ()
 
     def allocations(self) -> dict[str, Any]:
         """Every plan by its name, and which of them was delivered."""
@@ -83,6 +84,7 @@ class Record:
             "cores": os.cpu_count(),
             "model": self.model,
             "original": dict(self.original),
+            "text_notes": list(self.text_notes),
             "budget": self.recipe.budget,
             "target": self.recipe.target,
             "command": self.command,

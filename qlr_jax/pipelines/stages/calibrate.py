@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from qlr_jax import calibration
-from qlr_jax.calibration import RowMetric
+from qlr_jax.calibration import Corpus, RowMetric
+from qlr_jax.calibration.tokens import WANTED
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
@@ -22,7 +23,7 @@ Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
 """kind -> (name, array) -> the same array, on disk."""
 
 
-def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None = None) -> tuple[Statistics, Reference]:
+def calibrate(source: Source, text: str | Corpus, progress: Progress, spill: Spill | None = None) -> tuple[Statistics, Reference]:
     """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text.
 
     Sequences on which the original is not finite are left out of all of them, and named: `left_out` of both kinds of Hessians
@@ -37,7 +38,7 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
     """
     recipe, model, names = source.recipe, source.model, list(source.settings.matrices)
     keep = spill if spill is not None and source.settings.streaming else lambda kind: lambda name, array: array
-    tokens = calibration_tokens(source, text)
+    tokens = calibration_tokens(source, text, progress.say)
     if recipe.hessians_from:
         sizes = {name: shape[1] for name, shape in source.settings.matrices.items()}
         hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
@@ -67,10 +68,11 @@ def calibrate(source: Source, text: str, progress: Progress, spill: Spill | None
     return Statistics(source.weights, hessians, outputs, source.backbones), sample
 
 
-def check_texts(source: Source, *texts: str) -> None:
-    """Refuse, before any work, texts with tokens that the model has no row for."""
+def check_texts(source: Source, *texts: Corpus | None) -> None:
+    """Refuse, before any work, texts with tokens that the model has no row for; what is said of their reading is in their notes."""
     for text in texts:
-        calibration.encode(text, source.tokenizer, source.model.config.vocab_size)
+        if text is not None:
+            text.ids(source.tokenizer, source.model.config.vocab_size)
 
 
 def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, keep: Callable[[str, Any], Any]) -> Any:
@@ -99,20 +101,35 @@ def _vocabulary_metrics(source: Source, tokens: np.ndarray, progress: Progress) 
     return {name: found[name] for name in source.settings.vocabulary}
 
 
-def calibration_tokens(source: Source, text: str) -> np.ndarray:
-    """Sequences of calibration text, (sequences, length): as many as the recipe wants or the text gives.
+def calibration_tokens(source: Source, text: str | Corpus, say: Callable[[str], None] = lambda line: None) -> np.ndarray:
+    """Sequences of calibration text, (sequences, length): as many as the recipe wants or the text gives, mixed by its weights.
+
+    Args:
+        text: of calibration.
+        say: is told where sequences are shorter than the recipe's since the text is, and how texts are mixed.
 
     Raises:
         QLRError: an empty text, or one of fewer tokens than a matrix has inputs, so that its Hessian would be singular.
     """
-    recipe, tokenizer, length = source.recipe, source.tokenizer, source.settings.sequence_length
-    if not text.strip():
+    recipe, bos, corpus = source.recipe, source.tokenizer.bos_token_id, Corpus.of(text)
+    ids = corpus.ids(source.tokenizer, source.model.config.vocab_size)
+    counts, begins = [len(own) for own in ids], int(bos is not None)
+    if not min(counts):
         raise QLRError("the calibration text is empty; give text that resembles what the model will read")
-    available = len(calibration.encode(text, tokenizer)) // (length - 1 if tokenizer.bos_token_id is not None else length)
-    sequences, inputs = min(recipe.sequences, available), max(shape[1] for shape in source.settings.matrices.values())
-    if sequences < 1 or (sequences * length < inputs and not recipe.force):
+    wanted = min(WANTED if len(ids) == 1 else 1, recipe.sequences)
+    body = calibration.fitting_length(min(counts), source.settings.sequence_length - begins, wanted)
+    shares, length = calibration.shares(counts, corpus.weights, recipe.sequences, body), body + begins
+    sequences, inputs = sum(shares), max(shape[1] for shape in source.settings.matrices.values())
+    if sequences * length < inputs and not recipe.force:
         raise QLRError(
             f"the calibration text gives {sequences} sequences of {length} tokens, fewer tokens than the {inputs} inputs of the "
-            "widest matrix; give more text" + ("" if sequences < 1 else ", or force it (--force)")
+            "widest matrix; give more text, or force it (--force)"
         )
-    return calibration.calibration_tokens(text, tokenizer, sequences, length)
+    if length < source.settings.sequence_length:
+        say(
+            f"the calibration text has {min(counts):,} tokens, too few for a sequence of {source.settings.sequence_length:,}: "
+            f"{sequences} sequences of {length} are taken"
+        )
+    if corpus.weighted:
+        say("calibrating on " + ", ".join(f"{n} sequences of {name}" for n, name in zip(shares, corpus.names, strict=True)))
+    return np.concatenate([calibration.spread(own, share, length, bos) for own, share in zip(ids, shares, strict=True)])

@@ -8,6 +8,7 @@ from typing import Any
 from qlr_jax.core.sharding import device_kind
 from qlr_jax.formats.qlr.packed import save_packed
 from qlr_jax.pipelines.run import Outcome, Run
+from qlr_jax.pipelines.stages.select import held_out_rows
 from qlr_jax.pipelines.texts import Texts
 from qlr_jax.report.files import job_files
 from qlr_jax.report.record import Record
@@ -40,7 +41,8 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
         refined=outcome.refined,
         held_out={name: candidate.held_out for name, candidate in candidates.items() if candidate.held_out},
         held_out_name=texts.held_out_name,
-        window=run.settings.sequence_length,
+        window=held_out_rows(run, texts.held_out).shape[1] if texts.held_out else run.settings.sequence_length,
+        text_notes=texts.notes,
         seconds=clock.seconds,
         started=clock.started,
         peak_rss=peak_rss(),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from allocators.strategies import DEFAULT, STRATEGIES, delivered
 from qlr_jax import calibration, evaluation
+from qlr_jax.calibration import Corpus
 from qlr_jax.evaluation import Comparison
 from qlr_jax.models import Llama
 from qlr_jax.pipelines.run import Candidate, Run
@@ -17,10 +20,20 @@ def evaluate_on_calibration(run: Run, candidates: Mapping[str, Candidate]) -> di
     return _evaluated(run, candidates, "evaluating on calibration text", "calibration", "calibration_kl", compare)
 
 
-def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str) -> dict[str, Candidate]:
+def held_out_rows(run: Run, text: str | Corpus, say: Callable[[str], None] = lambda line: None) -> np.ndarray:
+    """All windows of held-out text, (windows, length).
+
+    Args:
+        text: held out.
+        say: is told where windows are shorter than sequences since the text is.
+    """
+    vocabulary = run.original.config.vocab_size
+    return evaluation.cut_corpus(Corpus.of(text), run.source.tokenizer, run.settings.sequence_length, vocabulary, say).rows
+
+
+def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str | Corpus) -> dict[str, Candidate]:
     """The candidates with their perplexity and KL on held-out text."""
-    rows = evaluation.windows(text, run.source.tokenizer, run.settings.sequence_length)
-    rows = calibration.subsample(rows, run.recipe.evaluation_tokens)
+    rows = calibration.subsample(held_out_rows(run, text, run.progress.say), run.recipe.evaluation_tokens)
     compare = lambda model: evaluation.compare(run.original, model, rows)  # noqa: E731
     return _evaluated(run, candidates, "evaluating on held-out text", "held_out", "kl", compare)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlr_jax.calibration import Corpus
 from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
@@ -25,7 +26,7 @@ from qlr_jax.run.workspace import Key
 BATCH = 8  # sequences of one pass
 
 
-def solve_in_sequence(run: Run, candidate: Candidate, text: str) -> Candidate:
+def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Candidate:
     """The candidate solved again block by block, each behind the compressed ones before it; as it was where that is no better.
 
     Args:
