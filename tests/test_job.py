@@ -109,11 +109,17 @@ def measured(tiny, text, tmp_path_factory):
 def test_sensitivity_writes_a_table_with_pictures(measured, tiny):
     told, table = measured
     out = Path(told["out"])
-    assert told["matrices"] == len(table.rows) == 7 and told["options"] == sum(len(row.options) for row in table.rows)
+    assert told["matrices"] == len(table.rows) == 9 and told["options"] == sum(len(row.options) for row in table.rows)
     assert {p.name for p in out.iterdir()} >= {"table.json", "sensitivity.html", "damage.svg", "spectra.svg", "error.svg"}
     assert table.notes["attribution"] == "path" and table.notes["model"] == str(tiny)
+    assert [row.name for row in table.rows if not row.counted] == ["model.embed_tokens", "lm_head"]
     for row in table.rows:
         note = table.notes["matrices"][row.name]
+        if not row.counted:
+            assert note["layer"] is None and note["coefficient"] > 0 and not note["spectrum"]
+            damages = {option.spec: option.damage for option in row.options}
+            assert damages["bf16"] == 0 < damages["int-8g32"] < damages["trellis-4/rows"] < damages["trellis-2/rows"]
+            continue
         assert all(o.damage >= 0 for o in row.options) and note["coefficient"] >= 0 and 0 < sum(note["spectrum"]) < 1.01
         measured_options = [o for o in row.options if o.measured]
         assert {o.spec for o in measured_options} >= {"trellis-2", "trellis-2+r4@trellis-2"}
@@ -140,6 +146,41 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
     with pytest.raises(QLRError, match="notes say nothing"):
         job.compress(tiny, tmp_path / "no", "2.25bpw", text, LIGHT, table=dataclasses.replace(table, notes={}))
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("budget", ["4bpw:all", "70.5KB"])
+def test_budgets_of_the_whole_model_compress_embedding_and_head(budget, measured, tiny, text, tmp_path):
+    light = LIGHT.updated(refine=0)
+    report = job.compress(tiny, tmp_path / "out", budget, text, light, table=measured[1], evaluate_on=text).report
+    rows = {row["kind"]: row for row in report["matrices"]}
+    assert {"embedding", "head"} < set(rows) and rows["head"]["layer"] is None and rows["embedding"]["spec"] != "bf16"
+    assert report["whole_model_bits_per_weight"] <= 4.0 and report["fit"]["fits"]
+    assert report["whole_model_bits_per_weight"] > 3.9  # nothing is left over
+    linear = [row for row in report["matrices"] if row["layer"] is not None]
+    weights = sum(row["shape"][0] * row["shape"][1] for row in linear)
+    assert report["bits_per_weight"] == pytest.approx(8 * sum(row["bytes"] for row in linear) / weights)
+    parts = {part["part"]: part["after"] for part in report["bytes"]["parts"]}
+    assert parts["embeddings"] == rows["embedding"]["bytes"] and parts["head"] == rows["head"]["bytes"]
+    packed = qlr.load(tmp_path / "out")
+    assert packed.lm_head.weight.get_value().nbytes == rows["head"]["bytes"]
+    stored = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert report["bytes"]["after"] <= stored < report["bytes"]["after"] + 20_000  # beside names and shapes
+    assert report["kl"]["allocated"] < 1 and "lm_head" in (tmp_path / "out" / "report.html").read_text()
+    with pytest.raises(AllocationError, match=r"1bpw:all is below the table's range; pass [\d.]+bpw:all to"):
+        job.compress(tiny, tmp_path / "no", "1bpw:all", text, light)
+
+
+def test_what_is_offered_for_them_is_for_the_recipe_to_say(tiny):
+    shapes = lambda **settings: set(open_source(tiny, LIGHT.updated(**settings)).prices.index)  # noqa: E731
+    both = {"model.embed_tokens", "lm_head"}
+    assert both < shapes(budget="4bpw:all") and not both & shapes(budget="2.25bpw")
+    assert not both & shapes(budget="4bpw:all", vocabulary=("bf16",))
+    assert not both & shapes(budget="60KB", target="compressed-tensors", backbones=("int-4g32",), factors=("bf16",))
+    assert both & shapes(budget="4bpw:all", exclude=("lm_head",)) == {"model.embed_tokens"}
+    prices = open_source(tiny, LIGHT.updated(budget="70.5KB", target="gguf", backbones=(), factors=())).prices
+    assert [o.spec for o in prices["lm_head"].options] == ["bf16", "int-8g32", "int-4g32"]  # blocks of 256 do not fit 32 columns
+    with pytest.raises(QLRError, match=r"vocabulary: single rows .* trellis-3 \(trellis-3/rows is\)"):
+        LIGHT.updated(vocabulary=("trellis-3",))
 
 
 def test_a_strategy_that_is_asked_for_is_delivered_as_it_is(measured, tiny, text, tmp_path):
