@@ -3,9 +3,9 @@
     python benchmarks/vocabulary.py MODEL --calibration web.txt --held-out wiki.txt --budgets 5bpw:all 4.5bpw:all
     python benchmarks/vocabulary.py MODEL ... --recipe light.yaml --table table.json --json vocabulary.json
 
-Each budget is allocated twice from one table of options: with embedding and head among its rows, and with both kept in bf16, so that
-the linear layers get what is left. KL in nats a token and perplexity on held-out text. MODEL is anything that `qlr compress` takes; a
-table is what `qlr sensitivity` wrote for it (else it is measured first).
+Each budget is allocated twice from one table of options: with embedding and head among its rows, and with both kept in bf16, so
+that the linear layers get what is left. KL in nats a token and perplexity on held-out text. MODEL is anything that `qlr compress`
+takes; a table is what `qlr sensitivity` wrote for it (else it is measured first), of which the recipe's ranks are taken.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve_plans
+from qlr_jax.pipelines.stages.select import held_out_rows
 from qlr_jax.pipelines.texts import Texts
 from qlr_jax.progress import plain
 from qlr_jax.settings.recipe import Recipe
@@ -52,7 +53,9 @@ def run(model: str, recipe: Recipe, texts: Texts, budgets: list[str], saved: str
     cache: dict = {}
     job = Run(source, statistics, sample, progress, lambda kind: partial(solve_many, into=cache))
     table = allocators.OptionTable.from_json(Path(saved).read_text()) if saved else measure(job).table
-    windows = evaluation.windows(texts.held_out, source.tokenizer, source.settings.sequence_length)
+    table = table.restrict(lambda row, option: option.rank in recipe.ranks, "the recipe's ranks")
+    assert texts.held_out is not None, "an option that is required"
+    windows = held_out_rows(job, texts.held_out)
     held_out = evaluation.reference(source.model, calibration.subsample(windows, recipe.evaluation_tokens))
     prepared, records = time.perf_counter() - start, []
     for budget in budgets:
@@ -67,7 +70,8 @@ def run(model: str, recipe: Recipe, texts: Texts, budgets: list[str], saved: str
             own = {row.name: plan.specs[row.name] for row in table.rows if not row.counted}
             whole = plan.bytes + table.model.fixed_bytes
             records.append({
-                "budget": budget, "vocabulary": name, "fits": True, "bytes": whole, "linear_bits": plan.bits_per_weight, "specs": own,
+                "budget": budget, "vocabulary": name, "fits": True, "bytes": whole,
+                "linear_bits": plan.bits_per_weight, "specs": own,
                 "predicted": plan.damage, "kl": found.kl, "perplexity": found.perplexity,
                 "perplexity_original": found.perplexity_original, "agreement": found.agreement,
                 "seconds": {"prepare": prepared, "solve and measure": time.perf_counter() - start},
@@ -103,9 +107,8 @@ def main() -> None:
         sys.exit(f"{missing[0]} is not there, so nothing is measured")
     recipe = Recipe.of(given.recipe)
     records = run(given.model, recipe, Texts.read(given.calibration, given.held_out), given.budgets, given.table)
-    print(
-        f"\n{'budget':>12}  {'vocab.':>7}  {'whole model':>11}  {'linear':>7}  {'KL':>8}  {'predicted':>9}  {'perplexity':>10}  original"
-    )
+    head = f"{'budget':>12}  {'vocab.':>7}  {'whole model':>11}  {'linear':>7}  {'KL':>8}  {'predicted':>9}  {'perplexity':>10}"
+    print(f"\n{head}  original  embedding, head")
     print("\n".join(map(line, records)))
     if given.json:
         facts = {"machine": platform.machine(), "command": sys.argv, "recipe": recipe.to_yaml()}
