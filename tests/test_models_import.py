@@ -198,6 +198,27 @@ def test_a_tokenizer_that_only_sentencepiece_reads_is_named(folder):
         load_tokenizer(folder)
 
 
+def test_pointers_in_place_of_small_files_are_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "tokenizer.json").write_text(pointer)
+    with pytest.raises(QLRError, match=r"tokenizer\.json is a pointer of Git LFS"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text(pointer)
+    with pytest.raises(QLRError, match=r"config\.json is a pointer of Git LFS"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [(".qweight", "GPTQ and AWQ"), (".weight.absmax", "bitsandbytes"), (".lora_A.weight", "not merged has; merge it")],
+)
+def test_tensors_of_another_kind_are_named_though_the_config_does_not(folder, end, says):
+    name = "model.layers.0.self_attn.q_proj"
+    rewrite(folder, lambda a: a.update({name + end: a.pop(f"{name}.weight")}))
+    with pytest.raises(QLRError, match=rf"has tensors \*\{end}, as .*{says}"):
+        load_model(folder)
+
+
 # --- which setting counts --------------------------------------------------------------------------------------------------
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
