@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlr_jax.errors import QLRError
@@ -90,11 +93,32 @@ def output_file(file: str | os.PathLike[str]) -> Path:
     return path
 
 
+@contextmanager
+def enough_space(place: Path) -> Iterator[None]:
+    """A disk that is full, or cannot be written any more, becomes one sentence; what was being written is removed by who wrote it.
+
+    Raises:
+        QLRError: that sentence.
+    """
+    try:
+        yield
+    except Exception as error:  # safetensors has an error of its own
+        number = error.errno if isinstance(error, OSError) else None
+        if number in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            free = shutil.disk_usage(_existing(place)).free
+            why = f"the disk of {place} is full ({free / 1e6:.0f} MB left); free some of it"
+        elif number in (errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE):
+            why = f"{place} cannot be written any more ({os.strerror(number)}); mend that"
+        else:
+            raise
+        raise QLRError(f"{why} and go on with --resume, where the command takes it") from None
+
+
 def refuse_occupied(out: Path, keep: Collection[str] = ()) -> None:
     """Raise QLRError if `out` is a file, or a folder with anything in it but what `keep` names and what a killed writer left."""
     if out.exists() and not out.is_dir():
         raise QLRError(f"{out} is a file; give a folder to write to")
-    left = lambda name: name in keep or name == LOCK or name.startswith(PARTIAL)  # noqa: E731
+    left = lambda name: (name in keep and (out / name).is_dir()) or name == LOCK or name.startswith(PARTIAL)  # noqa: E731
     try:
         others = sorted(p.name for p in out.iterdir() if not left(p.name)) if out.is_dir() else []
     except OSError as error:

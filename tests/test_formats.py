@@ -213,7 +213,8 @@ def test_constants_are_one_and_the_same():
 
 def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
     def of(*specs):
-        return _runtime_version({spec: random_matrix(spec, (16, 32)) for spec in specs})
+        names = (f"model.layers.{i}.mlp.up_proj" for i in range(len(specs)))
+        return _runtime_version({name: random_matrix(spec, (16, 32)) for name, spec in zip(names, specs, strict=True)})
 
     assert of("trellis-4", "int-8g32", "bf16") == 5 < of("trellis-4", "trellis-2+r4@trellis-4.0625") == 7
 

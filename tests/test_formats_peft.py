@@ -146,6 +146,8 @@ def test_peft_attaches_it_to_another_copy_of_the_base(folders, wanted, tmp_path)
     model = peft.PeftModel.from_pretrained(base, dest)
     assert relative(torch_logits(model), wanted["untied"]) < 1e-5
     assert relative(torch_logits(model.merge_and_unload()), wanted["untied"]) < 1e-5
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(dest, dtype=torch.float32)  # with room for the tokenizer's other tokens
+    assert relative(torch_logits(auto)[..., :96], wanted["untied"]) < 1e-5
 
 
 def test_files_of_the_folder(folders, tmp_path):

@@ -198,6 +198,27 @@ def test_a_tokenizer_that_only_sentencepiece_reads_is_named(folder):
         load_tokenizer(folder)
 
 
+def test_pointers_in_place_of_small_files_are_named(folder):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    (folder / "tokenizer.json").write_text(pointer)
+    with pytest.raises(QLRError, match=r"tokenizer\.json is a pointer of Git LFS"):
+        load_tokenizer(folder)
+    (folder / "config.json").write_text(pointer)
+    with pytest.raises(QLRError, match=r"config\.json is a pointer of Git LFS"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("end", "says"),
+    [(".qweight", "GPTQ and AWQ"), (".weight.absmax", "bitsandbytes"), (".lora_A.weight", "not merged has; merge it")],
+)
+def test_tensors_of_another_kind_are_named_though_the_config_does_not(folder, end, says):
+    name = "model.layers.0.self_attn.q_proj"
+    rewrite(folder, lambda a: a.update({name + end: a.pop(f"{name}.weight")}))
+    with pytest.raises(QLRError, match=rf"has tensors \*\{end}, as .*{says}"):
+        load_model(folder)
+
+
 # --- which setting counts --------------------------------------------------------------------------------------------------
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
@@ -416,17 +437,21 @@ def test_float8_weights_are_multiplied_out(case, folder):
         assert "weight_block_size" not in (out / "config.json").read_text()
 
 
-def test_float8_is_multiplied_out_as_transformers_does(folder):
-    import torch
-    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+def test_logits_of_float8_weights_are_those_that_transformers_dequantizes(folder):
+    from transformers import FineGrainedFP8Config
 
-    scale = np.arange(1, 11, dtype=np.float32).reshape(2, 5)
-    codes = load_file(folder / "model.safetensors")[DOWN].__mul__(100).astype(F8)
-    rewrite(folder, lambda a: a.update({DOWN: codes, DOWN + "_scale_inv": scale}))
-    theirs = Fp8Dequantize(None).convert(
-        {"weight": torch.tensor(codes.view(np.uint8)).view(torch.float8_e4m3fn), "weight_scale_inv": torch.tensor(scale)}
-    )["weight"]
-    np.testing.assert_array_equal(np.asarray(load_model(folder).tensors()[DOWN].get_value()), theirs.numpy())
+    def change(arrays):
+        for name in [name for name in arrays if name.endswith("_proj.weight")]:
+            m, n = arrays[name].shape
+            blocks = arrays[name].reshape(m // 8, 8, n // 8, 8)
+            scale = np.abs(blocks).max((1, 3), keepdims=True) / 448
+            arrays |= {name: (blocks / scale).reshape(m, n).astype(F8), f"{name}_scale_inv": scale[:, 0, :, 0]}
+
+    rewrite(folder, change)
+    edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8], "activation_scheme": "dynamic"})
+    theirs = torch_logits(folder, quantization_config=FineGrainedFP8Config(weight_block_size=(8, 8), dequantize=True))
+    ours = np.asarray(run(load_model(folder), jnp.asarray(TOKENS)))
+    assert np.abs(ours - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize(

@@ -191,12 +191,23 @@ def test_a_link_and_a_disk_of_its_own_are_written_into(tmp_path, packed, monkeyp
     assert sorted(p.name for p in (tmp_path / "disk").iterdir() if p.name.startswith(".")) == []
 
 
+def test_a_disk_that_fails_while_it_is_written_is_one_sentence(tmp_path, packed):
+    for number, says in ((errno.ENOSPC, "is full"), (errno.EROFS, "cannot be written any more .*Read-only")):
+        with pytest.raises(QLRError, match=says), staged(tmp_path / "out"):
+            raise OSError(number, os.strerror(number))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "job").write_text("no folder")  # where a job would keep what is finished
+    with pytest.raises(QLRError, match="already holds job"):
+        Session(tmp_path / "out", "")
+
+
 def test_what_fails_while_it_is_moved_leaves_nothing(tmp_path, monkeypatch):
     replaced = os.replace
 
     def replace(source, target):
         if Path(target).name == "b":
-            raise OSError(errno.EIO, "input/output error")
+            raise OSError(errno.ENAMETOOLONG, "input/output error")
         replaced(source, target)
 
     monkeypatch.setattr(os, "replace", replace)

@@ -50,7 +50,7 @@ def common_rank(ranked: Mapping[str, QLRMatrix], uniform: bool) -> int:
     return next(rank for rank in UNIFORM_RANKS if rank >= most)
 
 
-def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, common: int = 0) -> int:
+def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, common: int = 0, base: str | None = None) -> int:
     """Write adapter_config.json and adapter_model.safetensors; returns the bytes of the tensors.
 
     Args:
@@ -58,6 +58,7 @@ def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, com
         ranked: linear layer's name -> its matrix, each with a rank.
         dtype: of the tensors.
         common: the rank that all are padded to with zeros; 0 leaves each its own.
+        base: where the base model is, for tools that look it up there; None: it is not said.
     """
     import ml_dtypes  # noqa: F401  numpy learns bfloat16
     from safetensors.numpy import save_file
@@ -72,7 +73,8 @@ def write_adapter(folder: Path, ranked: Mapping[str, QLRMatrix], dtype: str, com
             tensors[key] = np.ascontiguousarray(decoded(key, value, dtype))
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod(0o644)
-    write_json(folder / CONFIG, adapter_config({name: common or matrix.spec.rank for name, matrix in ranked.items()}))
+    ranks = {name: common or matrix.spec.rank for name, matrix in ranked.items()}
+    write_json(folder / CONFIG, adapter_config(ranks) | {"base_model_name_or_path": base})
     return sum(array.nbytes for array in tensors.values())
 
 

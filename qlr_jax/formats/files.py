@@ -16,7 +16,7 @@ from qlr_jax.locks import locked
 from qlr_jax.models.checkpoint import COMPANIONS
 from qlr_jax.models.gguf.file import read_gguf
 from qlr_jax.models.gguf.tokenizer import write_companions
-from qlr_jax.paths import PARTIAL, output_file, output_folder
+from qlr_jax.paths import PARTIAL, enough_space, output_file, output_folder
 
 SHARD_BYTES = 4_000_000_000
 INDEX = "model.safetensors.index.json"
@@ -44,7 +44,7 @@ def staged(out: str | Path, keep: Collection[str] = ()) -> Iterator[Path]:
         ['config.json']
     """
     out = output_folder(out, keep)
-    with locked(out):
+    with locked(out), enough_space(out):
         # inside of it: it may be a disk of its own, where a folder beside it is on another
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=out))
         try:

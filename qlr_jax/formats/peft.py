@@ -26,8 +26,9 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")  # base and a
 tokenizer = AutoTokenizer.from_pretrained(folder)
 """
 HUB_NOTE = (
-    "Before uploading to the hub, set `base_model_name_or_path` in adapter_config.json to the repository's own owner/name: "
-    "there, unlike in a local folder, transformers looks for the base by that name."
+    "`base_model_name_or_path` in adapter_config.json says where this folder was written: `AutoPeftModelForCausalLM` looks for the "
+    "base there, so set it anew where the folder is moved. Before uploading to the hub, set it to the repository's own owner/name: "
+    "there, unlike in a local folder, transformers looks for the base by that name too."
 )
 
 
@@ -79,7 +80,7 @@ def export_peft(
             # vLLM reads every safetensors file of a folder that has no index, the adapter's too
             weights = {"weight_map": dict.fromkeys(entries, "model.safetensors")}
             write_json(folder / INDEX, {"metadata": {"total_size": bytes_of(entries)}, **weights})
-        size = bytes_of(entries) + write_adapter(folder, ranked, dtype, common)
+        size = bytes_of(entries) + write_adapter(folder, ranked, dtype, common, base=str(dest.absolute()))
         notes = [f"Base and adapter are in {dtype}. The base alone, without peft, is another and worse model.", HUB_NOTE]
         notes += [rank_note(ranked, common)]
         complete(folder, out, with_type(raw, dtype), target="peft", snippet=SNIPPET, notes=notes, size=size)

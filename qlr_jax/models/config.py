@@ -8,7 +8,7 @@ from typing import Any
 
 from qlr_jax.errors import QLRError
 from qlr_jax.models.attributes import changes_no_logit
-from qlr_jax.models.checkpoint import NAMED
+from qlr_jax.models.checkpoint import NAMED, is_pointer
 from qlr_jax.models.families import FAMILIES, SWITCHES, Family, find_family
 from qlr_jax.models.float8 import is_understood
 from qlr_jax.models.gguf.config import config_json
@@ -242,6 +242,8 @@ def read_config_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        if is_pointer(file):
+            raise QLRError(f"{file} is a pointer of Git LFS, not the file; get it with `git lfs pull`, or from the hub") from None
         raise QLRError(f"{file} is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise QLRError(f"{file} does not hold a JSON object")

@@ -15,7 +15,7 @@ import numpy as np
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.errors import QLRError
 from qlr_jax.models import hub
-from qlr_jax.models.checkpoint import COMPANIONS, Reader, find_checkpoint, open_tensors
+from qlr_jax.models.checkpoint import COMPANIONS, Reader, find_checkpoint, is_pointer, open_tensors
 from qlr_jax.models.config import LlamaConfig, ignored, read_config_json
 from qlr_jax.models.float8 import dequantized
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
@@ -31,6 +31,16 @@ TOKENIZER_FILES = COMPANIONS[:-1]
 
 # Buffers that old checkpoints store although the config determines them.
 _REDUNDANT = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+
+# How tensors end that no plain model has, though its config.json may not say so.
+_FOREIGN = {
+    ".qweight": "GPTQ and AWQ pack weights; give the model that it was made of",
+    ".weight.absmax": "bitsandbytes packs weights; give the model that it was made of",
+    ".weight_packed": "compressed-tensors packs weights; give the model that it was made of",
+    ".lora_A.weight": "a LoRA adapter that is not merged has; merge it with peft (merge_and_unload, then save_pretrained)",
+    ".lora_A.default.weight": "a LoRA adapter that is not merged has; merge it with peft (merge_and_unload, then save_pretrained)",
+}
 
 
 def find_folder(source: str | Path) -> Path:
@@ -112,7 +122,7 @@ def _readers(folder: Path, raw: dict[str, Any], config: LlamaConfig, note: Calla
         tied = readers.pop("lm_head.weight")
         if not np.array_equal(tied(), readers.setdefault(embedding, tied)()):
             raise QLRError(f"{folder}: tie_word_embeddings is true, but lm_head.weight differs from {embedding}")
-    zeros = [name for name in readers if name.endswith("_proj.bias") and name not in expected]
+    zeros = [name for name in readers if name.endswith(".bias") and name not in expected]
     for name in zeros:
         if np.any(readers.pop(name)()):
             raise QLRError(
@@ -173,6 +183,10 @@ def check_names(folder: Path, found: set[str], expected: set[str]) -> None:
         QLRError: tensors are missing or left over.
     """
     found = {name for name in found if not _REDUNDANT.fullmatch(name)}
+    foreign = {end: why for end, why in _FOREIGN.items() if any(name.endswith(end) for name in found - expected)}
+    if foreign:
+        end, why = next(iter(foreign.items()))
+        raise QLRError(f"{folder}: the checkpoint has tensors *{end}, as {why}")
     for what, names in (("lacks", expected - found), ("has unexpected", found - expected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -239,4 +253,6 @@ def load_tokenizer(source: str | Path) -> Any:
                 f"{folder} has its tokenizer as tokenizer.model alone, which could not be converted ({why}); install sentencepiece "
                 "and protobuf, or put the tokenizer.json of the same model beside it"
             ) from error
+        if pointers := [name for name in TOKENIZER_FILES if (folder / name).is_file() and is_pointer(folder / name)]:
+            why = f"{pointers[0]} is a pointer of Git LFS; get it with `git lfs pull`, or from the hub"
         raise QLRError(f"the tokenizer of {folder} cannot be read ({why})") from error

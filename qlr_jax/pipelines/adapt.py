@@ -98,7 +98,7 @@ def _adapt(
     with progress.stage("loading"):
         settings = read_config(out)[1].get("settings", {})
         model, tokenizer = load(out), load_tokenizer(out)
-        teacher = _original(out, original, model, needed=config.loss != "text", ignore=ignore_config)
+        teacher = _original(out, original, model, needed=config.loss != "text", ignore=ignore_config, note=progress.say)
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")
@@ -137,14 +137,16 @@ def _adapt(
     return {"out": str(out), "dest": str(dest), **record}
 
 
-def _original(out: Path, given: str | Path | None, compressed: Llama, needed: bool, ignore: Sequence[str] = ()) -> Llama | None:
+def _original(
+    out: Path, given: str | Path | None, compressed: Llama, needed: bool, ignore: Sequence[str], note: Callable[[str], None]
+) -> Llama | None:
     """The uncompressed model; None where it is not at hand and not needed."""
     if given is None and not recorded(out)["name"]:
         if needed:
             raise QLRError("the folder does not say what it was compressed from; pass it (--original), or adapt with --loss text")
         return None
     try:
-        return load_original(out, find_original(out, given), compressed.config, ignore)
+        return load_original(out, find_original(out, given), compressed.config, ignore, note)
     except QLRError:
         if needed or given is not None:
             raise

@@ -13,14 +13,12 @@ Every file is written under another name and renamed, so that one that is there 
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from qlr_jax.core.solution import Solution, Verdict
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr.packed import JOB
 from qlr_jax.models.checkpoint import read_tensor
+from qlr_jax.paths import enough_space
 from qlr_jax.run.facts import completed
 
 BEGUN, TABLE, LOG, REPORT = "begun.json", "table.json", "log.txt", "report.json"
@@ -210,19 +209,6 @@ def _renamed(path: Path, write: Callable[[Path], Any]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def enough_space(place: Path) -> Iterator[None]:
-    """A full disk becomes one clear sentence; what was being written is removed by who wrote it."""
-    try:
-        yield
-    except Exception as error:  # safetensors has an error of its own
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
-            raise
-        free = shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
-        raise QLRError(f"the disk of {place} is full ({free / 1e6:.0f} MB left); free some of it and go on with --resume") from None
 
 
 def _changes(begun: Any, now: Any, at: str = "") -> Iterator[str]:

@@ -24,6 +24,9 @@ as in a dense bfloat16 model. The result has the type of x. At most `TILE_WEIGHT
 a processor no more values are rotated at a time, so beside L, and a copy each of its input and output in that type, a layer needs
 about `TILE_BYTES` (5 MB), whatever its size.
 
+LoRA of peft wraps packed layers as it does dense ones, once this file has loaded the model: `get_peft_model(model, LoraConfig(…))`
+trains an adapter beside codes that stay as they are, a backward pass decodes them again, and nothing is merged into them.
+
 Every load compares weights and config.json with checksums.json, where the folder has one; QLR_SKIP_CHECKSUMS=1 in the
 environment leaves that out. `torch.compile` takes the model, or a layer, without graph breaks.
 """
@@ -35,6 +38,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -46,7 +50,8 @@ import torch
 import transformers
 from safetensors import safe_open
 from torch import nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.quantizers import auto as known_methods
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -777,6 +782,11 @@ class QLRLinear(Stored):
             self.store("output_signs", (rows,), torch.float16)
             self.store("input_signs", (cols,), torch.float16)
 
+    @property
+    def qweight(self) -> torch.Tensor:
+        """One of the packed arrays, by the name at which peft looks for where a layer lies."""
+        return next(self.buffers())
+
     def extra_repr(self) -> str:
         return f"{self.out_features} × {self.in_features}, {self.spec}"
 
@@ -943,7 +953,26 @@ def in_pieces(work, *inputs: torch.Tensor) -> torch.Tensor:
 
 def multiply(x: torch.Tensor, part: Part) -> torch.Tensor:
     """x (…, cols) times a part's transpose, in x's type: (…, rows)."""
+    if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return Product.apply(x, part)  # pyright: ignore[reportReturnType]
     return torch.cat([nn.functional.linear(x, rows) for _, _, rows in part.tiles(x.dtype)], dim=-1)
+
+
+class Product(torch.autograd.Function):
+    """The product whose backward pass decodes the part again: kept until then, it would take what packing saves."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, part: Part) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.part = part
+        return multiply(x.detach(), part)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        found = gradient.new_zeros(*gradient.shape[:-1], ctx.part.cols, dtype=torch.float32)
+        for start, stop, rows in ctx.part.tiles(gradient.dtype):
+            found += gradient[..., start:stop] @ rows
+        return found.to(gradient.dtype), None
 
 
 # -------------------------------------------------------------------------------------------------- transformers
@@ -1049,13 +1078,31 @@ class QLRQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self):
-        return False
+        return True  # adapters beside it
+
+
+class QLRModelConfig(PreTrainedConfig):
+    """What auto_map names as AutoConfig: it gives transformers' own configuration of the model's family.
+
+    Tools that read the configuration first import this file thereby, and know `quant_method: "qlr"` from then on.
+    """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The configuration, of the class that `model_type` has in transformers; the arguments are those of any configuration."""
+        found, _ = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return CONFIG_MAPPING[found["model_type"]].from_pretrained(pretrained_model_name_or_path, **kwargs)
 
 
 class Packed:
     """What packed models share; the class before it in each base list is transformers' own, with packed linear layers."""
 
     _auto_class = "AutoModelForCausalLM"
+
+    def named_modules(self, *args, **kwargs):
+        """As any module's; peft calls it before it wraps layers, and by then it is imported."""
+        teach_peft()
+        return super().named_modules(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  of the class after this one
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs):
         """As any model's, and checksums.json is rewritten: with an earlier save's the new weights would be refused."""
@@ -1091,6 +1138,68 @@ _PLAIN = [getattr(transformers, name) for name in ARCHITECTURES if hasattr(trans
 PACKED = {plain: packed_class(plain) for plain in _PLAIN}
 QLRForCausalLM = PACKED[LlamaForCausalLM]
 globals().update({packed.__name__: packed for packed in PACKED.values()})
+
+
+def teach_peft() -> None:
+    """Let LoRA wrap `QLRLinear`, where peft is imported, whose dispatch knows its own kinds of layers only."""
+    model = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
+    if model is None or QLRLinear in getattr(model, "qlr_layers", ()):  # several of this file may be in one process
+        return
+    create, allow, utilities = model._create_new_module, model._check_merge_allowed, sys.modules["peft.tuners.tuners_utils"]
+    include = utilities._maybe_include_all_linear_layers
+
+    @wraps(create)
+    def create_or_wrap(lora_config, adapter_name, target, **kwargs):
+        if not isinstance(target, QLRLinear) or isinstance(target, QLREmbedding):
+            return create(lora_config, adapter_name, target, **kwargs)
+        start = getattr(lora_config, "init_lora_weights", True)
+        if getattr(lora_config, "use_dora", False) or (isinstance(start, str) and start.lower() not in ("gaussian", "eva")):
+            what = "use_dora" if getattr(lora_config, "use_dora", False) else f"init_lora_weights={start!r}"
+            raise ValueError(f"{what} needs the dense weight of a layer that is packed; leave it out, or dequantize first")
+        # peft makes its layer by the sizes alone, and the packed one takes the place of what it was made for
+        stand_in = nn.Linear(1, 1, bias=target.bias is not None)
+        stand_in.in_features, stand_in.out_features = target.in_features, target.out_features
+        layer = create(lora_config, adapter_name, stand_in, **kwargs)
+        layer.base_layer = target
+        layer.__class__ = lora_class(type(layer))
+        return layer
+
+    @wraps(allow)
+    def allow_unless_packed(self):
+        if any(isinstance(getattr(module, "base_layer", None), QLRLinear) for module in self.model.modules()):
+            raise ValueError(MERGE)
+        return allow(self)
+
+    @wraps(include)
+    def include_packed(peft_config, model):
+        everything = str(getattr(peft_config, "target_modules", None)).lower() == "all-linear"
+        config = include(peft_config, model)
+        if everything:
+            head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+            packed = {name: module for name, module in model.named_modules() if isinstance(module, QLRLinear)}
+            within = [name for name, module in packed.items() if module is not head and not isinstance(module, QLREmbedding)]
+            config.target_modules = {*config.target_modules, *within}
+        return config
+
+    utilities._maybe_include_all_linear_layers = include_packed  # pyright: ignore[reportAttributeAccessIssue]
+    model._create_new_module, model._check_merge_allowed = staticmethod(create_or_wrap), allow_unless_packed
+    model.qlr_layers = (*getattr(model, "qlr_layers", ()), QLRLinear)
+
+
+MERGE = (
+    "an adapter cannot be merged into packed layers; load the folder with dequantize and the adapter on that, then merge, or keep "
+    "the adapter beside the packed model"
+)
+
+
+@lru_cache
+def lora_class(plain: type) -> type:
+    """peft's LoRA layer with a packed base, which nothing is merged into."""
+
+    def refuse(self, *args, **kwargs):
+        raise ValueError(MERGE)
+
+    return type("QLRLoraLinear", (plain,), {"__module__": __name__, "merge": refuse})
 
 
 def replace_linears(model: PreTrainedModel, matrices: dict) -> None:
@@ -1251,6 +1360,8 @@ def register() -> None:
             return
         del AUTO_QUANTIZER_MAPPING["qlr"]
         AUTO_QUANTIZATION_CONFIG_MAPPING.pop("qlr", None)
+    # by name: pipelines and trainers look there for what generates text
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update({f"qlr_{packed.__name__}": packed.__name__ for packed in PACKED.values()})
     register_quantization_config("qlr")(QLRConfig)
     register_quantizer("qlr")(QLRQuantizer)
 

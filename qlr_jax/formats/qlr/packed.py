@@ -254,7 +254,8 @@ def _config(
     quantization |= CODES
     quantization["matrices"] = {name: {f: getattr(m.layout, f) for f in fields} for name, m in matrices.items()}
     name = runtime_class(FAMILIES[raw["model_type"]].architecture if raw.get("model_type") in FAMILIES else "LlamaForCausalLM")
-    runtime = {"auto_map": {"AutoModelForCausalLM": f"{Path(RUNTIME).stem}.{name}"}}
+    classes = {"AutoConfig": "QLRModelConfig", "AutoModelForCausalLM": name}
+    runtime = {"auto_map": {auto: f"{Path(RUNTIME).stem}.{own}" for auto, own in classes.items()}}
     return with_type(raw, "bfloat16") | dict(extra or {}) | runtime | {"quantization_config": quantization}
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from qlr_jax.core.sharding import device_kind
 from qlr_jax.formats.qlr.packed import save_packed
+from qlr_jax.paths import enough_space
 from qlr_jax.pipelines.run import Outcome, Run
 from qlr_jax.pipelines.stages.select import held_out_rows
 from qlr_jax.pipelines.texts import Texts
 from qlr_jax.report.files import job_files
 from qlr_jax.report.record import Record
 from qlr_jax.run.journal import Clock, peak_rss
-from qlr_jax.run.workspace import enough_space
 
 
 def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, command: str) -> dict[str, Any]:
