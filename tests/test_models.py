@@ -182,8 +182,12 @@ def test_names():
     assert kind_of("model.layers.12.mlp.gate_proj") == "gate" and layer_of("model.layers.12.mlp.gate_proj") == 12
     assert input_of("model.layers.1.self_attn.v_proj") == "model.layers.1.self_attn.qkv"
     assert {n: p.get_value().shape for n, p in Llama(SMALL).tensors().items()} == tensor_names(SMALL)
-    with pytest.raises(QLRError, match="lm_head"):
-        kind_of("lm_head")
+    assert (kind_of("lm_head"), kind_of("model.embed_tokens")) == ("head", "embedding")
+    for name in ("lm_head", "model.embed_tokens"):
+        with pytest.raises(QLRError, match=name):
+            layer_of(name)
+    with pytest.raises(QLRError, match="x_proj"):
+        kind_of("model.layers.0.mlp.x_proj")
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------------
