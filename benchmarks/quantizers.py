@@ -29,13 +29,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.quantizers.trellis import LENGTH, Trellis, code_values, search
 
-RATES = ("1", "3/2", "2", "9/4", "5/2", "3", "7/2", "4")
+RATES = ("1", "3/2", "2", "9/4", "5/2", "3", "7/2", "4", "9/2", "5", "11/2", "6")
 OTHERS = ("e8-2", "e8-3", "e8-4", "nf-2", "nf-3", "nf-4", "nf-2g32", "nf-3g32", "nf-4g32", "nf-4g64")
 OTHERS += ("int-2", "int-3", "int-4", "int-8", "int-2g32", "int-3g32", "int-4g32", "int-4g128", "int-4g32a")
 TO_REACH = {  # (quantizer, state bits) -> mean squared error
     ("e8-2", None): 0.0925, ("e8-3", None): 0.030,
     ("trellis-1.5", 12): 0.144, ("trellis-2", 12): 0.0740, ("trellis-2.5", 12): 0.0385, ("trellis-3", 12): 0.0196,
-    ("trellis-4", 12): 0.0051, ("trellis-2", 16): 0.0700, ("trellis-3", 16): 0.0178, ("trellis-4", 16): 0.0046,
+    ("trellis-4", 12): 0.0051, ("trellis-5", 12): 0.0014, ("trellis-6", 12): 0.00041,
+    ("trellis-2", 16): 0.0700, ("trellis-3", 16): 0.0178, ("trellis-4", 16): 0.0046,
 }  # fmt: skip
 LLOYD_MAX = {1: 0.3634, 2: 0.1175, 3: 0.03454, 4: 0.009497}
 

@@ -85,6 +85,15 @@ def test_texts_recipes_tables_and_thresholds_take_a_home(tiny, text, tmp_path, m
     assert done.exit_code == 1 and f"{tmp_path / 'none.json'} does not exist" in done.stderr
 
 
+def test_a_variable_that_is_not_set_is_no_folder(packed, tmp_path, monkeypatch):
+    monkeypatch.chdir(packed)  # which an empty path would mean
+    for args in (["inspect", ""], ["export", "", tmp_path / "x", "--to", "dense"], ["export", packed, "", "--to", "dense"],
+                 ["compress", packed, "", "--budget", "3bpw"], ["demo", "--out", ""]):  # fmt: skip
+        done = qlr(*args)
+        assert done.exit_code == 2 and "it is empty" in done.output, args
+    assert qlr("inspect", ".").exit_code == 0 and not (tmp_path / "x").exists()
+
+
 # Where it is written ---------------------------------------------------------------------------------------------------------
 
 

@@ -60,6 +60,6 @@ def read_text(paths: Sequence[str | Path] | str | Path) -> str:
     """The text of one or several files, folders or patterns (`calibration.files`), joined by a newline.
 
     Raises:
-        QLRError: a file that is missing, empty or not UTF-8, or none given.
+        QLRError: a file that is missing, empty or not UTF-8, or none given; weights.
     """
-    return Corpus.read(paths).content
+    return Corpus.read(paths).text(None)

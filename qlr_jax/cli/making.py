@@ -25,6 +25,7 @@ from qlr_jax.cli.options import (
     Target,
     TieBackbone,
     TieSpec,
+    given,
 )
 from qlr_jax.cli.shell import MixtureCommand, app, clear_errors, command, show, text_of
 from qlr_jax.errors import QLRError
@@ -36,7 +37,9 @@ if TYPE_CHECKING:
 
 @app.command(short_help="The bundled model, end to end, in minutes.")
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the compressed model goes.")] = Path("qlr-demo"),
+    out: Annotated[Path, typer.Option("--out", parser=given, metavar="DIR", help="Where the compressed model goes.")] = Path(
+        "qlr-demo"
+    ),
     budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")] = False,
     as_json: AsJson = False,
@@ -60,7 +63,7 @@ def demo(
 @app.command(short_help="A Llama model under a memory budget.", cls=MixtureCommand)
 def compress(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, or a GGUF file.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed model; new or empty.")],
+    out: Annotated[Path, typer.Argument(parser=given, metavar="OUT", help="Folder for the compressed model; new or empty.")],
     budget: BudgetText = None,
     calibration: Calibration = None,
     chat: Chat = False,
@@ -239,7 +242,7 @@ def sensitivity(
         str,
         typer.Argument(metavar="MODEL", help="Llama folder, its name on the hub, a GGUF file, or 'bundled'."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
+    out: Annotated[Path, typer.Argument(parser=given, metavar="OUT", help="Folder for the table and its pictures; new or empty.")],
     calibration: Calibration = None,
     chat: Chat = False,
     recipe: RecipeFile = None,

@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
+
+def given(path: str) -> Path:
+    """A path that was typed; an empty one, of a variable that is not set, would be the current folder."""
+    if not str(path).strip():
+        raise typer.BadParameter("it is empty; pass the name of a folder ('.' for the current one)")
+    return Path(path)
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
-Saved = Annotated[Path, typer.Argument(metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")]
+Saved = Annotated[
+    Path, typer.Argument(parser=given, metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")
+]
 BudgetText = Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")]
 Calibration = Annotated[
     list[Path] | None,
@@ -67,7 +77,9 @@ IgnoreConfig = Annotated[
     ),
 ]
 Windows = Annotated[int | None, typer.Option("--windows", min=1, help="Windows of text to measure, at most.")]
-Compressed = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")]
+Compressed = Annotated[
+    Path, typer.Argument(parser=given, metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")]
 Force = Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")]
 Include = Annotated[

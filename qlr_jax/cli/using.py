@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, Chat, Compressed, HeldOut, IgnoreConfig, Original, Windows
+from qlr_jax.cli.options import AsJson, Chat, Compressed, HeldOut, IgnoreConfig, Original, Windows, given
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
@@ -185,7 +185,7 @@ def inspect(out: Compressed, as_json: AsJson = False) -> None:
 )
 def adapt(
     out: Compressed,
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the adapted model; new or empty.")],
+    dest: Annotated[Path, typer.Argument(parser=given, metavar="DEST", help="Folder for the adapted model; new or empty.")],
     text: Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="Text to adapt to; may repeat.")] = None,
     held_out: Annotated[
         list[Path] | None,
@@ -293,7 +293,7 @@ def adapt(
 @app.command(short_help="A compressed model in another format.")
 def export(
     out: Compressed,
-    dest: Annotated[Path, typer.Argument(metavar="DEST", help="Folder for the exported model; new or empty.")],
+    dest: Annotated[Path, typer.Argument(parser=given, metavar="DEST", help="Folder for the exported model; new or empty.")],
     to: Annotated[str, typer.Option("--to", help=f"Format: {', '.join(EXPORT_TARGETS)}.")],
     dtype: Annotated[str, typer.Option("--dtype", help="Of what is not packed: bfloat16, float16 or float32.")] = "bfloat16",
     base: Annotated[str, typer.Option("--base", help="Under a peft adapter: dense or compressed-tensors.")] = "dense",
