@@ -1145,8 +1145,11 @@ def teach_peft() -> None:
     model = getattr(sys.modules.get("peft.tuners.lora.model"), "LoraModel", None)
     if model is None or QLRLinear in getattr(model, "qlr_layers", ()):  # several of this file may be in one process
         return
-    create, allow, utilities = model._create_new_module, model._check_merge_allowed, sys.modules["peft.tuners.tuners_utils"]
-    include = utilities._maybe_include_all_linear_layers
+    utilities = sys.modules.get("peft.tuners.tuners_utils")
+    create, allow = getattr(model, "_create_new_module", None), getattr(model, "_check_merge_allowed", None)
+    include = getattr(utilities, "_maybe_include_all_linear_layers", None)
+    if utilities is None or create is None or allow is None or include is None:  # another peft, which then says itself that it does not know the layer
+        return
 
     @wraps(create)
     def create_or_wrap(lora_config, adapter_name, target, **kwargs):
