@@ -140,3 +140,11 @@ def test_what_cannot_be_is_refused(case, tmp_path):
     with pytest.raises(ValueError, match=r"gives model\.embed_tokens the shape"):
         get(out)
     (out / "config.json").write_text(text)
+
+
+def test_there_is_no_triton_kernel_for_rows_with_scales():
+    pytest.importorskip("triton")
+    from qlr_jax.formats.qlr.kernels.launch import Kernel
+
+    with pytest.raises(NotImplementedError, match="trellis-3/rows"):
+        Kernel(runtime.QLRLinear("trellis-3/rows", (64, 64)))

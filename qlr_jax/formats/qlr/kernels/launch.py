@@ -50,6 +50,8 @@ class Kernel:
         self.linear = linear
         parts = [linear.backbone, linear.left, linear.right] if linear.rank else [linear.backbone, None, None]
         self.q, self.left, self.right = formats = [None if part is None else format_of(part) for part in parts]
+        if linear.by_rows:  # inputs alone are rotated there, and each row has a scale
+            raise NotImplementedError(f"there is no kernel for {linear.spec}")
         if [part is None for part in parts] != [format is None for format in formats]:
             raise NotImplementedError(f"there is no kernel for {linear.spec}")
         self.device = next(linear.buffers()).device
