@@ -1148,7 +1148,7 @@ def teach_peft() -> None:
     utilities = sys.modules.get("peft.tuners.tuners_utils")
     create, allow = getattr(model, "_create_new_module", None), getattr(model, "_check_merge_allowed", None)
     include = getattr(utilities, "_maybe_include_all_linear_layers", None)
-    if utilities is None or create is None or allow is None or include is None:  # another peft, which then says itself that it does not know the layer
+    if utilities is None or create is None or allow is None or include is None:  # peft says then that it knows no such layer
         return
 
     @wraps(create)
