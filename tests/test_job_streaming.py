@@ -19,6 +19,7 @@ from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.core.lazy import Lazy, LazyMap
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
+from qlr_jax.formats import read_matrices
 from qlr_jax.models import Llama, LlamaConfig, input_of, linear_names, load_model, save_model
 from qlr_jax.pipelines.run import with_weights
 from qlr_jax.pipelines.source import open_source
@@ -248,3 +249,9 @@ def test_a_sequential_job_is_kept_only_where_it_is_better(folder, tmp_path):
     told = job.compress(folder, tmp_path / "told", calibration=text, recipe=recipe.updated(sequential=True)).report
     assert told["calibration_kl"][told["delivered"]] <= plain["calibration_kl"][plain["delivered"]]
     assert told["bits_per_weight"] == plain["bits_per_weight"] and "solve in sequence" in told["seconds"]["stages"]
+
+    whole = recipe.updated(sequential=True, streaming=True, budget="4.75bpw:all", vocabulary=("int-4g16", "bf16"))
+    packed = job.compress(folder, tmp_path / "packed", calibration=text, recipe=whole).report
+    assert {row["kind"]: row["spec"] for row in packed["matrices"]}["embedding"] == "int-4g16"
+    assert "solve in sequence" in packed["seconds"]["stages"] and packed["whole_model_bits_per_weight"] <= 4.75
+    assert read_matrices(tmp_path / "packed")["model.embed_tokens"].layout.spec == "int-4g16"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -15,10 +15,10 @@ from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import checked_hessian
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import divergence
-from qlr_jax.models import input_of, layer_of
+from qlr_jax.models import input_of, is_linear, layer_of
 from qlr_jax.models.forward import through
 from qlr_jax.models.llama import Block, shallow_copy
-from qlr_jax.pipelines.run import Candidate, Run
+from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.pipelines.stages.calibrate import calibration_tokens
 from qlr_jax.pipelines.stages.solve import solutions_of
 from qlr_jax.run.workspace import Key
@@ -29,12 +29,16 @@ BATCH = 8  # sequences of one pass
 def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Candidate:
     """The candidate solved again block by block, each behind the compressed ones before it; as it was where that is no better.
 
+    A packed embedding comes first, and stays as it is, like a packed head.
+
     Args:
         text: of calibration.
     """
     specs, settings = candidate.plan.specs, {"seed": run.recipe.seed, "config": run.settings.solver}
     solver = run.solver("sequential")
-    with run.progress.stage("compressing in sequence", total=len(specs)) as stage:
+    linear = {name: spec for name, spec in specs.items() if is_linear(name)}
+    vocabulary = {name: candidate.solutions[name] for name in specs if name not in linear}
+    with run.progress.stage("compressing in sequence", total=len(linear)) as stage:
 
         def on_done(key: Key, solution: Solution) -> None:
             stage.advance(note=f"{key[0]} {solution.summary()}")
@@ -42,7 +46,9 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Can
         def solved(problems: Mapping[Key, Any]) -> Mapping[Key, Solution]:
             return solver(problems, on_done=on_done, **settings)
 
-        found = _solve_blocks(run, specs, calibration_tokens(run.source, text), solved)
+        behind = with_weights(run.original, {name: solution.value for name, solution in vocabulary.items()})
+        found = _solve_blocks(run, linear, calibration_tokens(run.source, text), solved, behind.embed)
+    found.update({(name, specs[name]): solution for name, solution in vocabulary.items()})
     again = Candidate(candidate.plan, solutions_of(specs, found))
     again = again.replace(calibration=divergence(again.model(run.original), run.reference))
     message = f"solved in sequence the KL on the calibration text is {again.kl:.5f}, before {candidate.kl:.5f}"
@@ -50,13 +56,16 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Can
     return again if again.kl < candidate.kl else candidate
 
 
-def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver: Any) -> LazyMap[Key, Solution]:
+def _solve_blocks(
+    run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver: Any, embed: Callable[[jax.Array], jax.Array]
+) -> LazyMap[Key, Solution]:
     """The matrices of one allocation, each solved for W* = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ in the metric E[x̂ x̂ᵀ].
 
     Args:
         specs: name -> spec, of one plan: another plan hands on other x̂, and is solved again.
         tokens: (sequences, time) of calibration text.
         solver: problems -> solutions.
+        embed: tokens -> the hidden state that enters the first block of the compressed model.
 
     Source: GPTQ, arXiv 2210.17323, section 4 (inputs of compressed blocks); GPTAQ, arXiv 2504.02692 (the original's output).
     """
@@ -66,7 +75,7 @@ def _solve_blocks(run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver
     batches = np.split(rows, len(rows) // min(BATCH, len(tokens)))
     rope = model.rope(tokens.shape[1])
     original = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
-    behind = list(original)
+    behind = [np.asarray(embed(jnp.asarray(batch))) for batch in batches]
     found: LazyMap[Key, Solution] = LazyMap()
     for i in range(model.config.num_hidden_layers):
         block, prefix = model.block(i), f"model.layers.{i}."
