@@ -1,5 +1,6 @@
 """Shared by all tests: the CPU, and quick compilation, since shapes are small; for the core, strict dtype promotion."""
 
+import gc
 import os
 import tempfile
 
@@ -15,6 +16,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not i
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +31,21 @@ SLOW = """
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     order = {f"test_{name}": at for at, name in enumerate(SLOW.split())}
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
+MOST_MAPS = 20_000  # areas of memory; Linux gives a process 65,530, and XLA's compiler crashes where there are no more
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _few_programs() -> Iterator[None]:
+    """Compiled programs are let go between modules where they take many areas of memory: one process runs half of all tests."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True, scope="module")
