@@ -16,7 +16,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Comparison, divergence, reference
 from qlr_jax.formats.qlr.packed import JOB, load, read_config, save_packed
 from qlr_jax.locks import locked, refuse_locked
-from qlr_jax.models import Llama, load_tokenizer
+from qlr_jax.models import Llama, load_tokenizer, vocabulary_names
 from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import local, output_folder
 from qlr_jax.pipelines.original import find_original, load_original, recorded
@@ -99,6 +99,11 @@ def _adapt(
         settings = read_config(out)[1].get("settings", {})
         model, tokenizer = load(out), load_tokenizer(out)
         teacher = _original(out, original, model, needed=config.loss != "text", ignore=ignore_config, note=progress.say)
+    packed = [name for name in vocabulary_names(model.config) if hasattr(model.matrices()[name].weight.get_value(), "dense")]
+    if packed and "embeddings" in config.train:
+        if config.train == ("embeddings",):
+            raise QLRError(f"{' and '.join(packed)} are packed, so nothing of embeddings can be trained; train norms and scales")
+        progress.say(f"{' and '.join(packed)}: packed, and left as they are")
     bundled = settings.get("base_model") == BUNDLED_NAME and not text
     if not text and not bundled:
         raise QLRError("no text was given to adapt to; pass one or more files that resemble what the model will read (--text)")

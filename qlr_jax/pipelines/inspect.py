@@ -18,7 +18,8 @@ def inspect(out: str | Path) -> dict[str, Any]:
 
     Returns:
         settings; matrices: [{name, spec, shape, bytes, bits}]; compressed_bytes, compressed_weights, bits_per_weight,
-        safetensors_bytes.
+        safetensors_bytes; with a packed embedding or head, which bits_per_weight does not count,
+        bits_per_weight_with_embedding_and_head too.
 
     Raises:
         QLRError: no compressed folder.
@@ -34,6 +35,7 @@ def inspect(out: str | Path) -> dict[str, Any]:
     size = sum(f.stat().st_size for f in local(out).glob("*.safetensors"))
     return {
         "settings": settings, "matrices": rows, "compressed_bytes": total, "compressed_weights": count,
+        **({"bits_per_weight_with_embedding_and_head": 8 * total / count} if len(linear) < len(rows) else {}),
         "bits_per_weight": 8 * sum(size for size, _ in linear) / sum(n for _, n in linear) if linear else None,
         "safetensors_bytes": size,
     }  # fmt: skip

@@ -331,7 +331,7 @@ def _check_options(backbones: tuple[str, ...], ranks: tuple[int, ...], factors: 
                 for grids in factors:
                     ranked = Spec.parse(f"{single}+r8@{grids}")
                     if single != "none":
-                        target.check("recipe", Spec.parse(single), DIVISIBLE)
+                        target.check("backbones", Spec.parse(single), DIVISIBLE)
                     if any(ranks) and not target.holds(ranked, DIVISIBLE):
                         held = ", ".join(target.factors)
                         raise QLRError(f"{target.name} cannot hold {ranked} exactly; give ranks: [0], or factors: [{held}]")
