@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path.stem, len(order)))
 
 
-MOST_MAPS = 20_000  # areas of memory; Linux gives a process 65,530, and XLA's compiler crashes where there are no more
+MOST_MAPS = 30_000  # areas of memory; Linux gives a process 65,530, and XLA's compiler crashes where there are no more
 
 
 @pytest.fixture(autouse=True, scope="module")
