@@ -5,6 +5,7 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")  # as jobs do: loops that overlap can wait for each other for ever
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two test processes share the cores: spinning threads would stop both
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older way of emitting code compiles in half the time; most of the suite's time is compiling
