@@ -5,7 +5,6 @@ import os
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_CPU_ENABLE_ASYNC_DISPATCH", "false")  # as jobs do: loops that overlap can wait for each other for ever
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # two test processes share the cores: spinning threads would stop both
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA's older way of emitting code compiles in half the time; most of the suite's time is compiling
@@ -19,8 +18,11 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "JAX_COMPILATION_CACHE_DIR" not i
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # as jobs do: loops that overlap can wait for each other for ever
 
 # Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
 SLOW = """
@@ -43,8 +45,6 @@ def _few_programs() -> Iterator[None]:
     yield
     maps = Path("/proc/self/maps")
     if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
-        import jax
-
         jax.clear_caches()
         gc.collect()
 
@@ -55,8 +55,6 @@ def _strict(request: pytest.FixtureRequest) -> Iterator[None]:
     if not request.module.__name__.split(".")[-1].startswith(("test_core_", "test_doctests")):
         yield
         return
-    import jax
-
     with jax.numpy_dtype_promotion("strict"):
         yield
 
@@ -94,8 +92,6 @@ def block_ldl():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The folder of a Llama of one block with random weights and the bundled model's tokenizer."""
-    import jax
-
     from qlr_jax.models import Llama, LlamaConfig, save_model
     from qlr_jax.models.bundled import BUNDLED
 
