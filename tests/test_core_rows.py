@@ -76,6 +76,16 @@ def test_unrotated_integers_are_those_of_the_ordinary_solve(case):
     assert all(np.array_equal(one.arrays[key], other.arrays[key]) for key in other.arrays)
 
 
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**17])
+@pytest.mark.parametrize("spec", ["bf16", "int-4g32", "nf-3g32"])
+def test_weights_of_any_size_keep_it(spec, factor, case, solved):
+    weight, hessian, counts = case
+    scaled = solve_rows(np.float32(factor) * weight, hessian, spec, row_weights=counts, config=QUICK)
+    assert oracle(factor * weight, np.asarray(scaled.value.dense()), hessian) == pytest.approx(
+        solved[spec].stats["relative_error"], rel=0.01
+    )
+
+
 def test_feedback_in_h_betters_the_outputs_and_scales_of_rows_better_small_rows(case):
     weight, hessian, _ = case
     options = {"state_bits": 6}

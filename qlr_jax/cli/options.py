@@ -19,7 +19,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 Saved = Annotated[
     Path, typer.Argument(parser=given, metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")
 ]
-BudgetText = Annotated[str | None, typer.Option("--budget", help="2.25bpw, 900MB or device:8GiB,context=8192.")]
+BudgetText = Annotated[
+    str | None,
+    typer.Option(
+        "--budget", help="2.25bpw (linear layers), 2.5bpw:all (embedding and head too), 900MB or device:8GiB,context=8192."
+    ),
+]
 Calibration = Annotated[
     list[Path] | None,
     typer.Option(

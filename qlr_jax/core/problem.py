@@ -82,9 +82,7 @@ class MatrixProblem:
         size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
         size = np.where(size > 0, size, 1.0)
         if not backbone.unit_scale:
-            # A power of two leaves scales exact for formats that store no g, and 1 does in all of float16's range, where it can be.
-            power = np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
-            size = power if spec.has_scale else np.ones_like(size)
+            size = plain_unit(size) if spec.has_scale else np.ones_like(size)
         metric, output = metric.placed(placement), output and output.placed(placement)
         weight = placement.place(jnp.asarray(weights / size.astype(np.float32)[:, None, None]))
         if metric.rotation is not None:
@@ -101,6 +99,21 @@ class MatrixProblem:
     def output_metric(self) -> Array | None:
         """G in the rotated basis: with H, what results are evaluated in."""
         return self.output and self.output.hessian
+
+
+def plain_unit(size: np.ndarray) -> np.ndarray:
+    """g of weights whose grid has scales of its own: a power of two, 1 where float16 holds such scales as they are.
+
+    A power of two leaves them exact for formats that store no g.
+
+    Args:
+        size: root mean square of the weights, above 0.
+
+    Example:
+        >>> plain_unit(np.array([0.02, 2.0**-20])).tolist() == [1.0, 2.0**-20]
+        True
+    """
+    return np.where((size > SMALLEST_PLAIN) & (size < 1 / SMALLEST_PLAIN), 1.0, 2.0 ** np.round(np.log2(size)))
 
 
 @sharded

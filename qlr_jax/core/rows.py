@@ -22,6 +22,7 @@ from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.ldlq import column_block, ldlq, pad_to_tiles
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.metric import Metric
+from qlr_jax.core.problem import plain_unit
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.solution import Solution, Verdict
@@ -30,7 +31,6 @@ from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
 
 SLAB_WEIGHTS = 2**22  # that are rounded at a time
-TALLEST = 64  # rows of a tile: a slab has whole tiles
 NO_BOUND = "rows that have weights of their own carry no bound"
 HALF_RANGE = float(np.finfo(np.float16).max)
 
@@ -85,11 +85,11 @@ def solve_rows(
     correction = np.ones(1, np.float32)
     if quantizer.unit_scale and config.backbone_scale == "fitted":
         correction = scale_correction(quantizer, metric.noise_gain(width))
-    unit = 1.0 if spec.by_rows else _unit(weight, quantizer)
+    unit = _unit(weight, quantizer) if spec.has_scale else 1.0
 
     parts: list[dict[str, np.ndarray]] = []
     error, energy = np.empty(m), np.empty(m)
-    for rows, slab in _slabs(weight / np.float32(unit)):
+    for rows, slab in _slabs(weight / np.float32(unit), quantizer.tile[0]):
         codes, scales, own, squares = _round_slab(
             slab, factor, metric.hessian, correction, quantizer.traced(), metric.rotation and metric.rotation[0],
             static=quantizer.static(), block=metric.rotation[1] if metric.rotation else 0, refit=config.backbone_scale == "fitted",
@@ -130,18 +130,17 @@ def row_energies(weight: np.ndarray, hessian: np.ndarray) -> np.ndarray:
 
 
 def _unit(weight: np.ndarray, quantizer: Quantizer) -> float:
-    """The grid's scale of the whole, where it has one; else a power of two near the weights, where float16 would not hold their
-    scales well, or 1."""
+    """g: the grid's scale of the whole, where it has one."""
     if quantizer.unit_scale:
         return float(quantizer.unit_of(jnp.asarray(weight), False).squeeze()) or 1.0
-    size = float(np.sqrt(np.mean(np.square(weight), dtype=np.float64)))
-    return 1.0 if not size or 2.0**-10 < size < 2.0**10 else 2.0 ** round(np.log2(size))
+    size = np.sqrt(np.mean(np.square(weight), dtype=np.float64))
+    return float(plain_unit(size)) if size else 1.0
 
 
-def _slabs(weight: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+def _slabs(weight: np.ndarray, height: int) -> Iterator[tuple[slice, np.ndarray]]:
     """(which rows, those rows), whole tiles of one shape each: the last is filled up with zeros."""
     m, n = weight.shape
-    step = min(max(SLAB_WEIGHTS // n // TALLEST, 1) * TALLEST, -(-m // TALLEST) * TALLEST)
+    step = min(max(SLAB_WEIGHTS // n // height, 1), -(-m // height)) * height
     for start in range(0, m, step):
         part = weight[start : start + step]
         yield slice(start, start + len(part)), np.pad(part, [(0, step - len(part)), (0, 0)])
