@@ -164,7 +164,8 @@ def test_budgets_of_the_whole_model_compress_embedding_and_head(measured, tiny, 
     assert packed.lm_head.weight.get_value().nbytes == rows["head"]["bytes"]
     stored = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert report["bytes"]["after"] <= stored < report["bytes"]["after"] + 20_000  # beside names and shapes
-    assert report["kl"]["allocated"] < 1 and "lm_head" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert report["kl"]["allocated"] < 1 and "lm_head" in page and f"Embedding: {rows['embedding']['spec']}" in page
     with pytest.raises(AllocationError, match=r"1bpw:all is below the table's range; pass [\d.]+bpw:all to"):
         job.compress(tiny, tmp_path / "no", "1bpw:all", text, light)
 

@@ -17,6 +17,7 @@ from qlr_jax.report.content.allocation import (
     rank_line,
     specified_matrices,
     spectra_line,
+    vocabulary_line,
 )
 from qlr_jax.report.content.fit import HEADS as FIT_HEADS
 from qlr_jax.report.content.fit import advice, fit_rows, fit_sentence
@@ -116,7 +117,8 @@ def _allocation(report: Mapping[str, Any]) -> list[str]:
         return [_plain(spectra_line(report))]
     layers, kinds, placed = by_layer_and_kind(matrices)
     specs = [[str(at), *[short_spec(placed.get((at, kind), {}).get("spec")) for kind in kinds]] for at in layers]
-    out = [_sentence(rank_line(matrices)), _table(KIND_HEADS, kind_rows(report)), _table(("layer", *kinds), specs)]
+    lines = filter(None, (vocabulary_line(matrices), rank_line(matrices)))
+    out = [*map(_sentence, lines), _table(KIND_HEADS, kind_rows(report)), _table(("layer", *kinds), specs)]
     meaning = "Errors, bounds and sensitivities are medians. Sensitivity: KL for each unit of squared relative error."
     known = any(is_number(matrix.get(key)) for matrix in matrices for key in ("relative_error", "sensitivity"))
     return [*out, meaning if known else "", _sentence(bound_line(matrices)), _plain(spectra_line(report))]

@@ -56,6 +56,16 @@ def rank_line(matrices: Iterable[Mapping[str, Any]]) -> str:
     return line + (f"; none for {', '.join(without)}" if without else "")
 
 
+def vocabulary_line(matrices: Iterable[Mapping[str, Any]]) -> str:
+    """How embedding and head are stored, in one line; empty where the budget did not count them.
+
+    >>> vocabulary_line([{"kind": "embedding", "spec": "int-4g32", "bits": 4.5, "bytes": 36900}, {"kind": "q", "spec": "int-3"}])
+    'embedding: int-4g32, 4.5000 bits per weight, 36.9 kB'
+    """
+    own = [matrix for matrix in matrices if kind_of(matrix) in ("embedding", "head") and matrix.get("spec")]
+    return "; ".join(f"{kind_of(m)}: {m['spec']}, {bits(m.get('bits'))} bits per weight, {size(m.get('bytes'))}" for m in own)
+
+
 def cumulative_shares(shares: Any) -> list[float]:
     """The part of the whole that 0, 1, 2, … leading components take; empty where the shares are not known.
 

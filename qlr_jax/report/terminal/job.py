@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlr_jax.progress import duration
-from qlr_jax.report.content.allocation import rank_line
+from qlr_jax.report.content.allocation import rank_line, vocabulary_line
 from qlr_jax.report.content.quality import delivery_note, evaluated_on, predicted, rank_paid, refined_line
 from qlr_jax.report.content.reproduce import import_notes
 from qlr_jax.report.terminal.columns import columns
@@ -27,6 +27,7 @@ from qlr_jax.report.words import (
 def summary(report: Mapping[str, Any]) -> str:
     """What a finished job did, in about fifteen lines: bits as stored, sizes, perplexities, KL, where the ranks went."""
     before, after = (part_of(report, "bytes").get(key) for key in ("before", "after"))
+    matrices = rows_of(report, "matrices")
     lines = [
         f"{bits(report.get('bits_per_weight'))} bits per weight as stored"
         + (f", of a budget of {report['budget']}" if report.get("budget") else "")
@@ -36,8 +37,8 @@ def summary(report: Mapping[str, Any]) -> str:
         "",
         comparison(report),
         "",
-        *[line for line in (rank_paid(report), refined_line(report)) if line],
-        rank_line(rows_of(report, "matrices")),
+        *[line for line in (rank_paid(report), refined_line(report), vocabulary_line(matrices)) if line],
+        rank_line(matrices),
         *import_notes(report),
     ]
     seconds, memory = part_of(report, "seconds").get("total"), report.get("peak_rss_bytes")

@@ -15,6 +15,7 @@ from qlr_jax.report.content.allocation import (
     matrix_rows,
     rank_line,
     specified_matrices,
+    vocabulary_line,
 )
 from qlr_jax.report.html.elements import folded, table
 from qlr_jax.report.html.style import RAMP
@@ -51,9 +52,11 @@ def allocation_section(report: Mapping[str, Any]) -> str:
     ends = min(below), max(below)
     ramp = "".join(f'<i class="s{at}"></i>' for at in range(len(RAMP)))
     scale = f'<div class="ramp"><span>{ends[0]:.2f}</span><div>{ramp}</div><span>{ends[1]:.2f} bits per weight</span></div>'
+    said = filter(None, (vocabulary_line(matrices), rank_line(matrices)))
+    lines = "".join(f"<p>{escape(sentence(line))}</p>" for line in said)
     return (
         f'<section id="allocation"><h2>Where bits and rank went</h2><p class="soft">{MEANING}</p>{scale if known else ""}'
-        f"{_heat_map(matrices, ends)}<p>{escape(sentence(rank_line(matrices)))}</p>{matrix_list(matrices)}</section>"
+        f"{_heat_map(matrices, ends)}{lines}{matrix_list(matrices)}</section>"
     )
 
 
