@@ -17,7 +17,7 @@ from qlr_jax import job
 from qlr_jax.errors import QLRError
 from qlr_jax.models import load_model
 from qlr_jax.models.identity import digest_model
-from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.source import open_source, saved_table
 from qlr_jax.pipelines.stages import calibrate
 from qlr_jax.progress import silent
 from qlr_jax.settings import resolved
@@ -69,14 +69,15 @@ def test_a_damaged_model_is_refused_and_nothing_is_written(tiny, text, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_budgets_out_of_range_name_both_ends(tiny, text, tmp_path):
-    for budget in ("0.5bpw", "15bpw"):
-        with pytest.raises(AllocationError, match=r"range; pass [\d.]+bpw to [\d.]+bpw"):
-            job.compress(tiny, tmp_path / "out", budget, text)
+def test_budgets_out_of_range_name_both_ends(tiny, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(job.stages, "calibrate", None)  # refused before the work begins
+    for budget, side in (("0.5bpw", "below"), ("16.5bpw", "above")):
+        with pytest.raises(AllocationError, match=rf"{side} the table's range; pass [\d.]+bpw to 16bpw"):
+            job.compress(tiny, tmp_path / "out", budget, text, LIGHT)
     with pytest.raises(AllocationError, match="below what this model can be stored in; pass"):
-        job.compress(tiny, tmp_path / "out", "1KB", text)
+        job.compress(tiny, tmp_path / "out", "1KB", text, LIGHT)
     with pytest.raises(QLRError, match="budget"):
-        job.compress(tiny, tmp_path / "out", "cheap", text)
+        job.compress(tiny, tmp_path / "out", "cheap", text, LIGHT)
     assert not (tmp_path / "out").exists()
 
 
@@ -186,7 +187,8 @@ def test_what_is_offered_for_them_is_for_the_recipe_to_say(tiny):
 def test_a_strategy_that_is_asked_for_is_delivered_as_it_is(measured, tiny, text, tmp_path):
     recipe, table = LIGHT.updated(strategy="greedy"), measured[1]
     done = job.compress(tiny, tmp_path / "out", "2.25bpw", text, recipe, table=table).report
-    wanted = allocators.greedy(table, allocators.Budget.parse("2.25bpw").on(table).limit)
+    counted = saved_table(table, open_source(tiny, recipe), silent())  # a plain budget leaves embedding and head as they are
+    wanted = allocators.greedy(counted, allocators.Budget.parse("2.25bpw").on(counted).limit)
     assert {row["name"]: row["spec"] for row in done["matrices"]} == wanted.specs
     assert done["delivered"] == "allocated" and done["refined"] is None and done["recipe"]["strategy"] == "greedy"
     assert set(done["calibration_kl"]) == {"allocated", "uniform", "rank0"}

@@ -60,7 +60,7 @@ def vocabulary_line(matrices: Iterable[Mapping[str, Any]]) -> str:
     """How embedding and head are stored, in one line; empty where the budget did not count them.
 
     >>> vocabulary_line([{"kind": "embedding", "spec": "int-4g32", "bits": 4.5, "bytes": 36900}, {"kind": "q", "spec": "int-3"}])
-    'embedding: int-4g32, 4.5000 bits per weight, 36.9 kB'
+    'embedding: int-4g32, 4.50 bits per weight, 36.9 kB'
     """
     own = [matrix for matrix in matrices if kind_of(matrix) in ("embedding", "head") and matrix.get("spec")]
     return "; ".join(f"{kind_of(m)}: {m['spec']}, {bits(m.get('bits'))} bits per weight, {size(m.get('bytes'))}" for m in own)
