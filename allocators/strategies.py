@@ -212,12 +212,13 @@ def compared(
     return replace(found, baselines=others)
 
 
-def job_plans(best: Allocation, strategy: str = DEFAULT) -> dict[str, Allocation]:
+def job_plans(best: Allocation, strategy: str = DEFAULT, *, controls: bool = True) -> dict[str, Allocation]:
     """The allocations that a job solves and measures: under "allocated" the strategy's, beside it the baseline and the control.
 
     Args:
         best: the strategy's allocation, as `compared` returns it with those of the others.
         strategy: the same name of STRATEGIES.
+        controls: whether any is solved beside it.
 
     Returns:
         Allocations by the names of `solved_strategies`, those that exist at this limit.
@@ -230,7 +231,7 @@ def job_plans(best: Allocation, strategy: str = DEFAULT) -> dict[str, Allocation
         >>> {name: plan.method for name, plan in plans.items()}
         {'allocated': 'greedy', 'uniform': 'uniform', 'rank0': 'rank0'}
     """
-    beside = {**best.baselines, strategy: best}
+    beside = {**best.baselines, strategy: best} if controls else {}
     return {DEFAULT: best} | {name: beside[name] for name in solved_strategies() if name != DEFAULT and name in beside}
 
 

@@ -104,12 +104,13 @@ def test_compress_passes_everything_on(calls, tmp_path, monkeypatch):
     recipe.write_text("seed: 3\nranks: [0, 16]\ninclude: ['*.mlp.*']\n")
     options = ["--budget", "3bpw", "--calibration", "a.txt", "--calibration", "b.txt", "--recipe", recipe, "--exclude", "*.0.*"]
     options += ["--include", "*.q_proj", "--evaluate-on", "c.txt", "--state-bits", "10", "--force", "--strategy", "greedy"]
+    options += ["--controls", "quick"]
     result = qlr("compress", "model", "out", *options)
     assert result.exit_code == 0, result.output
     assert calls.args == ("model", Path("out"))
     got = calls.kwargs
     assert got["calibration"] == [Path("a.txt"), Path("b.txt")] and got["evaluate_on"] == [Path("c.txt")]
-    patterns = {"include": ("*.q_proj",), "exclude": ("*.0.*",)}
+    patterns = {"include": ("*.q_proj",), "exclude": ("*.0.*",), "controls": "quick"}
     wanted = Recipe(budget="3bpw", seed=3, ranks=(0, 16), state_bits=10, force=True, strategy="greedy", **patterns)
     assert got["recipe"] == wanted
     assert got["budget"] == "3bpw" and got["command"] == "qlr compress 'my model' out"

@@ -256,6 +256,15 @@ def test_more_of_anything_takes_no_less():
     assert plan_job(SMALL, LIGHT, Machine("cpu", GB, GB, 16)).seconds < plan.seconds == pytest.approx(plan.seconds)
 
 
+def test_controls_that_are_quick_or_left_out_cost_less():
+    config = known_config("Llama-2-7B")  # of which compiling is no large part
+    plans = {mode: plan_job(config, Recipe(controls=mode), ROOMY) for mode in ("full", "quick", "none")}
+    for name in ("solve", "judge", "evaluate"):
+        full, quick, none = (next(s.cpu_seconds for s in plan.stages if s.name == name) for plan in plans.values())
+        assert none < quick <= full and (quick < 0.7 * full) == (name == "solve")
+    assert plans["none"].disk["job"] < plans["full"].disk["job"]
+
+
 def test_accelerators_hold_weights_and_hosts_statistics_and_their_times_are_no_measurements():
     config = known_config("Llama-2-7B")
     plan = plan_job(config, Recipe(), Machine.parse("gpu:80GB,host=512GB,cores=16"))

@@ -13,6 +13,7 @@ from qlr_jax.cli.options import (
     BudgetText,
     Calibration,
     Chat,
+    Controls,
     Exclude,
     Force,
     HessiansFrom,
@@ -41,6 +42,7 @@ def demo(
         "qlr-demo"
     ),
     budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
+    controls: Controls = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -55,8 +57,11 @@ def demo(
     """
     with clear_errors(as_json):
         from qlr_jax import job, progress
+        from qlr_jax.settings.recipe import DEMO, gathered
 
-        show_job(job.demo(out, budget=budget, resume=resume, progress=progress.choose(as_json), command=command()), as_json)
+        recipe = DEMO.updated(**gathered(None, controls=controls))
+        shown = progress.choose(as_json)
+        show_job(job.demo(out, budget=budget, recipe=recipe, resume=resume, progress=shown, command=command()), as_json)
 
 
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
@@ -96,6 +101,7 @@ def compress(
     tie: TieBackbone = None,
     tie_spec: TieSpec = None,
     strategy: StrategyName = None,
+    controls: Controls = None,
     sequential: Annotated[
         bool | None,
         typer.Option(
@@ -150,6 +156,7 @@ def compress(
             backbone_from=text_of(backbone_from),
             hessians_from=text_of(hessians),
             strategy=strategy,
+            controls=controls,
             sequential=sequential,
             force=force or None,
         )
@@ -211,6 +218,7 @@ def plan(
     ignore_config: IgnoreConfig = None,
     state_bits: StateBits = None,
     target: Target = None,
+    controls: Controls = None,
     as_json: AsJson = False,
 ) -> None:
     """Show from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
@@ -231,6 +239,7 @@ def plan(
             ignore_config=ignore_config,
             state_bits=state_bits,
             target=target,
+            controls=controls,
         )
         show_plan(model, (DEMO if model == "bundled" else Recipe()).updated(**settings), device, hosts, out, as_json)
 

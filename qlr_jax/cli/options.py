@@ -96,6 +96,15 @@ Exclude = Annotated[
 StateBits = Annotated[
     int | None, typer.Option("--state-bits", help="Of trellis codes, 6 to 16: more is better, and time grows with 2^bits.")
 ]
+Controls = Annotated[
+    str | None,
+    typer.Option(
+        "--controls",
+        metavar="full|quick|none",
+        help="Uniform and rank 0 beside the allocation: full = solved as it is, and the best of them delivered; quick = solved at "
+        "8 state bits, for the report alone; none = not solved.",
+    ),
+]
 StrategyName = Annotated[
     str | None,
     typer.Option(

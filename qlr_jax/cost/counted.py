@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
+from allocators.strategies import DEFAULT, solved_strategies
 from qlr_jax.calibration.backward import SPILLED
 from qlr_jax.core.batch import FACTORED_TOGETHER, ROWS_TOGETHER, SMALL
 from qlr_jax.core.low_rank import bucket
@@ -140,6 +141,18 @@ class Counted:
     def in_file(self, sequences: int) -> bool:
         """Whether they lie in a temporary file."""
         return self.boundaries(sequences) > SPILLED
+
+    @cached_property
+    def plans(self) -> dict[str, int]:
+        """Strategies whose allocations are solved and measured -> the state bits of their solves."""
+        beside = self.settings.controls
+        others = {} if beside is None else dict.fromkeys((n for n in solved_strategies() if n != DEFAULT), beside.state_bits)
+        return {**others, self.recipe.strategy: self.recipe.state_bits}
+
+    @property
+    def candidates(self) -> int:
+        """Models that are measured."""
+        return 1 if self.settings.controls is None else len(solved_strategies())
 
     @property
     def has_factors(self) -> bool:

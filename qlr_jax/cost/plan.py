@@ -150,5 +150,5 @@ def _working_files(job: Counted, budget: Mapping[str, Any], stages: Sequence[Sta
     statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
     if job.machine.hosts > 1:
         statistics = job.hessians + job.outputs  # where all hosts read them
-    plans = 3 * needed + (probed(job) if job.recipe.target == "qlr" else needed)
+    plans = len(job.plans) * needed + (probed(job) if job.recipe.target == "qlr" else needed)
     return {"job": plans, "statistics": statistics, "temporary": temporary(job)}

@@ -41,13 +41,13 @@ def _again(job: Counted) -> int:
     return len({(ranks[0], 0), (ranks[-1], 0), (middle, finest)} - {(middle, 0)})
 
 
-def plan_solves(job: Counted, name: str) -> Work:
-    """The final solves of the allocation of one strategy."""
+def plan_solves(job: Counted, name: str, bits: int) -> Work:
+    """The final solves of the allocation of one strategy, with so many state bits."""
     strategy = STRATEGIES[name]
     choices, part = 1, float(strategy.ranks and job.has_factors)
     if strategy.per_matrix:
         choices, part = CHOICES[strategy.ranks], RANKED * part
-    found, bits = Work(), job.recipe.state_bits
+    found = Work()
     for (kind, shape), count, _ in _alike(job):
         for factors, share in ((True, part), (False, 1 - part)):
             found += _solves(job, kind, shape, bits, factors, count, choices) * share

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from allocators.strategies import DEFAULT, solved_strategies
 from qlr_jax.core.ldlq import row_group
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.cost.counted import BACKWARD, Counted
@@ -48,9 +47,9 @@ def work(job: Counted) -> dict[str, Work]:
             compiled=COMPILED["calibrate"] / 2,
         )
     found["measure: attribution"] = _attribution(job, body, head, soft, score)
-    solved = dict.fromkeys(job.recipe.strategy if name == DEFAULT else name for name in solved_strategies())
-    found["solve"] = sum((plan_solves(job, name) + vocabulary_solves(job, job.recipe.state_bits) for name in solved), Work())
-    decode, models = Work(passed=40 * job.weights), len(solved_strategies())
+    solves = (plan_solves(job, name, bits) + vocabulary_solves(job, bits) for name, bits in job.plans.items())
+    found["solve"] = sum(solves, Work())
+    decode, models = Work(passed=40 * job.weights), job.candidates
     found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens
     found["evaluate"] = (
@@ -75,8 +74,8 @@ def reads(job: Counted) -> dict[str, int]:
         "measure: spectra": 1,
         "measure: probes": 1,
         "measure: attribution": passes.get(job.recipe.attribution, 0),  # up and down at two nodes, and as often for the errors
-        "solve": len(solved_strategies()),
-        "evaluate": len(solved_strategies()),
+        "solve": len(job.plans),
+        "evaluate": job.candidates,
     }
 
 

@@ -189,7 +189,8 @@ def _report_points(table: OptionTable, folder: Path) -> list[dict[str, Any]]:
         kl = calibration.get(kind) if _is_number(calibration.get(kind)) else held_out.get(kind)
         if _is_number(point.get("bytes")) and _is_number(kl):
             on = "calibration" if _is_number(calibration.get(kind)) else "held-out"
-            row = {"label": f"{kind} ({folder.name})", "kind": kind, "bytes": point["bytes"], "kl": kl, "on": on}
+            quick = ", quick" if kind != DEFAULT and (report.get("controls") or {}).get("mode") == "quick" else ""
+            row = {"label": f"{kind}{quick} ({folder.name})", "kind": kind, "bytes": point["bytes"], "kl": kl, "on": on}
             row |= {"bits_per_weight": point.get("bits_per_weight"), "predicted": point.get("damage")}
             found.append(row | {"held_out_kl": held_out.get(kind), "delivered": kind == report.get("delivered")})
     return found

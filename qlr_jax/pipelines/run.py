@@ -47,7 +47,7 @@ class Run:
         statistics: weights, and the Hessians of their inputs and outputs.
         reference: the original's log-probabilities on a part of the calibration text.
         progress: where stages report how far they are.
-        solver: "probe", "final" or "sequential" -> what solves such matrices.
+        solver: "probe", "final", "control" or "sequential" -> what solves such matrices.
         note: is given by name what is known so far.
     """
 

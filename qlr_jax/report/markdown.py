@@ -25,6 +25,7 @@ from qlr_jax.report.content.proof import certificate, predictions_line
 from qlr_jax.report.content.quality import (
     KL_UNIT,
     NOT_EVALUATED,
+    controls_note,
     delivery_note,
     evaluated_on,
     figures,
@@ -100,7 +101,7 @@ def _quality(report: Mapping[str, Any]) -> list[str]:
         rows.append((name, number(row["perplexity"], 4), *compared))
     if not rows:
         return [NOT_EVALUATED]
-    sentences = [rank_paid(report), sentence(refined_line(report)), delivery_note(report)]
+    sentences = [rank_paid(report), sentence(refined_line(report)), delivery_note(report), controls_note(report)]
     where = _sentence(evaluated_on(report))
     return [_table(QUALITY_HEADS, rows), *map(_plain, sentences), f"{where} {KL_UNIT}".strip()]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import allocators
 from allocators.budget import FIXED
-from allocators.strategies import BASELINE
+from allocators.strategies import BASELINE, DEFAULT, solved_strategies
 from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
@@ -54,6 +54,7 @@ class Record:
     left_out: Mapping[str, Mapping[int, str]]
     original: Mapping[str, Any] = field(default_factory=dict)
     text_notes: Sequence[str] = ()
+    controls: Mapping[str, Any] = field(default_factory=dict)
 
     def allocations(self) -> dict[str, Any]:
         """Every plan by its name, and which of them was delivered."""
@@ -75,7 +76,7 @@ class Record:
         parts = self._parts(rows)
         before, after = sum(p["before"] for p in parts), sum(p["after"] for p in parts)
         whole = before // 2  # weights, at two bytes each
-        everyone, comparisons = self.held_out, list(self.held_out.values())
+        everyone, comparisons, points = self.held_out, list(self.held_out.values()), self._points()
         return {
             "format": 1,
             "versions": {name: _version(name) for name in PACKAGES} | {"python": platform.python_version()},
@@ -107,15 +108,21 @@ class Record:
             "seconds": {"total": time.perf_counter() - self.started, "stages": dict(self.seconds)},
             "peak_rss_bytes": self.peak_rss,
             "allocation": {"damage": plan.damage, "bound": plan.bound, "gap": plan.gap},
-            "uniform_spec": next(iter(self.plans[BASELINE].specs.values())) if BASELINE in self.plans else None,
+            "uniform_spec": next(iter(points[BASELINE].specs.values())) if BASELINE in points else None,
+            "controls": dict(self.controls),
             "frontier": self._frontier(),
             "points": {
-                name: {"bytes": p.bytes, "damage": p.damage, "bits_per_weight": p.bits_per_weight} for name, p in self.plans.items()
+                name: {"bytes": p.bytes, "damage": p.damage, "bits_per_weight": p.bits_per_weight} for name, p in points.items()
             },
             "prediction": prediction_quality([(r["predicted_error"], r["felt_error"]) for r in rows]),
             "matrices": rows,
             "recipe": {**vars(self.recipe), **{k: list(v) for k, v in vars(self.recipe).items() if isinstance(v, tuple)}},
         }
+
+    def _points(self) -> dict[str, allocators.Allocation]:
+        """The plans, and of the controls that were left out what would have been theirs."""
+        beside = self.plans[DEFAULT].baselines if DEFAULT in self.plans else {}
+        return {name: beside[name] for name in solved_strategies() if name != DEFAULT and name in beside} | dict(self.plans)
 
     def _refined(self) -> dict[str, Any] | None:
         found = self.refined

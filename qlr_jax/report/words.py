@@ -129,7 +129,7 @@ def shape_of(matrix: Mapping[str, Any]) -> str:
 
 
 def model_label(key: str, report: Mapping[str, Any]) -> str:
-    """How a model of the comparison is called in tables: uniform carries its spec, a strategy that was asked for says so.
+    """How a model of the comparison is called in tables: uniform carries its spec, what was asked for and what was quick say so.
 
     >>> model_label("uniform", {"uniform_spec": "trellis-2"}), model_label("allocated", {"recipe": {"strategy": "greedy"}})
     ('uniform (2)', 'greedy, as asked')
@@ -138,7 +138,18 @@ def model_label(key: str, report: Mapping[str, Any]) -> str:
         return key
     strategy = strategy_of(report, key)
     spec = f" ({short_spec(report['uniform_spec'])})" if not strategy.per_matrix and report.get("uniform_spec") else ""
-    return f"{strategy.label}{spec}" + (", as asked" if key == DEFAULT and was_asked(report) else "")
+    asked, quick = key == DEFAULT and was_asked(report), key != DEFAULT and quick_state_bits(report)
+    return f"{strategy.label}{spec}" + (", as asked" if asked else ", quick" if quick else "")
+
+
+def quick_state_bits(report: Mapping[str, Any]) -> int:
+    """The state bits at which uniform and rank 0 were solved, where they were fewer than those of what is delivered; else 0.
+
+    >>> quick_state_bits({"controls": {"mode": "quick", "state_bits": 8}, "recipe": {"state_bits": 12}})
+    8
+    """
+    bits, full = part_of(report, "controls").get("state_bits"), part_of(report, "recipe").get("state_bits")
+    return int(bits) if is_number(bits) and is_number(full) and bits < full else 0
 
 
 def strategy_of(report: Mapping[str, Any], key: str) -> Strategy:

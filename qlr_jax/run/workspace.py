@@ -2,7 +2,7 @@
 
     job/begun.json            what the job is of: recipe, model, texts, versions; a job with any other is refused
     job/table.json            the option table, once it is measured
-    job/<kind>/<matrix>.<spec>.safetensors       every solve that is done; kinds are `probe`, `final` and `sequential`
+    job/<kind>/<matrix>.<spec>.safetensors       every solve that is done; kinds: `probe`, `final`, `control`, `sequential`
     job/hessians, job/outputs                    H and G, where they are not kept in memory
     job/report.json           how far the job is: stages, figures so far, a line a matrix
     job/log.txt               one line a matrix and a stage

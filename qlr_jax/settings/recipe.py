@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from qlr_jax.formats.targets import Target
 
 OUTPUTS = ("fisher", "alike")
+CONTROLS = ("full", "quick", "none")
 DIVISIBLE = (1024, 1024)  # a shape of which every group and block is a divisor
 
 
@@ -94,6 +95,11 @@ class Recipe:
         DEFAULT,
         "of allocation, whose result is delivered: allocated (exact, refined by measuring) or, as it is, "
         + ", ".join(name for name in STRATEGIES if name != DEFAULT),
+    )
+    controls: str = _field(
+        "full",
+        "uniform and rank 0 beside it: full (solved as it is, and the best is delivered), quick (solved at 8 state bits, for the "
+        "report alone) or none",
     )
 
     def __post_init__(self) -> None:
@@ -273,6 +279,7 @@ def _converted(name: str, kind: str, value: Any) -> Any:
         if isinstance(value, str) and value.strip():
             return value.strip()
         examples = {"budget": "2.25bpw", "hessians": "plain", "outputs": "fisher", "attribution": "alone", "strategy": DEFAULT}
+        examples["controls"] = CONTROLS[0]
         wanted = "a text such as " + examples.get(name, "'*.mlp.*'")
     raise QLRError(f"recipe: {name} is {value!r}; give {wanted}")
 
@@ -295,6 +302,7 @@ def _check_choices(recipe: Recipe) -> None:
         ("outputs", OUTPUTS),
         ("attribution", tuple(ATTRIBUTIONS)),
         ("strategy", tuple(STRATEGIES)),
+        ("controls", CONTROLS),
     ):
         if (value := getattr(recipe, name)) not in known:
             raise QLRError(f"recipe: {name} {value!r} is not known; give one of {', '.join(known)}")

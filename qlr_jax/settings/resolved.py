@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from allocators.budget import Budget
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.quantizers import parse_quantizer
+from qlr_jax.core.spec import expand_backbones
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.targets import Target, find_target
 from qlr_jax.models import LlamaConfig, linear_names, parameter_count, shape_of, vocabulary_names
@@ -15,6 +18,7 @@ from qlr_jax.settings.recipe import Recipe
 
 VOCABULARY_TOKENS = 8192  # the metrics of two matrices need fewer than those of all
 LONGEST = 2048  # tokens of a sequence where nothing else is asked for
+QUICK_STATE_BITS = 8  # of controls that are solved for the report alone
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Settings:
         target: the format to compress for.
         solver: of the final solves.
         search: of the solves while options are measured.
+        controls: of the final solves of uniform and rank 0; None where they are not solved. The same as `solver` where fewer state
+            bits would change nothing.
     """
 
     matrices: dict[str, tuple[int, int]]
@@ -42,6 +48,7 @@ class Settings:
     target: Target
     solver: SolverConfig
     search: SolverConfig
+    controls: SolverConfig | None
 
     @classmethod
     def of(cls, recipe: Recipe, config: LlamaConfig, memory: int | None = None, whole: bool | None = None) -> Settings:
@@ -67,9 +74,10 @@ class Settings:
         output_bytes = sum(2 * 4 * rows**2 for rows, _ in matrices.values())  # the sums, and what they become
         weights = 4 * parameter_count(config)
         whole = Budget.parse(recipe.budget).counts_all if whole is None else whole
+        vocabulary = _vocabulary(recipe, config) if whole else {}
         return cls(
             matrices,
-            _vocabulary(recipe, config) if whole else {},
+            vocabulary,
             sequence_length(config, recipe.sequence_length),
             weights > WEIGHTS_SHARE * memory if recipe.streaming is None else recipe.streaming,
             output_bytes,
@@ -77,6 +85,7 @@ class Settings:
             find_target(recipe.target),
             _solver(recipe, recipe.state_bits),
             _solver(recipe, recipe.search_state_bits),
+            _controls(recipe, vocabulary),
         )
 
 
@@ -120,6 +129,17 @@ def _matrices(recipe: Recipe, config: LlamaConfig) -> dict[str, tuple[int, int]]
         patterns = f"include {list(recipe.include)}, exclude {list(recipe.exclude)}"
         raise QLRError(f"no linear layer is left by {patterns}; pass other patterns: names look like {names[0]}")
     return found
+
+
+def _controls(recipe: Recipe, vocabulary: Collection[str]) -> SolverConfig | None:
+    if recipe.controls == "none":
+        return None
+    full, fewer = recipe.state_bits, min(QUICK_STATE_BITS, recipe.state_bits)
+    offered = expand_backbones([*recipe.backbones, *(recipe.vocabulary if vocabulary else ())])
+    factors = [name for pair in recipe.factors for name in pair.split(",")] if any(recipe.ranks) else []
+    grids = [parse_quantizer(name.partition("/")[0]) for name in (*offered, *factors)]
+    quicker = any(grid.with_settings(state_bits=full) != grid.with_settings(state_bits=fewer) for grid in grids)
+    return _solver(recipe, fewer if recipe.controls == "quick" and quicker else full)
 
 
 def _solver(recipe: Recipe, state_bits: int) -> SolverConfig:

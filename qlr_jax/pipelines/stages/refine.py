@@ -23,11 +23,12 @@ def refine(
 
     Args:
         problem: the table and the limit that every proposal keeps to.
-        candidates: measured on calibration text; proposals start from all of them.
+        candidates: measured on calibration text; proposals start from all of them but quick controls.
     """
+    known = {name: candidates[name] for name in candidates if name == DEFAULT or run.recipe.controls == "full"}
     solved: LazyMap[Key, Solution] = LazyMap()
     measured: dict[tuple[tuple[str, str], ...], Comparison] = {}
-    for candidate in candidates.values():
+    for candidate in known.values():
         assert candidate.calibration is not None, "candidates are measured before they are refined"
         solved.update(LazyMap(candidate.plan.specs.items(), lambda key, c=candidate: c.solutions[key[0]]))
         measured[tuple(candidate.plan.specs.items())] = candidate.calibration
@@ -46,7 +47,7 @@ def refine(
         groups.setdefault(f"kind {kind_of(name)}", set()).add(name)
         if is_linear(name):
             groups.setdefault(f"layer {layer_of(name)}", set()).add(name)
-    start, others = candidates[DEFAULT].plan, [c.plan for name, c in candidates.items() if name != DEFAULT]
+    start, others = known[DEFAULT].plan, [c.plan for name, c in known.items() if name != DEFAULT]
     with run.progress.stage("refining", total=run.recipe.refine) as stage:
         found = allocators.refine(
             problem.table,
@@ -54,12 +55,12 @@ def refine(
             problem.limit,
             measure,
             groups=groups,
-            evaluations=run.recipe.refine + len(candidates),
+            evaluations=run.recipe.refine + len(known),
             seconds=run.recipe.refine_seconds,
             candidates=others,
             on_measured=lambda proposal, kl, kept: stage.advance(note=f"{proposal}: KL {kl:.5f}" + (", kept" if kept else "")),
         )
-    if found.allocation in others:  # one of the others is delivered as what it is
+    if found.allocation in (start, *others):  # one of the others is delivered as what it is
         return dict(candidates), found
     plan = dataclasses.replace(found.allocation, baselines=start.baselines)
     better = Candidate(plan, solutions_of(plan.specs, solved), measured[tuple(plan.specs.items())])

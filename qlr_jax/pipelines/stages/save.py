@@ -25,7 +25,7 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
     Raises:
         QLRError: a full disk; nothing of the folder is left then.
     """
-    source, candidates, statistics = run.source, outcome.candidates, run.statistics
+    source, candidates, statistics, settings = run.source, outcome.candidates, run.statistics, run.settings
     delivered = candidates[outcome.delivered]
     record = Record(
         model=source.name,
@@ -49,15 +49,16 @@ def save(run: Run, out: Path, outcome: Outcome, texts: Texts, clock: Clock, comm
         problem=outcome.problem,
         device=device_kind(),
         import_notes=source.notes,
+        controls={"mode": run.recipe.controls, "state_bits": settings.controls.state_bits if settings.controls else None},
         left_out={"inputs": getattr(statistics.hessians, "left_out", {}), "outputs": getattr(statistics.outputs, "left_out", {})},
     )
     with run.progress.stage("saving"), enough_space(out):
         report = record.report()
         # where it lies is said in report.json alone: the rest of the folder may be published
         known = {key: source.identity.get(key) for key in ("hub", "revision", "digest")}
-        settings: dict[str, Any] = {"base_model": source.name, "original": known}
+        recorded: dict[str, Any] = {"base_model": source.name, "original": known}
         if run.recipe.ignore_config:
-            settings["ignore_config"] = list(run.recipe.ignore_config)  # whoever reads the original again needs them too
+            recorded["ignore_config"] = list(run.recipe.ignore_config)  # whoever reads the original again needs them too
         files = job_files(record, report)
-        save_packed(out, run.original, delivered.matrices, source=source.folder, settings=settings, files=files)
+        save_packed(out, run.original, delivered.matrices, source=source.folder, settings=recorded, files=files)
     return report

@@ -42,18 +42,33 @@ def _evaluated(
     run: Run, candidates: Mapping[str, Candidate], title: str, part: str, known_as: str, compare: Callable[[Llama], Comparison]
 ) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {}
+    measured: dict[int, Comparison] = {}  # by the solutions, which plans of the same specs share
     with run.progress.stage(title, total=len(candidates)) as stage:
         for name, candidate in candidates.items():
-            found[name] = candidate.replace(**{part: compare(candidate.model(run.original))})
+            which = id(candidate.solutions)
+            if which not in measured:
+                measured[which] = compare(candidate.model(run.original))
+            found[name] = candidate.replace(**{part: measured[which]})
             run.note(**{known_as: {other: getattr(done, part).kl for other, done in found.items()}})
             stage.advance(note=name)
     return found
 
 
 def select(run: Run, candidates: Mapping[str, Candidate]) -> str:
-    """The candidate to deliver: of the default strategy the one of least KL on calibration text, else what was asked for."""
+    """The candidate to deliver: of the default strategy the one of least KL on calibration text, else what was asked for.
+
+    Quick controls decide nothing.
+    """
     asked, kl = run.recipe.strategy, {name: candidate.kl for name, candidate in candidates.items()}
-    chosen, best = delivered(kl, asked), delivered(kl)
+    best = delivered(kl)
+    if run.recipe.controls == "quick":
+        if best != DEFAULT == asked:
+            run.progress.say(
+                f"the {STRATEGIES[best].label} model, a quick control, has the lower KL on the calibration text even so; quick "
+                "controls decide nothing: --controls full would"
+            )
+        return DEFAULT
+    chosen = delivered(kl, asked)
     if chosen != DEFAULT:
         run.progress.say(f"the {chosen} model has the lower KL on the calibration text, so it is what is delivered")
     elif best != chosen:

@@ -6,7 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from allocators.strategies import BASELINE, CONTROL, DEFAULT, solved_strategies
-from qlr_jax.report.words import MISSING, MODELS, is_number, model_label, number, part_of, percent, strategy_of, was_asked
+from qlr_jax.report.words import (
+    MISSING,
+    MODELS,
+    is_number,
+    model_label,
+    number,
+    part_of,
+    percent,
+    quick_state_bits,
+    strategy_of,
+    was_asked,
+)
 
 NEAR = 0.01  # KLs that differ by less are called equal: seeds alone make them differ by more
 NOT_EVALUATED = "Not evaluated: perplexity and KL are not known. Measure them with qlr evaluate."
@@ -34,11 +45,13 @@ def rank_verdict(with_rank: Any, without: Any) -> tuple[str, str]:
 
 
 def rank_paid(report: Mapping[str, Any]) -> str:
-    """Whether low-rank terms paid at the bytes of a finished job, in a sentence; empty where it was not measured.
+    """Whether low-rank terms paid at the bytes of a finished job, in a sentence; empty where it was not measured alike.
 
     >>> rank_paid({"kl": {"allocated": 0.0308, "rank0": 0.0335}})
     'At these bytes rank paid: KL 0.0308 against 0.0335 without, 8.1 % less (held-out).'
     """
+    if quick_state_bits(report):
+        return ""
     for name, where in (("kl", "held-out"), ("calibration_kl", "calibration text")):
         found = [part_of(report, name).get(key) for key in (DEFAULT, CONTROL)]
         verdict, how = rank_verdict(*found)
@@ -88,6 +101,35 @@ def delivery_note(report: Mapping[str, Any]) -> str:
         return ""
     name = model_label(key, report)
     return f"The allocation's KL on the calibration text was above that of {name}, so {name} is what was delivered."
+
+
+def controls_note(report: Mapping[str, Any]) -> str:
+    """How far uniform and rank 0 may be compared with what was delivered, where that is less than usual; else empty.
+
+    >>> controls_note({"controls": {"mode": "none"}}).partition(":")[0]
+    'Uniform and rank 0 were not solved (controls'
+    """
+    mode, kl = part_of(report, "controls").get("mode"), part_of(report, "calibration_kl")
+    if mode == "none":
+        return (
+            "Uniform and rank 0 were not solved (controls: none): nothing here says what they would have reached. "
+            "--controls full solves them as well."
+        )
+    if mode != "quick":
+        return ""
+    fewer = quick_state_bits(report)
+    how = (
+        f"Uniform and rank 0 were solved quickly, at {fewer} state bits in place of {part_of(report, 'recipe').get('state_bits')}: "
+        "for that alone their KL is higher, and"
+        if fewer
+        else "Uniform and rank 0 were quick controls:"
+    )
+    note = f"{how} they decided nothing of what is delivered. --controls full solves them like it."
+    better = [key for key in kl if key != DEFAULT and is_number(kl[key]) and is_number(kl.get(DEFAULT)) and kl[key] < kl[DEFAULT]]
+    if better and not was_asked(report):
+        names = " and ".join(model_label(key, report) for key in better)
+        note += f" Even so {names} measured better on the calibration text, so that is worth doing here."
+    return note
 
 
 def evaluated_on(report: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlr_jax.progress import duration
 from qlr_jax.report.content.allocation import rank_line, vocabulary_line
-from qlr_jax.report.content.quality import delivery_note, evaluated_on, predicted, rank_paid, refined_line
+from qlr_jax.report.content.quality import controls_note, delivery_note, evaluated_on, predicted, rank_paid, refined_line
 from qlr_jax.report.content.reproduce import import_notes
 from qlr_jax.report.terminal.columns import columns
 from qlr_jax.report.words import (
@@ -73,6 +73,5 @@ def comparison(report: Mapping[str, Any]) -> str:
     if delivered:
         lines.append(f"* delivered{', ' + evaluated_on(report) if evaluated_on(report) else ''}")
     lines.append("KL in nats a token, held out and on the calibration text; predicted: of the latter, before anything was solved")
-    if note := delivery_note(report):
-        lines.append(note)
+    lines += [note for note in (delivery_note(report), controls_note(report)) if note]
     return "\n".join(lines)

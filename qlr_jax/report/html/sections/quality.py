@@ -7,13 +7,21 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
-from allocators.strategies import STRATEGIES, solved_strategies
-from qlr_jax.report.content.quality import KL_UNIT, NOT_EVALUATED, delivery_note, evaluated_on, figures, rank_paid, refined_line
+from allocators.strategies import DEFAULT, STRATEGIES
+from qlr_jax.report.content.quality import (
+    KL_UNIT,
+    NOT_EVALUATED,
+    controls_note,
+    delivery_note,
+    evaluated_on,
+    figures,
+    rank_paid,
+    refined_line,
+)
 from qlr_jax.report.html.elements import meter, table
 from qlr_jax.report.words import is_number, model_label, number, part_of, percent, sentence, times
 
 HEADS = ("model", "perplexity", "KL held out", "KL cali\u00adbration", "same top token")
-COMPARED = " ".join(f"<i>{escape(s.label)}</i>: {escape(s.text)}." for s in (STRATEGIES[name] for name in solved_strategies()[1:]))
 
 
 def quality_section(report: Mapping[str, Any]) -> str:
@@ -30,10 +38,11 @@ def quality_section(report: Mapping[str, Any]) -> str:
         out.append(f"<p><b>{escape(verdict)}</b></p>")
     if refined := refined_line(report):
         out.append(f"<p>{escape(sentence(refined))}</p>")
-    if note := delivery_note(report):
-        out.append(f'<p class="note">{escape(note)}</p>')
+    out += [f'<p class="note">{escape(note)}</p>' for note in (delivery_note(report), controls_note(report)) if note]
+    beside = [STRATEGIES[key] for key in found if key in STRATEGIES and key != DEFAULT]
+    compared = " ".join(f"<i>{escape(strategy.label)}</i>: {escape(strategy.text)}." for strategy in beside)
     where = sentence(evaluated_on(report))
-    out.append(f'<p class="soft">{escape(where)}{" " if where else ""}{KL_UNIT} {COMPARED}</p></section>')
+    out.append(f'<p class="soft">{escape(where)}{" " if where else ""}{KL_UNIT} {compared}</p></section>')
     return "".join(out)
 
 
