@@ -27,7 +27,8 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from qlr_jax.core.quantizers import parse_quantizer
-from qlr_jax.core.quantizers.trellis import LENGTH, Trellis, code_values, search
+from qlr_jax.core.quantizers.search import LENGTH, code_values, search
+from qlr_jax.core.quantizers.trellis import Trellis
 
 RATES = ("1", "3/2", "2", "9/4", "5/2", "3", "7/2", "4", "9/2", "5", "11/2", "6")
 OTHERS = ("e8-2", "e8-3", "e8-4", "nf-2", "nf-3", "nf-4", "nf-2g32", "nf-3g32", "nf-4g32", "nf-4g64")

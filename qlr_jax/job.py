@@ -14,7 +14,7 @@ from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.pipelines.inspect import inspect
 from qlr_jax.pipelines.measure import sensitivity
 from qlr_jax.pipelines.run import Outcome, Run
-from qlr_jax.pipelines.source import open_source, saved_table
+from qlr_jax.pipelines.source import machine_notes, open_source, saved_table
 from qlr_jax.pipelines.texts import Files, Texts
 from qlr_jax.progress import Progress
 from qlr_jax.run.facts import job_facts
@@ -115,9 +115,8 @@ def _job(
         facts = job_facts(source.identity, source.model.config, recipe, *contents, table, constraints)
         if session.assists:  # a process that only solves for process 0
             return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
-        session.begin(
-            facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, [*source.notes, *texts.notes]
-        )
+        notes = [*source.notes, *texts.notes, *machine_notes(source)]
+        session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, notes)
 
         with session.stage("calibrate"):
             statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)

@@ -12,7 +12,8 @@ from qlr_jax.core.ldlq import ldlq, pad_to_tiles
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers import QUANTIZERS, normal_float, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers import e8 as lattice
-from qlr_jax.core.quantizers.trellis import LENGTH, Trellis, _forward, _search_jit, code_values, gaussian_error, read_states
+from qlr_jax.core.quantizers.search import LENGTH, _forward, code_values, search_jit
+from qlr_jax.core.quantizers.trellis import Trellis, gaussian_error, read_states
 from qlr_jax.errors import QLRError
 
 TABLE = [name for kind in QUANTIZERS.values() for name in kind.examples]
@@ -317,7 +318,7 @@ def sequences():
 
 def found(sequences, rate):
     code = Trellis(rate, state_bits=BITS)
-    return code, np.asarray(_search_jit(jnp.asarray(sequences), jnp.asarray(code.shifts, jnp.int32), BITS, jnp.float32(code.gain)))
+    return code, np.asarray(search_jit(jnp.asarray(sequences), jnp.asarray(code.shifts, jnp.int32), BITS, jnp.float32(code.gain)))
 
 
 @pytest.mark.parametrize("rate", RATES)
@@ -369,20 +370,22 @@ def test_search_is_optimal(sequences, rate):
 
 
 def test_sequences_of_known_ends_are_the_best_that_close_there(sequences):
-    """One pass in place of two; unknown ends, even one of them, are found as without any."""
+    """One pass in place of two; an end that is not known, beside others that are, is found as without any."""
     code, states = found(sequences, Fraction(9, 4))
     values = np.asarray(code_values(jnp.arange(2**BITS), code.gain)).astype(np.float64)
     given = (jnp.asarray(sequences), jnp.asarray(code.shifts, jnp.int32), BITS, jnp.float32(code.gain))
-    np.testing.assert_array_equal(_search_jit(*given, jnp.asarray(states[:, -1])), states)
+    np.testing.assert_array_equal(search_jit(*given, jnp.asarray(states[:, -1])), states)
     ends = np.random.default_rng(0).integers(0, 2**BITS, len(sequences))
-    again = np.asarray(_search_jit(*given, jnp.asarray(ends)))
+    again = np.asarray(search_jit(*given, jnp.asarray(ends)))
     np.testing.assert_array_equal(again[:, -1], ends)
     reached = np.square(values[again] - sequences).sum(1)
     for sequence, end, cost in zip(sequences[:4], ends, reached, strict=False):
         best = viterbi(sequence, code.shifts, values, np.where(np.arange(2**BITS) == end, 0, 1e30))[end]
-        np.testing.assert_allclose(cost, best, rtol=2e-5)
+        np.testing.assert_allclose(cost, best, rtol=3e-4)  # searches in C++ add costs in 16 bits
     ends[3] = -1
-    np.testing.assert_array_equal(_search_jit(*given, jnp.asarray(ends)), states)
+    again = np.asarray(search_jit(*given, jnp.asarray(ends)))
+    np.testing.assert_array_equal(again[3], states[3])
+    np.testing.assert_array_equal(np.delete(again[:, -1], 3), np.delete(ends, 3))
 
 
 def test_code_is_near_gaussian():
@@ -414,7 +417,7 @@ def test_every_rate_errs_less_than_the_one_before():
     errors = []
     for sixteenths in range(48, 97, 2):
         code = Trellis(Fraction(sixteenths, 16), state_bits=10)
-        states = _search_jit(jnp.asarray(x), jnp.asarray(code.shifts), 10, code.gain)
+        states = search_jit(jnp.asarray(x), jnp.asarray(code.shifts), 10, code.gain)
         errors.append(float(np.mean(np.square(np.asarray(code_values(states, code.gain)) - x)) / np.mean(np.square(x))))
         assert errors[-1] == pytest.approx(
             gaussian_error(code.rate, 10) if code.bits.is_integer() else code.gaussian_error(), rel=0.06

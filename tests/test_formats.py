@@ -22,7 +22,7 @@ from qlr_jax.core import hadamard
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.quantizers import QUANTIZERS, normal_float
 from qlr_jax.core.quantizers import e8 as lattice
-from qlr_jax.core.quantizers.trellis import code_values
+from qlr_jax.core.quantizers.search import code_values
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats import check_files, export_dense, load, read_matrices, save_packed

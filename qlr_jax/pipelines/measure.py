@@ -14,7 +14,7 @@ from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import output_folder
 from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
-from qlr_jax.pipelines.source import open_source
+from qlr_jax.pipelines.source import machine_notes, open_source
 from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
 from qlr_jax.pipelines.texts import Files, Texts
@@ -77,7 +77,7 @@ def _measured(
     texts = Texts.standard_library() if own else Texts.read(calibration, chat=chat)
     with clock.stage("load"), progress.stage("loading"):
         source = open_source(model, recipe, whole=True)  # a table is for budgets of all kinds
-        for line in source.notes:
+        for line in [*source.notes, *machine_notes(source)]:
             progress.say(line)
         check_texts(source, texts.calibration)
         for note in texts.notes:

@@ -20,6 +20,7 @@ from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
 from qlr_jax.models.identity import identity
 from qlr_jax.progress import Progress
 from qlr_jax.sensitivity import Sensitivity
+from qlr_jax.settings.host import slow_search
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings
 
@@ -90,6 +91,12 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
     prices = price_options(config, recipe, settings)
     known = identity(folder, name)
     return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known, tuple(notes))
+
+
+def machine_notes(source: Source) -> list[str]:
+    """What this machine lacks for the job, in sentences for a person."""
+    searches = any("trellis" in option.spec for row in source.prices.rows for option in row.options)
+    return [slow] if searches and (slow := slow_search()) else []
 
 
 def saved_table(table: allocators.OptionTable, source: Source, progress: Progress) -> allocators.OptionTable:

@@ -15,3 +15,19 @@ def one_loop_at_a_time() -> None:
     import jax
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
+def slow_search() -> str:
+    """What to say where a job searches trellises on a CPU without the C++ library; empty where it does not.
+
+    Example:
+        >>> slow_search() == "" or "install" in slow_search() or "QLR_NATIVE" in slow_search()
+        True
+    """
+    import jax
+
+    from qlr_jax import native
+
+    if jax.default_backend() != "cpu" or not native.missing():
+        return ""
+    return f"trellises are searched in XLA, about ten times slower than in C++: {native.missing()}"

@@ -14,24 +14,20 @@ import math
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.core import Tracer
 
 from qlr_jax.core.quantizers.base import DEFAULT_STATE_BITS, Arrays, QParams, Quantizer, SearchCost, Traced
+from qlr_jax.core.quantizers.search import LENGTH, MOST_BITS, code_values, search, search_jit
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
 
-LENGTH = 256  # weights a sequence
-MULTIPLIER, ADDEND = 2847382671, 1201005453  # of the hash: the best of 130 random pairs by error at 12 state bits
 TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
 FACTOR_ROWS = 4  # at most, in a factor
-MOST_BITS = 6  # a weight: the most new bits of a step of the search
 _RATE = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 # By state bits: time of a search in a solve, over that with 12, and the part of it that all cores work at.
 SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}
@@ -237,125 +233,10 @@ def read_states(stream: Array, ends: np.ndarray, state_bits: int) -> Int[Array, 
     return (word >> (24 - offset - state_bits)) & (2**state_bits - 1)
 
 
-def code_values(states: Array, gain: float | Array) -> Array:
-    """gain · (sum of the four bytes of (a · state + c) mod 2³² − 510) / 147.8: mean 0 and variance near 1 over states."""
-    word = states.astype(jnp.uint32) * jnp.uint32(MULTIPLIER) + jnp.uint32(ADDEND)
-    total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
-    return (total.astype(jnp.float32) - 510.0) * (jnp.float32(gain) / 147.8)
-
-
-def _batch(sequences: int, state_bits: int) -> int:
-    """Sequences searched at once: what suits a CPU's vectors and cache, or an accelerator with at most 1 GiB of predecessors."""
-    if jax.default_backend() == "cpu":
-        # measured: 16 or 64 take two to three times as long a sequence, 4 and 8 a third longer; of few 4 leave the fewest idle
-        return 32 if sequences > 16 else 4 if sequences > 2 else sequences
-    return min(2048, 2 ** (23 - state_bits), -(-sequences // 16) * 16)
-
-
-def search(
-    x: Float[Array, "sequences 256"],
-    shifts: Int[Array, "256"],
-    state_bits: int,
-    gain: float | Array,
-    ends: Int[Array, "sequences"] | None = None,
-) -> Int[Array, "sequences 256"]:
-    """States of the nearest closed sequence for each row of x: two Viterbi passes.
-
-    The first pass starts half a turn away and leaves its ends free; the tail-biting state that it passes through is
-    imposed on both ends of the second. The shifts are traced, so one compilation serves every rate.
-
-    Args:
-        x: weights in units of the code.
-        shifts: new bits of each weight.
-        state_bits: L.
-        gain: of the code.
-        ends: the tail-biting state of each sequence, its last, where it is known, which saves the first pass (half of the time);
-            negative: it is not.
-    """
-    count = x.shape[0]
-    size = _batch(count, state_bits)
-    more = -count % size
-    padded = jnp.pad(x, ((0, more), (0, 0))).reshape(-1, size, LENGTH)
-    known = jnp.zeros((count,), jnp.int32) if ends is None else ends
-    first = 0 if ends is None else jnp.all(ends >= 0).astype(jnp.int32)  # of the two passes
-    parts = (padded, jnp.pad(known, (0, more)).reshape(-1, size))
-    states = lax.map(lambda part: _closed_sequence(part[0].T, shifts, state_bits, gain, part[1], first).T, parts)
-    return states.reshape(-1, LENGTH)[:count]
-
-
-def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: float | Array, end: Array, first: int | Array) -> Array:
-    """`first`: which pass is the first, 1 where `end` is the tail-biting state of all sequences."""
-    values = code_values(jnp.arange(2**state_bits), 1.0) * gain
-    half = LENGTH // 2
-    states = jnp.arange(2**state_bits)[:, None]
-
-    def sweep(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        (end, _), (weights, steps, closed) = carry, jax.tree.map(lambda a: a[i], passes)
-        start = jnp.where(closed & (states != end), jnp.float32(1e30), 0.0)
-        cost, back = _forward(weights, steps, values, start, state_bits)
-        found = _trace(jnp.where(closed, end, jnp.argmin(cost, axis=0)), back, steps, state_bits)
-        return found[half - 1], found
-
-    # one loop of two sweeps rather than two calls: the search is compiled once
-    passes = (
-        jnp.stack([jnp.roll(x, -half, axis=0), x]),
-        jnp.stack([jnp.roll(shifts, -half), shifts]),
-        jnp.array([False, True]),
-    )
-    return lax.fori_loop(first, 2, sweep, (end, jnp.zeros(x.shape, jnp.int32)))[1]
-
-
-def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: int) -> tuple[Array, Array]:
-    """Least cost to reach every state after every weight, and which predecessor gave it (its oldest bits)."""
-
-    def branch(shift: int):
-        def advance(cost: Array, weight: Array) -> tuple[Array, Array]:
-            count = cost.shape[1]
-            best, oldest = _tournament(cost.reshape(2**shift, -1, count))
-            distance = jnp.square(weight[None, :] - values[:, None]).reshape(-1, 2**shift, count)
-            grown = (best[:, None, :] + distance).reshape(cost.shape)
-            return grown, jnp.pad(oldest, ((0, 2 ** (state_bits - 1) - oldest.shape[0]), (0, 0)))
-
-        return advance
-
-    branches = [branch(shift) for shift in range(1, MOST_BITS + 1)]
-    return lax.scan(lambda c, step: lax.switch(step[1] - 1, branches, c, step[0]), cost, (x, shifts))
-
-
-def _tournament(costs: Array) -> tuple[Array, Array]:
-    """Minimum and its first index over the leading axis, pairwise: argmin does not vectorise on a CPU.
-
-    Of more than eight by reductions: XLA fuses the pairs into what follows and so repeats them for every successor.
-    """
-    if costs.shape[0] > 8:
-        least = jnp.min(costs, axis=0)
-        numbers = jnp.arange(costs.shape[0], dtype=jnp.int32)[:, None, None]
-        return least, jnp.min(jnp.where(costs == least, numbers, costs.shape[0]), axis=0).astype(jnp.uint8)
-    value, index = list(costs), [jnp.uint8(i) for i in range(costs.shape[0])]
-    while len(value) > 1:
-        later = [b < a for a, b in zip(value[::2], value[1::2], strict=True)]
-        index = [jnp.where(w, b, a) for w, a, b in zip(later, index[::2], index[1::2], strict=True)]
-        value = [jnp.where(w, b, a) for w, a, b in zip(later, value[::2], value[1::2], strict=True)]
-    return value[0], index[0]
-
-
-def _trace(last: Array, back: Array, shifts: Array, state_bits: int) -> Array:
-    def retreat(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        oldest, shift = step
-        rest = state >> shift
-        top = jnp.take_along_axis(oldest, rest[None, :], axis=0)[0].astype(state.dtype)
-        return rest | (top << (state_bits - shift)), state
-
-    return lax.scan(retreat, last.astype(jnp.int32), (back, shifts.astype(jnp.int32)), reverse=True)[1]
-
-
 @lru_cache
 def gaussian_error(rate: Fraction, state_bits: int) -> float:
     """Mean squared error on a unit Gaussian, measured here on 16,384 samples (a standard error of about 1 %)."""
     x = np.random.default_rng(0).standard_normal((64, LENGTH), np.float32)
     code = Trellis(rate, state_bits=state_bits)
-    states = _search_jit(jnp.asarray(x), jnp.asarray(code.shifts), state_bits, code.gain)
-    return float(jnp.mean(jnp.square(code_values(states, code.gain) - x)) / np.mean(np.square(x)))
-
-
-_search_jit = partial(jax.jit, static_argnames=("state_bits",))(search)
+    states = np.asarray(search_jit(x, code.shifts, state_bits, code.gain))
+    return float(np.mean(np.square(np.asarray(code_values(states, code.gain)) - x)) / np.mean(np.square(x)))

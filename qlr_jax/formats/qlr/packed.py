@@ -17,6 +17,7 @@ import qlr_jax
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.quantizers import Quantizer, trellis
 from qlr_jax.core.quantizers import e8 as lattice
+from qlr_jax.core.quantizers import search as codes
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.formats.checksums import check_weights, write_checksums
@@ -35,11 +36,11 @@ RUNTIME_CLASS = "QLRForCausalLM"
 VOCABULARY_RUNTIME = 7  # the first runtime that reads a packed embedding or head
 # Asked of the core, so that the runtime's own constants are seen to differ where one is changed.
 TRELLIS = {
-    "length": trellis.LENGTH,
+    "length": codes.LENGTH,
     "rows": list(trellis.TILE_ROWS),
     "factor_rows": trellis.FACTOR_ROWS,
-    "multiplier": trellis.MULTIPLIER,
-    "addend": trellis.ADDEND,
+    "multiplier": codes.MULTIPLIER,
+    "addend": codes.ADDEND,
 }
 LATTICE = {
     "scales": {str(bits): list(scales) for bits, scales in lattice.SCALES.items()},
