@@ -332,3 +332,18 @@ WITH_NAN[1, 2], WITH_INF[3, 5] = np.nan, -np.inf
 def test_refused(weight, hessian, spec, options, message):
     with pytest.raises(QLRError, match=message):
         qlr.solve(weight, hessian, spec, **options)
+
+
+def test_few_small_matrices_are_not_solved_many_times_over(monkeypatch):
+    """A batch is filled up to one of two sizes, and no solution is made of what fills it up."""
+    sizes = []
+
+    def counted(weights, *given, wanted, **options):
+        sizes.append((len(weights), list(wanted)))
+        return [object()] * len(wanted)
+
+    monkeypatch.setattr(batch, "solve_batch", counted)
+    matrix = np.eye(32, dtype=np.float32)
+    for count in (1, 8, 9, 65):
+        assert len(batch.solve_many({i: (matrix, matrix, "int-4") for i in range(count)})) == count
+    assert sizes == [(8, [0]), (8, [*range(8)]), (64, [*range(9)]), (64, [*range(64)]), (8, [0])]

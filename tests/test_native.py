@@ -1,7 +1,6 @@
 """The search in C++: every instruction set gives the same bits, and paths as good as those of XLA's search."""
 
 import ctypes
-import os
 import subprocess
 import sys
 from fractions import Fraction

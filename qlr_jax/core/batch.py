@@ -98,10 +98,11 @@ def solve_many(
         given = [output for k in keys if (output := _output(problems[k])) is not None]  # of one kind: all have one, or none
         outputs = np.stack(given) if given else None
         groups = [len(unit) for unit in units]
-        found = solve_batch(weights, hessians, spec, outputs=outputs, seed=seed, config=config, groups=groups, devices=devices)
-        for key, solution in zip(keys, found, strict=True):
-            if key not in done:  # else a repeat that fills its batch up
-                finish(key, solution)
+        wanted = [i for i, key in enumerate(keys) if key not in keys[:i]]  # no repeat that fills a batch up
+        how = {"seed": seed, "config": config, "groups": groups, "devices": devices, "wanted": wanted}
+        found = solve_batch(weights, hessians, spec, outputs=outputs, **how)
+        for i, solution in zip(wanted, found, strict=True):
+            finish(keys[i], solution)
 
     def own(units: list[list[Key]]) -> np.ndarray:
         return np.stack([problems[key][1] for unit in units for key in unit])
@@ -204,7 +205,9 @@ def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
             groups[_kind(problem)].append(key)
     for (shape, spec, _), keys in groups.items():
         size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
-        yield from ((keys[start : start + size], size) for start in range(0, len(keys), size))
+        for batch in (keys[start : start + size] for start in range(0, len(keys), size)):
+            # two sizes: few programs, and nothing is solved many times over
+            yield batch, size if len(batch) > size // 8 else max(1, size // 8)
 
 
 def _large(problems: Problems[Key]) -> list[list[Key]]:

@@ -64,7 +64,11 @@ class Solution:
 
 
 def finish(
-    problem: MatrixProblem, iterate: Iterate, histories: Sequence[Sequence[np.ndarray]], converged: Sequence[bool] | np.ndarray
+    problem: MatrixProblem,
+    iterate: Iterate,
+    histories: Sequence[Sequence[np.ndarray]],
+    converged: Sequence[bool] | np.ndarray,
+    wanted: Sequence[int] | None = None,
 ) -> list[Solution]:
     """The solutions of a problem, packed and evaluated as they are stored.
 
@@ -73,11 +77,12 @@ def finish(
         iterate: the best that was found for each.
         histories: by matrix, the errors (b,) after every half-step that it took part in.
         converged: by matrix, whether it stopped by itself.
+        wanted: the matrices to make solutions of; None: all.
     """
     spec, solutions = problem.spec, []
     best = jax.tree.map(np.asarray, iterate)
     half_steps = 2 if spec.rank and not problem.backbone.empty else 1  # errors recorded in one iteration
-    for i in range(len(problem.original)):  # the weights on several devices are filled up
+    for i in range(len(problem.original)) if wanted is None else wanted:  # the weights on several devices are filled up
         value, original = _packed(problem, best, i), problem.original[i]
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
         pair = original / peak, value.dense() / peak

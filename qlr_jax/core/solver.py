@@ -97,6 +97,7 @@ def solve_batch(
     config: SolverConfig | None = None,
     groups: Sequence[int] | None = None,
     devices: int | None = None,
+    wanted: Sequence[int] | None = None,
 ) -> list[Solution]:
     """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
 
@@ -112,6 +113,7 @@ def solve_batch(
         config: settings; None: the defaults.
         groups: how many matrices after each other stop iterating together, e.g. (2, 2) of four; None: all of them.
         devices: how many to use at most; None: all.
+        wanted: which matrices' solutions are made of what was found; None: all.
 
     Returns:
         A solution each, in order.
@@ -130,7 +132,7 @@ def solve_batch(
     if spec.rank == 0:
         state = improve_backbone(problem, init(problem, config.start))
         assert state.best is not None
-        return finish(problem, state.best, [[state.error]] * len(weights), [True] * len(weights))
+        return finish(problem, state.best, [[state.error]] * len(weights), [True] * len(weights), wanted)
     state = first_step(problem)
     members = np.repeat(np.arange(len(groups or [0])), groups or len(weights))
     members = np.append(members, np.full(len(state.error) - len(members), members[-1]))  # a mesh is filled up with the last one
@@ -154,4 +156,4 @@ def solve_batch(
     best = state.best
     assert best is not None
     del state, before  # decoding needs the room
-    return finish(problem, best, histories, converged)
+    return finish(problem, best, histories, converged, wanted)
