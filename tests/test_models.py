@@ -295,3 +295,31 @@ def test_tied_head_stored_twice(tmp_path):
     rewrite(folder, lambda a: a["lm_head.weight"].__setitem__((0, 0), 9.0))
     with pytest.raises(QLRError, match=r"lm_head.weight differs"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("window", [None, 5, 1])
+def test_attention_in_parts(monkeypatch, window):
+    """Parts of the queries, the last one shorter, give what one softmax over all keys in float64 gives, and so do its gradients."""
+    from qlr_jax.models import attention
+
+    monkeypatch.setattr(attention, "PART", 3)
+    monkeypatch.setattr(attention, "PARTS", 4)
+    draw = np.random.default_rng(0)
+    q, k, v, g = (3 * draw.standard_normal((2, heads, 11, 4)) for heads in (4, 2, 2, 4))
+    f32 = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
+    out, pull = jax.vjp(lambda *a: attention.causal_attention(*a, window), *f32)
+
+    back = np.arange(11)[:, None] - np.arange(11)
+    seen = (back >= 0) & (back < (window or 11))
+
+    def exact(q, k, v):
+        scores = np.where(seen, np.einsum("bgtd,bgsd->bgts", q, np.repeat(k, 2, 1)) / 2, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return weights / weights.sum(-1, keepdims=True) @ np.repeat(v, 2, 1)
+
+    np.testing.assert_allclose(out, exact(q, k, v), atol=2e-6)
+    for at, pulled in enumerate(pull(jnp.asarray(g, jnp.float32))):
+        step: list = [0.0, 0.0, 0.0]
+        step[at] = draw.standard_normal((q, k, v)[at].shape)
+        moved = [exact(*(a + sign * 1e-6 * s for a, s in zip((q, k, v), step, strict=True))) for sign in (1, -1)]
+        np.testing.assert_allclose(np.vdot(pulled, step[at]), np.vdot(g, moved[0] - moved[1]) / 2e-6, rtol=1e-4, atol=1e-4)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qlr_jax.models.attention import HIGHEST, attend, causal_attention
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.names import EMBEDDING, HEAD
 from qlr_jax.models.sites import SITES
@@ -31,8 +32,6 @@ Cache = Callable[[Array, Array], tuple[Array, Array, Array]]
 
 Product = Callable[[Array, Array], Array]
 """(x (..., n), w (m, n)) -> x wᵀ (..., m) in float32."""
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 Module = TypeVar("Module", bound=nnx.Module)
 
@@ -126,7 +125,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: LlamaConfig, make: Make, norm: Norm):
-        self.kv_heads, self.head_dim, self.window = config.num_key_value_heads, config.head_dim, config.sliding_window
+        self.head_dim, self.window = config.head_dim, config.sliding_window
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = make("q"), make("k"), make("v"), make("o")
         self.norm_heads = config.traits.qk_norm == "head"
         query, key = config.qk_norm_sizes
@@ -142,19 +141,8 @@ class Attention(nnx.Module):
         k = self._normed_heads(self.k_norm, adjust("self_attn.k_proj", self.k_proj(x)), heads)
         q, k = rotate(q, rope), rotate(k, rope)
         v = heads(adjust("self_attn.v_proj", self.v_proj(x)))
-        at = jnp.arange(time)
-        if cache is not None:
-            k, v, at = cache(k, v)
-        # The query heads of one key-value head are stacked along time: one plain batched product serves the group.
-        group = q.shape[1] // self.kv_heads
-        q = q.reshape(batch, self.kv_heads, group * time, self.head_dim)
-        scores = jnp.einsum("bktd,bksd->bkts", q, k, precision=HIGHEST, preferred_element_type=jnp.float32)
-        back = at[..., :, None] - jnp.arange(k.shape[2])
-        seen = jnp.tile(back >= 0 if self.window is None else (back >= 0) & (back < self.window), (group, 1))
-        seen = seen if cache is None else seen[:, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores / math.sqrt(self.head_dim), -jnp.inf), axis=-1).astype(x.dtype)
-        out = jnp.einsum("bkts,bksd->bktd", weights, v, precision=HIGHEST, preferred_element_type=jnp.float32)
-        out = out.astype(x.dtype).reshape(batch, -1, time, self.head_dim).swapaxes(1, 2).reshape(batch, time, -1)
+        out = causal_attention(q, k, v, self.window) if cache is None else attend(q, *cache(k, v), self.window)
+        out = out.astype(x.dtype).swapaxes(1, 2).reshape(batch, time, -1)
         if tap is not None:
             tap("self_attn.o_proj", out)
         return adjust("self_attn.o_proj", self.o_proj(out))
