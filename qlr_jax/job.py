@@ -22,7 +22,7 @@ from qlr_jax.run.processes import Cluster
 from qlr_jax.run.session import Session
 from qlr_jax.sensitivity import Sensitivity
 from qlr_jax.settings.constraints import Constraints
-from qlr_jax.settings.host import one_loop_at_a_time
+from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import DEMO, Recipe
 
 
@@ -52,7 +52,8 @@ def compress(
 ) -> JobResult:
     """Compress a Llama folder (or hub name) under a memory budget and write a folder that JAX and PyTorch load.
 
-    JAX is set to run one compiled loop at a time, where it has not started yet (`settings.host`).
+    JAX is set to run one compiled loop at a time, where it has not started yet, and to keep what it compiles on disk, where the
+    user has not set that (`settings.host`).
 
     Args:
         model: a Hugging Face folder or hub name of a Llama, Mistral, Qwen2, Qwen3, Gemma or OLMo2 model.
@@ -102,7 +103,7 @@ def _job(
     table: allocators.OptionTable | None,
     constraints: Constraints,
 ) -> JobResult:
-    one_loop_at_a_time()
+    prepare()
     budget = allocators.Budget.parse(recipe.budget)
     with session:
         with session.stage("load", "loading"):

@@ -298,15 +298,21 @@ def test_plan_and_dry_run(calls):
     assert "is below the table's range" in qlr("plan", "Llama-2-7B", "--budget", "0.01bpw").stdout.replace("\n", " ")
 
 
-def test_commands_that_compute_run_one_loop_at_a_time(monkeypatch, tmp_path):
+def test_commands_that_compute_prepare_jax_for_it(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr("qlr_jax.settings.host.one_loop_at_a_time", lambda: seen.append(True))
+    monkeypatch.setattr("qlr_jax.settings.host.prepare", lambda place=None: seen.append(place) or "not kept there")
     computing = (
+        ["demo", "--out", str(tmp_path), "--budget", "nonsense"],
+        ["compress", "nowhere", str(tmp_path / "o"), "--budget", "2bpw"],
+        ["sensitivity", "nowhere", str(tmp_path / "o")],
         ["evaluate", "nowhere"],
         ["verify", "nowhere"],
+        ["generate", "nowhere", "--prompt", "a"],
         ["adapt", "o", "d", "--loss", "mse"],
         ["export", "o", "d", "--to", "no"],
     )
-    for count, typed in enumerate(computing, start=1):
-        assert CliRunner().invoke(cli.app, typed).exit_code == 1 and len(seen) == count
-    assert CliRunner().invoke(cli.app, ["allocate", "nowhere", "--budget", "2bpw"]).exit_code == 1 and len(seen) == len(computing)
+    for typed in computing:
+        found = CliRunner().invoke(cli.app, [*typed, "--compile-cache", "there"])
+        assert found.exit_code == 1 and seen[0] == "there" and "qlr: not kept there" in found.stderr
+        seen.clear()
+    assert CliRunner().invoke(cli.app, ["allocate", "nowhere", "--budget", "2bpw"]).exit_code == 1 and not seen

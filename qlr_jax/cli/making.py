@@ -13,6 +13,7 @@ from qlr_jax.cli.options import (
     BudgetText,
     Calibration,
     Chat,
+    CompileCache,
     Controls,
     Exclude,
     Force,
@@ -28,7 +29,7 @@ from qlr_jax.cli.options import (
     TieSpec,
     given,
 )
-from qlr_jax.cli.shell import MixtureCommand, app, clear_errors, command, show, text_of
+from qlr_jax.cli.shell import MixtureCommand, app, clear_errors, command, computing, show, text_of
 from qlr_jax.errors import QLRError
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def demo(
     budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
     controls: Controls = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")] = False,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress the bundled Llama end to end, in minutes on two CPU cores, without network.
@@ -55,7 +57,7 @@ def demo(
         qlr demo
         qlr demo --out small --budget 3bpw
     """
-    with clear_errors(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax import job, progress
         from qlr_jax.settings.recipe import DEMO, gathered
 
@@ -120,6 +122,7 @@ def compress(
     process: Annotated[int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what the job would need, as qlr plan does.")] = False,
     force: Force = False,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Compress a Llama model under a memory budget into a folder that PyTorch and JAX load.
@@ -141,7 +144,7 @@ def compress(
         qlr compress path/to/llama small --budget 0.3bpw --calibration text.txt --backbone-from path/to/llama-gptq-dense
         qlr compress path/to/llama small --budget 2bpw --calibration text.txt --coordinator 10.0.0.1:9911 --processes 4 --process 2
     """
-    with clear_errors(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax.settings.recipe import Recipe, gathered
 
         settings = gathered(
@@ -268,6 +271,7 @@ def sensitivity(
     target: Target = None,
     hessians: HessiansFrom = None,
     force: Force = False,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure how much the error of every matrix matters, and write the table of all options that allocations are made from.
@@ -282,7 +286,7 @@ def sensitivity(
         qlr sensitivity path/to/llama measured --calibration text.txt --matrix model.layers.3.mlp.down_proj
         qlr allocate measured --budget 2.25bpw --budget 3bpw
     """
-    with clear_errors(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax.settings.recipe import DEMO, Recipe, gathered
 
         settings = gathered(

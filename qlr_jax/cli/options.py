@@ -16,6 +16,14 @@ def given(path: str) -> Path:
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+CompileCache = Annotated[
+    str | None,
+    typer.Option(
+        "--compile-cache",
+        metavar="DIR|none",
+        help="Keeps compiled programs for the next run, 256 MiB at most; left out: QLR_COMPILE_CACHE, else ~/.cache/qlr-jax.",
+    ),
+]
 Saved = Annotated[
     Path, typer.Argument(parser=given, metavar="TABLE", help="A table.json, or the folder that qlr sensitivity wrote it into.")
 ]

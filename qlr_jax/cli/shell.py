@@ -69,12 +69,13 @@ def clear_errors(as_json: bool) -> Iterator[None]:
 
 
 @contextmanager
-def computing(as_json: bool) -> Iterator[None]:
-    """`clear_errors` for a command that computes with JAX, which runs one compiled loop at a time then (`settings.host`)."""
+def computing(as_json: bool, compile_cache: str | None = None) -> Iterator[None]:
+    """`clear_errors` for a command that computes with JAX, which is prepared for it (`settings.host.prepare`)."""
     with clear_errors(as_json):
-        from qlr_jax.settings.host import one_loop_at_a_time
+        from qlr_jax.settings.host import prepare
 
-        one_loop_at_a_time()
+        if note := prepare(compile_cache):
+            typer.echo(f"qlr: {note}", err=True)
         yield
 
 

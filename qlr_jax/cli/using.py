@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, Chat, Compressed, HeldOut, IgnoreConfig, Original, Windows, given
+from qlr_jax.cli.options import AsJson, Chat, CompileCache, Compressed, HeldOut, IgnoreConfig, Original, Windows, given
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
@@ -42,6 +42,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of a task, at most.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows or requests at a time, at most.")] = 8,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a compressed model: perplexity, divergence from the original, agreement of the top token, zero-shot tasks.
@@ -54,7 +55,7 @@ def evaluate(
         qlr evaluate qlr-demo --json
         qlr evaluate small --tasks paper
     """
-    with computing(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax import job, progress, report
 
         result = job.evaluate(
@@ -87,6 +88,7 @@ def verify(
         Path | None,
         typer.Option("--thresholds", "--recipe", metavar="FILE", help="YAML of thresholds, or a recipe with a part 'thresholds:'."),
     ] = None,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Whether a compressed model may be used: thresholds on its quality, its files unchanged, JAX and PyTorch agreeing.
@@ -101,7 +103,7 @@ def verify(
         qlr verify small --text heldout.txt --original path/to/llama --thresholds thresholds.yaml
         qlr verify small --text heldout.txt --json
     """
-    with computing(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax import progress, report
         from qlr_jax.pipelines import verify as gate
 
@@ -130,6 +132,7 @@ def generate(
     seed: Annotated[int, typer.Option("--seed", help="Of the draws.")] = 0,
     stop: Annotated[list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may repeat.")] = None,
     ignore_config: IgnoreConfig = None,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Let a compressed model write on from a prompt, so that a person can look.
@@ -139,7 +142,7 @@ def generate(
         qlr generate qlr-demo --prompt 'import os'
         qlr generate small --prompt 'Once' --temperature 0.8 --top-p 0.95 --seed 1 --stop '\n\n'
     """
-    with computing(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax import progress
         from qlr_jax.pipelines import generate as pipeline
 
@@ -233,6 +236,7 @@ def adapt(
     remat: Annotated[bool, typer.Option("--remat", help="Compute activations again in the backward pass: less memory.")] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the order of the text.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an adaptation that was interrupted.")] = False,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Adapt a compressed model to a text: train parts of it by gradient, and store them packed.
@@ -250,7 +254,7 @@ def adapt(
         qlr adapt small adapted --text mine.txt --train norms --train scales --train embeddings --train backbone --steps 1200
         qlr adapt small adapted --text mine.txt --train factors --train norms --train scales --factors bf16
     """
-    with computing(as_json):
+    with computing(as_json, compile_cache):
         from qlr_jax import progress
         from qlr_jax.adaptation import AdaptConfig
         from qlr_jax.pipelines import adapt as pipeline
@@ -300,6 +304,7 @@ def export(
     uniform_rank: Annotated[
         bool, typer.Option("--uniform-rank", help="Pad the adapter to one rank that vLLM takes (peft, compressed-tensors).")
     ] = False,
+    compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a compressed model in the format of another tool, with a model card that says how to load it, and checksums.
@@ -317,7 +322,7 @@ def export(
         qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
         qlr export small small-gguf --to gguf
     """
-    with computing(as_json):
+    with computing(as_json, compile_cache):
         if to not in EXPORT_TARGETS:
             raise QLRError(f"export target {to!r} is not available; --to takes {', '.join(EXPORT_TARGETS)}")
         if dtype not in ("bfloat16", "float16", "float32"):

@@ -21,7 +21,7 @@ from qlr_jax.pipelines.texts import Files, Texts
 from qlr_jax.progress import Progress, silent
 from qlr_jax.report.html.sensitivity_page import write_pictures
 from qlr_jax.run.journal import Clock
-from qlr_jax.settings.host import one_loop_at_a_time
+from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
 
 
@@ -55,7 +55,7 @@ def sensitivity(
         QLRError: no calibration text, an `out` that cannot be written, holds something or belongs to another job, a model or recipe
             that cannot be used.
     """
-    one_loop_at_a_time()
+    prepare()
     progress, recipe, out, clock = progress or silent(), Recipe.of(recipe).located(), output_folder(out, sources=[model]), Clock()
     refuse_locked(out)
     with locked(out):

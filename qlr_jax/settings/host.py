@@ -17,6 +17,22 @@ def one_loop_at_a_time() -> None:
     jax.config.update("jax_cpu_enable_async_dispatch", False)
 
 
+def prepare(compile_cache: str | None = None) -> str:
+    """What commands and jobs begin with: `one_loop_at_a_time`, and `compile_cache.keep_compiled`, whose note it returns.
+
+    Args:
+        compile_cache: where compiled programs are kept; None: the default, where nothing else was set before.
+
+    Example:
+        >>> prepare()
+        ''
+    """
+    from qlr_jax.settings.compile_cache import keep_compiled
+
+    one_loop_at_a_time()
+    return keep_compiled(compile_cache)
+
+
 def slow_search() -> str:
     """What to say where a job searches trellises on a CPU without the C++ library; empty where it does not.
 
