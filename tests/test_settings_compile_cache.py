@@ -19,7 +19,7 @@ from jax import monitoring
 events = []
 monitoring.register_event_listener(lambda name, **_: events.append(name))
 from qlr_jax.settings.host import prepare
-assert not jax.config.jax_compilation_cache_dir
+assert not jax.config.values["jax_compilation_cache_dir"]
 print(prepare(*sys.argv[1:]), end="")
 jax.jit(lambda x: 2 * jnp.sin(x))(jnp.ones(3)).block_until_ready()
 print(sum(name.endswith("cache_hits") for name in events))
@@ -40,7 +40,7 @@ def unset(monkeypatch, tmp_path):
 
 
 def folder():
-    return jax.config.jax_compilation_cache_dir
+    return jax.config.values["jax_compilation_cache_dir"]
 
 
 def test_a_second_process_compiles_nothing(tmp_path):
@@ -61,7 +61,7 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 def test_where(unset, monkeypatch, tmp_path):
     assert prepare() == "" and folder() == str(tmp_path / "cache" / "qlr-jax" / "compiled" / compile_cache.kind())
-    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0
+    assert jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 0
     monkeypatch.setenv(compile_cache.VARIABLE, str(tmp_path / "other"))
     before = folder()
     assert prepare() == "" and folder() == before  # set already
@@ -76,7 +76,7 @@ def test_where(unset, monkeypatch, tmp_path):
 def test_none(unset, monkeypatch, tmp_path, by):
     monkeypatch.setenv(compile_cache.VARIABLE, "none" if by == "variable" else "")
     assert prepare("none" if by == "option" else None) == ""
-    assert not jax.config.jax_enable_compilation_cache
+    assert not jax.config.values["jax_enable_compilation_cache"]
     assert prepare() == "" and folder() is None and not (tmp_path / "cache").exists()  # a job's own call changes nothing
 
 

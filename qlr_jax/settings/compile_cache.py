@@ -8,6 +8,7 @@ import platform
 import tempfile
 import warnings
 from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 VARIABLE = "QLR_COMPILE_CACHE"  # an environment variable: a folder, or none
@@ -33,7 +34,7 @@ def keep_compiled(place: str | None = None) -> str:
     """
     import jax
 
-    if place is None and (jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache):
+    if place is None and (jax.config.values["jax_compilation_cache_dir"] or not jax.config.values["jax_enable_compilation_cache"]):
         return ""
     asked = place or os.environ.get(VARIABLE, "")
     if asked == NONE:
@@ -47,7 +48,7 @@ def keep_compiled(place: str | None = None) -> str:
     except (OSError, RuntimeError) as error:  # RuntimeError: a home that is not known
         return f"compiled programs are not kept: {error}; pass a folder that can be written, or none" if asked else ""
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    if jax.config.jax_persistent_cache_min_compile_time_secs == 1.0:  # JAX's default: most of a job's programs take less
+    if jax.config.values["jax_persistent_cache_min_compile_time_secs"] == 1.0:  # JAX's default: most of a job's programs take less
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # a disk that fills up costs time later, and is told by what else is written; a line for each program would tell nothing more
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")
@@ -68,7 +69,6 @@ def kind() -> str:
         True
     """
     import jax
-    import jaxlib
 
     processor = platform.processor()
     with suppress(OSError):  # Linux: code for one processor may be illegal on another of the same family
@@ -76,7 +76,7 @@ def kind() -> str:
         told = ("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features")
         processor = "\n".join(line for line in lines if line.partition("\t")[0].partition(":")[0].strip() in told)
     digest = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    return f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-{platform.machine()}-{digest}"
+    return f"jax-{jax.__version__}-jaxlib-{metadata.version("jaxlib")}-{platform.machine()}-{digest}"
 
 
 def trim(folder: Path, largest: int) -> None:
