@@ -238,5 +238,5 @@ def gaussian_error(rate: Fraction, state_bits: int) -> float:
     """Mean squared error on a unit Gaussian, measured here on 16,384 samples (a standard error of about 1 %)."""
     x = np.random.default_rng(0).standard_normal((64, LENGTH), np.float32)
     code = Trellis(rate, state_bits=state_bits)
-    states = np.asarray(search_jit(x, code.shifts, state_bits, code.gain))
+    states = search_jit(x, code.shifts, state_bits, code.gain)
     return float(np.mean(np.square(np.asarray(code_values(states, code.gain)) - x)) / np.mean(np.square(x)))
