@@ -76,7 +76,7 @@ def kind() -> str:
         told = ("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features")
         processor = "\n".join(line for line in lines if line.partition("\t")[0].partition(":")[0].strip() in told)
     digest = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    return f"jax-{jax.__version__}-jaxlib-{metadata.version("jaxlib")}-{platform.machine()}-{digest}"
+    return f"jax-{jax.__version__}-jaxlib-{metadata.version('jaxlib')}-{platform.machine()}-{digest}"
 
 
 def trim(folder: Path, largest: int) -> None:
