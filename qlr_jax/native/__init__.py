@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -63,7 +62,6 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _folders() -> list[Path]:
-    found = [SOURCES]
-    with suppress(metadata.PackageNotFoundError):
-        found.append(Path(str(metadata.distribution("qlr-jax").locate_file("qlr_jax/native"))))
-    return found
+    """Beside the sources, and in what is installed: all of that name, since a build leaves its metadata in the checkout too."""
+    installed = [Path(str(found.locate_file("qlr_jax/native"))) for found in metadata.distributions(name="qlr-jax")]
+    return list(dict.fromkeys([SOURCES, *installed]))
