@@ -290,7 +290,8 @@ def test_compress_for_other_formats(calls):
     assert "pass one of qlr" in qlr("compress", "m", "o", "--budget", "4bpw", "--target", "onnx").stderr
 
 
-def test_plan_and_dry_run(calls):
+def test_plan_and_dry_run(calls, monkeypatch):
+    monkeypatch.setattr("qlr_jax.cost.measured_rates", lambda *given: None)  # measuring is tests/test_cost_measured.py's
     told = json.loads(qlr("plan", "Llama-2-7B", "--budget", "2.25bpw", "--device", "cpu:64GiB,cores=8", "--json").stdout)
     dry = json.loads(qlr("compress", "Llama-2-7B", "o", "--budget", "2.25bpw", "--dry-run", "--json").stdout)
     assert set(told) == set(dry) and calls.args is None  # nothing was run

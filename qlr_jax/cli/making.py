@@ -224,7 +224,10 @@ def plan(
     controls: Controls = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show from a model's config.json what compressing it would need. Nothing is computed, and no weights are read.
+    """Show from a model's config.json what compressing it would need. No weights are read.
+
+    How fast this machine is, is measured in a few seconds, and kept for a day; with --device it is not, and the rates are those
+    known of such a machine.
 
     \b
     Example:
@@ -328,11 +331,13 @@ def show_plan(model: str, recipe: Recipe, device: str | None, hosts: int, out: P
         out: where the job would write.
         as_json: print one JSON object.
     """
-    from qlr_jax import cost
+    from qlr_jax import cost, progress
     from qlr_jax.report.terminal.cost import plan_text
 
     config, size = cost.find_config(model, recipe.ignore_config)
-    found = cost.plan_job(config, recipe, cost.Machine.parse(device, hosts), model=model, original_bytes=size, out=out)
+    machine = cost.Machine.parse(device, hosts)
+    rates = cost.measured_rates(config, recipe, machine, progress.choose(as_json)) if device is None else None
+    found = cost.plan_job(config, recipe, machine, model=model, original_bytes=size, out=out, rates=rates)
     show(found.to_dict(), as_json, lambda _: plan_text(found))
 
 

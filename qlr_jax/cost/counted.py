@@ -14,6 +14,7 @@ from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.quantizers import Quantizer, parse_quantizer
 from qlr_jax.core.spec import expand_backbones
 from qlr_jax.cost.machine import Machine
+from qlr_jax.cost.rates import RATES, Rates
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
 from qlr_jax.models.sites import siblings
 from qlr_jax.settings.recipe import Recipe
@@ -24,11 +25,17 @@ CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration,
 
 @dataclass(frozen=True)
 class Counted:
-    """A job's sizes, from its configuration and recipe."""
+    """A job's sizes, from its configuration and recipe; and the rates of its machine, where they were measured."""
 
     config: LlamaConfig
     recipe: Recipe
     machine: Machine
+    own_rates: Rates | None = None
+
+    @property
+    def rates(self) -> Rates:
+        """Seconds of each kind of work: measured, or those that are known of such a machine."""
+        return self.own_rates or RATES[self.machine.kind]
 
     @cached_property
     def settings(self) -> Settings:

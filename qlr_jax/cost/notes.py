@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.memory import temporary
-from qlr_jax.cost.rates import RATES
-from qlr_jax.cost.work import reads
+from qlr_jax.cost.rates import Work
+from qlr_jax.cost.work import reads, work
 from qlr_jax.models import parameter_count
+from qlr_jax.progress import duration
 from qlr_jax.settings.limits import OUTPUTS_SHARE
 
 FITTED = 30_000_000  # parameters of the largest model that a job was measured on
@@ -15,7 +16,7 @@ FITTED = 30_000_000  # parameters of the largest model that a job was measured o
 def notes(job: Counted) -> list[str]:
     """What else one should know, a sentence each."""
     found = []
-    if RATES[job.machine.kind].measured and parameter_count(job.config) > FITTED:
+    if job.own_rates is None and job.rates.measured and parameter_count(job.config) > FITTED:
         found.append(
             f"seconds were compared with jobs of up to {FITTED / 1e6:.0f} million parameters, and single matrices of up to 4096 × "
             "4096: for larger models, more cores or another processor they are extrapolated"
@@ -26,6 +27,7 @@ def notes(job: Counted) -> list[str]:
             f"{OUTPUTS_SHARE:g} of the host's {job.machine.host / 1e9:,.1f} GB: the job goes on without them, and all outputs "
             "count alike"
         )
+    found += _compiling(job)
     found += _on_disk(job)
     if job.recipe.backbone_from:
         found.append(
@@ -37,6 +39,15 @@ def notes(job: Counted) -> list[str]:
             "and its memory is what is shown. How evenly they end has not been measured on real machines"
         )
     return found
+
+
+def _compiling(job: Counted) -> list[str]:
+    """What a second job of the same shapes need not do again."""
+    functions = sum(amount.compiled for amount in work(job).values())
+    if job.machine.kind != "cpu" or not functions:
+        return []
+    spent = duration(job.rates.cpu(Work(compiled=functions)))
+    return [f"about {spent} are compiling, and what is compiled is kept: another job of these shapes needs little of that"]
 
 
 def _on_disk(job: Counted) -> list[str]:

@@ -12,7 +12,7 @@ from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.machine import Machine
 from qlr_jax.cost.memory import probed, temporary
 from qlr_jax.cost.notes import notes
-from qlr_jax.cost.rates import RATES, Rates
+from qlr_jax.cost.rates import Rates
 from qlr_jax.cost.sizes import budget_and_sizes
 from qlr_jax.cost.stages import MEMORY_ERROR, Stage, find_stages
 from qlr_jax.models import LlamaConfig, parameter_count
@@ -72,7 +72,8 @@ class Plan:
         """Plain values; the recipe by its budget and counts alone."""
         recipe = {name: getattr(self.recipe, name) for name in ("budget", "target", *COUNTS)}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("machine", "recipe", "stages", "rates")}
-        rates = {"measured": self.rates.measured, "error": self.rates.error, "memory_error": MEMORY_ERROR, "says": self.rates.says}
+        rates = asdict(self.rates) | {"memory_error": MEMORY_ERROR}
+        rates["searches"] = {states: asdict(search) for states, search in self.rates.searches.items()}
         return {
             **plain,
             "machine": asdict(self.machine) | {"text": str(self.machine)},
@@ -82,6 +83,7 @@ class Plan:
         }
 
 
+# what it takes and what it may refuse is most of it
 def plan_job(
     config: LlamaConfig,
     recipe: Recipe,
@@ -90,6 +92,7 @@ def plan_job(
     model: str = "",
     original_bytes: int | None = None,
     out: str | Path | None = None,
+    rates: Rates | None = None,
 ) -> Plan:
     """What a job needs of a machine.
 
@@ -100,6 +103,7 @@ def plan_job(
         model: its name, to be shown.
         original_bytes: of its files, where they are here; two bytes a parameter where not given.
         out: the folder that the job would write, on this machine; its disk must have the room then. It need not exist.
+        rates: of the machine, where they were measured (`measured_rates`).
 
     Raises:
         QLRError: patterns that leave no matrix, or backbones that fit none.
@@ -110,7 +114,7 @@ def plan_job(
         >>> plan.parameters, plan.fits, plan.problems[0].split(":")[0]
         (8030261248, False, 'memory')
     """
-    job = Counted(config, recipe, machine)
+    job = Counted(config, recipe, machine, rates)
     budget, sizes = budget_and_sizes(job)
     stages = find_stages(job)
     disk = {
@@ -136,7 +140,7 @@ def plan_job(
         cpu_seconds=sum(s.cpu_seconds for s in stages),
         # a trial that is under way is not broken off
         refine_seconds=recipe.refine_seconds + sum(s.seconds / 3 for s in stages if s.name == "judge") if recipe.refines else 0.0,
-        rates=RATES[machine.kind],
+        rates=job.rates,
         fits=not (lacking or refused or full),
         problems=(*lacking, *full, *refused),
         remedies=tuple(remedies(job) if lacking or refusals(job) else ()),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+
+from qlr_jax.core.quantizers.base import SearchCost
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,11 @@ class Work:
         alone: the same on one core: with few state bits a step of a search is too short to be shared.
         placed: weights through all of a rounding that is not the search itself: slices, scans, scales.
         passed: array elements through an elementwise pass.
+        decoded: weights of compressed matrices that are decoded.
         compiled: functions.
         steps: that must run one after another, on an accelerator each at the price of a launch.
+        spread: seconds, by what was measured here, that all cores share.
+        single: the same on one core.
     """
 
     products: float = 0.0
@@ -29,14 +34,46 @@ class Work:
     alone: float = 0.0
     placed: float = 0.0
     passed: float = 0.0
+    decoded: float = 0.0
     compiled: float = 0.0
     steps: float = 0.0
+    spread: float = 0.0
+    single: float = 0.0
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __mul__(self, times: float) -> Work:
         return Work(*(times * getattr(self, f.name) for f in fields(self)))
+
+
+SEARCHED = ("searched", "alone")
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a search of codes was measured to take.
+
+    Attributes:
+        points: (sequences of a call, seconds of one weight), few and many.
+        shared: the part of it that runs on all cores.
+
+    Example:
+        >>> search = Search(((4, 2e-6), (32, 1e-6)), 1.0)
+        >>> [round(1e6 * search.seconds(count), 3) for count in (1, 4, 18, 32, 500)]
+        [2.0, 2.0, 1.111, 1.0, 1.0]
+    """
+
+    points: tuple[tuple[int, float], ...]
+    shared: float
+
+    def seconds(self, sequences: float) -> float:
+        """Of the processor, a weight, where a call has so many sequences: calls between the measured ones lie on a line."""
+        (few, first), *_, (many, last) = self.points
+        if not few < sequences < many:
+            return first if sequences <= few else last
+        part = (sequences - few) / (many - few)
+        return ((1 - part) * few * first + part * many * last) / sequences
 
 
 @dataclass(frozen=True)
@@ -48,6 +85,8 @@ class Rates:
         shared: the part of each that runs on all cores.
         measured: whether they were compared with real jobs; if not, they are scaled.
         error: factor within which the seconds of a whole job have been found (`measured`), or are guessed to lie.
+        says: where they come from.
+        searches: by the states of the code, where searches were measured on this machine.
     """
 
     per: Mapping[str, float]
@@ -55,6 +94,21 @@ class Rates:
     measured: bool
     error: float
     says: str
+    searches: Mapping[int, Search] = field(default_factory=dict)
+
+    def search(self, cost: SearchCost, weights: float, sequences: float, filled: float) -> Work:
+        """The work of searching the codes of so many weights.
+
+        Args:
+            cost: of the quantizer.
+            weights: all of them.
+            sequences: of a call.
+            filled: sequences searched over those asked for, which a measurement knows by itself.
+        """
+        if known := self.searches.get(cost.states):
+            seconds = weights * known.seconds(sequences)
+            return Work(spread=known.shared * seconds, single=(1 - known.shared) * seconds)
+        return Work(searched=cost.shared * cost.time, alone=(1 - cost.shared) * cost.time) * (weights * filled)
 
     def cpu(self, work: Work) -> float:
         """Seconds of all cores together; on an accelerator, of it."""
@@ -76,6 +130,7 @@ RATES = {
             "alone": 3.6e-6,
             "placed": 0.15e-6,
             "passed": 0.22e-9,
+            "decoded": 8.8e-9,
             "compiled": 0.18,
         },
         {"products": 0.9, "searched": 1.0, "passed": 0.5},
@@ -93,6 +148,7 @@ RATES = {
             "alone": 60e-9,
             "placed": 1e-9,
             "passed": 10e-12,
+            "decoded": 0.4e-9,
             "compiled": 0.5,
             "steps": 30e-6,
         },
@@ -111,6 +167,7 @@ RATES = {
             "alone": 200e-9,
             "placed": 4e-9,
             "passed": 40e-12,
+            "decoded": 1.6e-9,
             "compiled": 1.0,
             "steps": 5e-6,
         },

@@ -60,10 +60,9 @@ def vocabulary_solves(job: Counted, state_bits: int) -> Work:
     """One solve each of embedding and head on a trellis, row by row (`core.rows`)."""
     found = Work()
     for m, n in job.settings.vocabulary.values():
-        cost = job.backbone.for_backbone((m, n), state_bits).search_cost
-        once = m * n
+        cost, once = job.backbone.for_backbone((m, n), state_bits).search_cost, m * n
         found += Work(products=10 * m * n * n, placed=once, factored=n**3 / 3 + 256 * n * n, compiled=6)
-        found += Work(searched=cost.shared * cost.time, alone=(1 - cost.shared) * cost.time) * once
+        found += job.rates.search(cost, once, m, 1.0)
     return found
 
 
@@ -91,7 +90,10 @@ def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, fa
         b = 1  # siblings seldom get the same spec
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
     batches = count / b if shape[0] >= SMALL else max(distinct, math.ceil(count / b))
-    return work_of_solve(job, b, shape, state_bits, factors) * batches
+    if shape[0] < SMALL and count / batches <= b // 8:  # as `core.batch` fills them up
+        b = max(1, b // 8)
+    made = Work(decoded=shape[0] * shape[1])  # of every solution, its error as it is stored
+    return work_of_solve(job, b, shape, state_bits, factors) * batches + made * count
 
 
 def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
@@ -116,10 +118,13 @@ def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int,
     )
     quantizer = job.backbone.for_backbone(shape, state_bits)
     waste, steps = _staggered(job, quantizer, m, n)
-    fill = _filled(job, b * m / 64 if m >= 64 else b * m / 16)
-    once, found_by = b * m * n * waste, quantizer.search_cost
-    search = Work(searched=found_by.shared * found_by.time, alone=(1 - found_by.shared) * found_by.time)
-    rounding = Work(products=b * quadratic * (waste + 2), placed=once, steps=steps) + search * (once * fill)
+    once = b * m * n * waste
+
+    def search(weights: float, sequences: float) -> Work:
+        return job.rates.search(quantizer.search_cost, weights, sequences, _filled(job, sequences))
+
+    rounding = Work(products=b * quadratic * (waste + 2), placed=once, steps=steps)
+    rounding += search(once, b * m / 64 if m >= 64 else b * m / 16)
     if not factors:
         return found + rounding
     race = 2 if job.outputs else 1
@@ -132,7 +137,7 @@ def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int,
         placed=inner * b * k * (m + n),
         steps=inner * (k / 4 + n / 64) * 512,
     )
-    fit += search * (inner * b * k * (m * _filled(job, b * m / 64) + n * _filled(job, b * k / 4)))
+    fit += search(inner * b * k * m, b * m / 64) + search(inner * b * k * n, b * k / 4)
     return found + rounding * (race + rounds) + fit * (2 * race + rounds)
 
 

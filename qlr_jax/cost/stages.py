@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.memory import CODE, RUNTIME, STAGES, Part, memory
-from qlr_jax.cost.rates import RATES, Work
+from qlr_jax.cost.rates import Work
 from qlr_jax.cost.work import work
 
 MEMORY_ERROR = 0.3  # of the peak, found on real jobs
@@ -28,7 +28,7 @@ class Stage:
 
 def find_stages(job: Counted) -> tuple[Stage, ...]:
     """The stages of a job in their order, each with its memory and time."""
-    parts, amounts, rates = memory(job), work(job), RATES[job.machine.kind]
+    parts, amounts, rates = memory(job), work(job), job.rates
     found, kept_host, kept_device, compiled = [], RUNTIME, 0, 0.0
     cpu = job.machine.kind == "cpu"
     for name in STAGES:

@@ -49,7 +49,7 @@ def work(job: Counted) -> dict[str, Work]:
     found["measure: attribution"] = _attribution(job, body, head, soft, score)
     solves = (plan_solves(job, name, bits) + vocabulary_solves(job, bits) for name, bits in job.plans.items())
     found["solve"] = sum(solves, Work())
-    decode, models = Work(passed=40 * job.weights), job.candidates
+    decode, models = Work(decoded=job.weights), job.candidates
     found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens
     found["evaluate"] = (
@@ -100,7 +100,7 @@ def _attribution(job: Counted, body: float, head: float, soft: float, score: Wor
     path = (
         Work(products=2 * (4 * body + 2 * head) * measured, passed=2 * (3 * soft + 30 * job.config.vocab_size) * measured)
         + moved * 2
-        + Work(passed=40 * job.weights) * 4  # the probes are decoded on the way up and down
+        + Work(decoded=job.weights) * 4  # the probes are decoded on the way up and down
     )
     one = score + Work(passed=2 * job.weights / count)
     return {
