@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import run
 from test_formats import random_matrix
 
 from qlr_jax import calibration
@@ -611,8 +609,9 @@ def test_a_worse_model_is_not_handed_out(few, original, tokens):
 
 
 TWO = """
-import json, sys, jax
-jax.config.update("jax_num_cpu_devices", 2)
+import json, sys
+sys.path.insert(0, "tests")
+import jax
 import numpy as np
 from test_formats import random_matrix
 from qlr_jax.adaptation import AdaptConfig, adapt
@@ -630,11 +629,8 @@ print(json.dumps([len(jax.devices()), out[1], out[2]]))
 """
 
 
-def test_two_devices_equal_one(request):
-    root = request.config.rootpath
-    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", TWO], capture_output=True, text=True, check=True, env=env)
-    count, one, two = json.loads(done.stdout.splitlines()[-1])
+def test_two_devices_equal_one():
+    count, one, two = json.loads(run(TWO, devices=2).splitlines()[-1])
     assert count == 2 and len(one) == 3
     np.testing.assert_allclose(one, two, rtol=1e-5)
 

@@ -1,12 +1,9 @@
 """H and G on eight devices are those of one, and each device does its share."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from processes import run
+
 SCRIPT = """
 import importlib, json
 import jax, numpy as np
@@ -55,10 +52,7 @@ print(json.dumps(told))
 
 
 def test_hessians_on_eight_devices_are_those_of_one():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "NPROC": "16"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = json.loads(run(SCRIPT, devices=8, environment={"NPROC": "16"}).splitlines()[-1])
     assert told["devices"] == 8
     assert max(told["H"]) < 2e-6 and max(told["G"]) < 2e-6, told  # of √(H_ii H_jj); 16 times the last bit of float32
     assert told["s"] < 1e-5, told

@@ -2,18 +2,15 @@
 
 import itertools
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import Process
 
 from qlr_jax.core.batch import batches, solve_many
 from qlr_jax.core.config import SolverConfig
@@ -23,7 +20,6 @@ from qlr_jax.run.processes import Cluster, WorkerGroup, cost, gather, join, shar
 from qlr_jax.run.workspace import Workspace
 from qlr_jax.settings.recipe import Recipe
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIG = SolverConfig(state_bits=6, iterations=2)
 PATIENCE = 300  # seconds for any one process
 
@@ -32,7 +28,7 @@ RECIPE = Recipe(
     backbones=("int-2g16", "int-3g16"),
     factors=("int-4",),
     ranks=(0, 4),
-    outputs="alike",
+    include=("*.self_attn.*",),
     iterations=2,
     sequences=8,
     sequence_length=32,
@@ -80,15 +76,11 @@ def inputs(tiny, text, tmp_path_factory):
 
 def run(inputs, out, processes, *options, patience=60, dies=None):
     """Exit status and the last line of what each process said; dies = (process, after how many matrices)."""
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # what one process has compiled the others take
-    quick |= {"JAX_COMPILATION_CACHE_DIR": str(inputs / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     words = ["compress", inputs / "tiny", out, "--recipe", inputs / "recipe.yaml", "--calibration", inputs / "text.txt", *options]
     at, begun = ["--coordinator", f"localhost:{port()}", "--processes", processes], []
     for p in range(processes):
         own = [dies[1] if dies and dies[0] == p else 0, patience, *words, *([*at, "--process", p] if processes > 1 else [])]
-        command, pipe = [sys.executable, "-c", COMMAND, *map(str, own)], subprocess.PIPE
-        begun.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | quick, stderr=pipe, stdout=pipe, text=True))
+        begun.append(Process(COMMAND, *own))
     try:
         told = [process.communicate(timeout=PATIENCE) for process in begun]
     finally:

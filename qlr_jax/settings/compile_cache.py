@@ -8,7 +8,6 @@ import platform
 import tempfile
 import warnings
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 
 VARIABLE = "QLR_COMPILE_CACHE"  # an environment variable: a folder, or none
@@ -69,6 +68,7 @@ def kind() -> str:
         True
     """
     import jax
+    import jaxlib.version
 
     processor = platform.processor()
     with suppress(OSError):  # Linux: code for one processor may be illegal on another of the same family
@@ -76,7 +76,7 @@ def kind() -> str:
         told = ("vendor_id", "model name", "flags", "CPU implementer", "CPU part", "Features")
         processor = "\n".join(line for line in lines if line.partition("\t")[0].partition(":")[0].strip() in told)
     digest = hashlib.sha256(processor.encode()).hexdigest()[:12]
-    return f"jax-{jax.__version__}-jaxlib-{metadata.version('jaxlib')}-{platform.machine()}-{digest}"
+    return f"jax-{jax.__version__}-jaxlib-{jaxlib.version.__version__}-{platform.machine()}-{digest}"
 
 
 def trim(folder: Path, largest: int) -> None:
