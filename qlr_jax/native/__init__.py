@@ -55,7 +55,10 @@ def _find() -> tuple[ctypes.CDLL | None, str]:
             except (OSError, AttributeError) as error:
                 why = f"{path.name} cannot be loaded ({error}); install qlr-jax again"
                 continue
+            found.qlr_widest.restype = ctypes.c_char_p
             if built_of == digest():
+                if found.qlr_widest() == b"portable":  # slower than XLA's
+                    return None, "this processor has neither AVX2 nor NEON"
                 return found, ""
             why = f"{path.name} was built of other sources; install qlr-jax again"
     return None, why
