@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from allocators.strategies import DEFAULT, solved_strategies
+from allocators.strategies import CONTROL, DEFAULT, solved_strategies
 from qlr_jax.calibration.backward import SPILLED
 from qlr_jax.core.batch import FACTORED_TOGETHER, ROWS_TOGETHER, SMALL
 from qlr_jax.core.low_rank import bucket
@@ -151,15 +151,12 @@ class Counted:
 
     @cached_property
     def plans(self) -> dict[str, int]:
-        """Strategies whose allocations are solved and measured -> the state bits of their solves."""
-        beside = self.settings.controls
-        others = {} if beside is None else dict.fromkeys((n for n in solved_strategies() if n != DEFAULT), beside.state_bits)
-        return {**others, self.recipe.strategy: self.recipe.state_bits}
-
-    @property
-    def candidates(self) -> int:
-        """Models that are measured."""
-        return 1 if self.settings.controls is None else len(solved_strategies())
+        """Strategies whose allocations are solved and measured -> the state bits of their solves; what is the same counts once."""
+        beside, asked = self.settings.controls, self.recipe.strategy
+        others = {name: beside.state_bits for name in solved_strategies() if name != DEFAULT} if beside else {}
+        if not self.has_factors and asked == DEFAULT:
+            others.pop(CONTROL, None)  # the allocation itself
+        return {**others, asked: self.recipe.state_bits}
 
     @property
     def has_factors(self) -> bool:

@@ -11,7 +11,7 @@ from qlr_jax.cost.rates import Work
 from qlr_jax.cost.solves import plan_solves, probe_solves, vocabulary_solves
 from qlr_jax.models import parameter_count
 
-COMPILED = {"load": 14, "calibrate": 24, "shape": 8}  # functions: in a stage as such, for a shape that is measured
+COMPILED = {"load": 14, "calibrate": 24, "shape": 10}  # functions: in a stage as such, for a shape that is measured
 
 
 def work(job: Counted) -> dict[str, Work]:
@@ -49,7 +49,7 @@ def work(job: Counted) -> dict[str, Work]:
     found["measure: attribution"] = _attribution(job, body, head, soft, score)
     solves = (plan_solves(job, name, bits) + vocabulary_solves(job, bits) for name, bits in job.plans.items())
     found["solve"] = sum(solves, Work())
-    decode, models = Work(decoded=job.weights), job.candidates
+    decode, models = Work(decoded=job.weights), len(job.plans)
     found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens
     found["evaluate"] = (
@@ -75,7 +75,7 @@ def reads(job: Counted) -> dict[str, int]:
         "measure: probes": 1,
         "measure: attribution": passes.get(job.recipe.attribution, 0),  # up and down at two nodes, and as often for the errors
         "solve": len(job.plans),
-        "evaluate": job.candidates,
+        "evaluate": len(job.plans),
     }
 
 
