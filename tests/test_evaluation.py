@@ -1,6 +1,7 @@
 """Windows, perplexity and divergence against numpy."""
 
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from qlr_jax.evaluation import (
     perplexity,
     positions,
     reference,
+    run_windows,
     summary,
     windows,
     worst_token,
@@ -99,15 +101,44 @@ def test_a_model_does_not_diverge_from_itself(pair, rows):
     assert same.kl == 0 and same.agreement == 1 and same.perplexity_ratio == 1
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_parts_of_the_positions_make_no_difference(pair, rows, monkeypatch, stored):
+    """Five at a time, of seven: the last part begins before the one before it ends."""
+    from qlr_jax.models import forward
+
+    def measured():
+        for name in ("_differences", "_nll", "_log_probabilities"):
+            getattr(sys.modules["qlr_jax.evaluation.compare"], name).clear_cache()
+        if stored:
+            return dataclasses.astuple(divergence(pair[1], reference(pair[0], rows)))
+        return *dataclasses.astuple(positions(*pair, rows, 2)), perplexity(pair[1], rows)
+
+    whole = measured()
+    monkeypatch.setattr(forward, "AT_ONCE", 5)
+    assert rows.shape[1] % 5 and rows.shape[1] > 5
+    for a, b in zip(whole, measured(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_original_that_was_run_once_gives_the_same_figures(pair, rows):
+    original = run_windows(pair[0], rows, 2)
+    assert compare(original, pair[1], rows, 2) == compare(*pair, rows, 2)
+    with pytest.raises(QLRError, match="run on other windows"):
+        compare(original, pair[1], rows[:, ::-1])
+    with pytest.raises(QLRError, match="40 and 41 tokens"):
+        compare(original, Llama(dataclasses.replace(SMALL, vocab_size=41)), rows)
+
+
 def test_candidates_share_one_compilation(pair, rows):
-    from qlr_jax.models.forward import headed, through
+    from qlr_jax.evaluation.compare import _differences
+    from qlr_jax.models.forward import through
 
     through.clear_cache()
-    headed.clear_cache()
+    _differences.clear_cache()
     stored = reference(pair[0], rows, 2)
     for seed in range(3):
         divergence(built(seed), stored)
-    assert through._cache_size() == headed._cache_size() == 1  # of all blocks, too
+    assert through._cache_size() == _differences._cache_size() == 1  # of all blocks, too
 
 
 def test_other_vocabulary_is_refused(pair, rows):

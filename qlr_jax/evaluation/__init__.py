@@ -2,6 +2,7 @@
 
 from qlr_jax.evaluation.compare import (
     Comparison,
+    LastStates,
     Positions,
     Reference,
     compare,
@@ -9,6 +10,7 @@ from qlr_jax.evaluation.compare import (
     perplexity,
     positions,
     reference,
+    run_windows,
     summary,
 )
 from qlr_jax.evaluation.details import intervals, worst_token
@@ -24,6 +26,7 @@ __all__ = [
     "Comparison",
     "Drift",
     "GenerationSettings",
+    "LastStates",
     "Positions",
     "Reference",
     "Windows",
@@ -38,6 +41,7 @@ __all__ = [
     "perplexity",
     "positions",
     "reference",
+    "run_windows",
     "stream",
     "stream_text",
     "summary",

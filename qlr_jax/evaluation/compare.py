@@ -1,17 +1,17 @@
 """Perplexity, and the divergence of a compressed model from its original, batch by batch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
-from qlr_jax.models.forward import logits
-from qlr_jax.models.llama import Llama
+from qlr_jax.models.forward import by_parts, last_states
+from qlr_jax.models.llama import Llama, Top
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +79,40 @@ class Reference:
     batch: int
 
 
+@dataclasses.dataclass(frozen=True)
+class LastStates:
+    """What the last block of a model puts out on some windows: of it and of the model's head all of its figures are made.
+
+    Attributes:
+        windows: the tokens, (windows, length).
+        top: final norm and head.
+        states: (batch, length, n) by batch; the last is filled up.
+        vocabulary: how many tokens the model knows.
+    """
+
+    windows: Int[np.ndarray, "windows length"]
+    top: Top
+    states: Sequence[Float[np.ndarray, "batch length n"]]
+    vocabulary: int
+
+    def __iter__(self) -> Iterator[Float[Array, "1 length n"]]:
+        """Window by window."""
+        batch = len(self.states[0])
+        return (jnp.asarray(self.states[i // batch][i % batch][None]) for i in range(len(self.windows)))
+
+
+def run_windows(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> LastStates:
+    """Run a model, to compare others with it again and again (`compare`). Memory is one hidden state a token.
+
+    Args:
+        model: any of this library.
+        windows: tokens, (windows, length).
+        batch: windows of one pass.
+    """
+    rows = [tokens for tokens, _ in batches(windows, batch)]
+    return LastStates(windows, model.top().unpacked(), last_states(model, rows), model.config.vocab_size)
+
+
 def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> float:
     """exp of the mean over windows of the mean negative log-likelihood of each window's tokens after its first.
 
@@ -87,8 +121,9 @@ def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: 
         windows: tokens, (windows, length).
         batch: windows of one pass.
     """
-    parts = [np.asarray(_nll(p, jnp.asarray(rows)))[:live] for (rows, live), p in _log_probabilities(model, windows, batch)]
-    return _perplexity(np.concatenate(parts))
+    states = run_windows(model, windows, batch)
+    parts = [np.asarray(_nll(states.top, x, after)) for x, after in zip(states, _following(windows), strict=True)]
+    return _perplexity(np.concatenate(parts)[:, :-1])
 
 
 def reference(
@@ -115,12 +150,12 @@ def reference(
             f"give at most {fit} windows, a larger max_bytes, or use compare()"
         )
     stored = np.empty((*windows.shape, original.config.vocab_size), np.float32 if 4 * values <= max_bytes else np.float16)
-    nll, done = [], 0
-    for (rows, live), logp in _log_probabilities(original, windows, batch):
-        nll.append(np.asarray(_nll(logp, jnp.asarray(rows)))[:live])
-        stored[done : done + live] = np.asarray(logp)[:live]
-        done += live
-    return Reference(windows, stored, _perplexity(np.concatenate(nll)), batch)
+    nll, states = [], run_windows(original, windows, batch)
+    for i, (x, after) in enumerate(zip(states, _following(windows), strict=True)):
+        logp, of_text = _log_probabilities(states.top, x, after)
+        stored[i] = np.asarray(logp)[0]
+        nll.append(np.asarray(of_text))
+    return Reference(windows, stored, _perplexity(np.concatenate(nll)[:, :-1]), batch)
 
 
 def divergence(candidate: Llama, reference: Reference) -> Comparison:
@@ -130,18 +165,16 @@ def divergence(candidate: Llama, reference: Reference) -> Comparison:
         candidate: the compressed model.
         reference: of its original.
     """
-
-    def originals() -> Iterator[Array]:
-        for part, _ in batches(reference.logp, reference.batch):
-            logp = jnp.asarray(part, jnp.float32)
-            # Rounded to float16 the probabilities no longer add up to 1.
-            yield jax.nn.log_softmax(logp, axis=-1) if part.dtype == np.float16 else logp
-
-    return summary(_positions(candidate, originals(), reference.windows, reference.batch))
+    # One window at a time is copied to where it is compared; rounded to float16 its probabilities no longer add up to 1, so it is
+    # normalised there.
+    originals = ((None, jnp.asarray(reference.logp[i : i + 1])) for i in range(len(reference.windows)))
+    return summary(_positions(candidate, originals, reference.windows, reference.batch))
 
 
-def compare(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Comparison:
-    """Perplexity of both models, KL(original ‖ compressed) per token and top-1 agreement, one batch of logits at a time.
+def compare(
+    original: Llama | LastStates, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8
+) -> Comparison:
+    """Perplexity of both models, KL(original ‖ compressed) per token and top-1 agreement, the logits of some positions at a time.
 
         KL_t = Σ_v p_t[v] (log p_t[v] − log q_t[v]),  p the original's distribution after position t, q the compressed model's
 
@@ -149,32 +182,40 @@ def compare(original: Llama, compressed: Llama, windows: Int[np.ndarray, "window
     logits has NaN everywhere.
 
     Args:
-        original, compressed: of one vocabulary.
+        original, compressed: of one vocabulary; where many are compared with one original, `run_windows` once and give that.
         windows: tokens, (windows, length).
         batch: windows of one pass.
 
     Raises:
-        QLRError: the vocabularies differ.
+        QLRError: the vocabularies differ, or the original was run on other windows.
     """
     return summary(positions(original, compressed, windows, batch))
 
 
-def positions(original: Llama, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> Positions:
+def positions(
+    original: Llama | LastStates, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8
+) -> Positions:
     """As `compare`, position by position: for intervals and for the worst token. Five values a token are kept.
 
     Args:
         original, compressed, windows, batch: as for `compare`.
 
     Raises:
-        QLRError: the vocabularies differ.
+        QLRError: as `compare`.
     """
-    if original.config.vocab_size != compressed.config.vocab_size:
+    own = original.vocabulary if isinstance(original, LastStates) else original.config.vocab_size
+    vocabularies = own, compressed.config.vocab_size
+    if vocabularies[0] != vocabularies[1]:
         raise QLRError(
-            f"the models' vocabularies differ ({original.config.vocab_size} and {compressed.config.vocab_size} tokens); "
+            f"the models' vocabularies differ ({vocabularies[0]} and {vocabularies[1]} tokens); "
             "give a compressed model of this original"
         )
-    originals = (p for _, p in _log_probabilities(original, windows, batch))
-    return _positions(compressed, originals, windows, batch)
+    states = original if isinstance(original, LastStates) else run_windows(original, windows, batch)
+    if not np.array_equal(states.windows, windows):
+        raise QLRError(
+            f"the original was run on other windows, of shape {states.windows.shape}; run it on these, of {windows.shape}"
+        )
+    return _positions(compressed, ((states.top, x) for x in states), windows, batch)
 
 
 def summary(measured: Positions) -> Comparison:
@@ -190,15 +231,20 @@ def summary(measured: Positions) -> Comparison:
     )
 
 
-def _positions(candidate: Llama, originals: Iterator[Array], windows: np.ndarray, batch: int) -> Positions:
-    parts: dict[str, list[np.ndarray]] = {name: [] for name in ("kl", "nll_original", "nll", "top_original", "top")}
-    for ((rows, live), q), p in zip(_log_probabilities(candidate, windows, batch), originals, strict=True):
-        tokens = jnp.asarray(rows)
-        kl, top_original, top = _differences(p, q)
-        here = {"kl": kl, "nll_original": _nll(p, tokens), "nll": _nll(q, tokens), "top_original": top_original, "top": top}
-        for name, value in here.items():
-            parts[name].append(np.asarray(value)[:live])
-    return Positions(windows, **{name: np.concatenate(arrays) for name, arrays in parts.items()})
+def _positions(candidate: Llama, originals: Iterator[tuple[Top | None, Array]], windows: np.ndarray, batch: int) -> Positions:
+    """Against originals window by window: (top, last hidden states), or (None, log-probabilities)."""
+    parts: dict[str, list[np.ndarray]] = {}
+    states = run_windows(candidate, windows, batch)
+    for (top, p), q, after in zip(originals, states, _following(windows), strict=True):
+        for name, value in _differences(top, p, states.top, q, after).items():
+            parts.setdefault(name, []).append(np.asarray(value))
+    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return Positions(windows, **{name: value[:, :-1] if name.startswith("nll") else value for name, value in whole.items()})
+
+
+def _following(windows: np.ndarray) -> list[Array]:
+    """The token after every position, window by window; at the last, which has none, any."""
+    return [jnp.asarray(row[None]) for row in np.roll(np.asarray(windows, np.int32), -1, axis=1)]
 
 
 def _perplexity(nll: Float[np.ndarray, "windows time"]) -> float:
@@ -207,24 +253,51 @@ def _perplexity(nll: Float[np.ndarray, "windows time"]) -> float:
         return float(np.exp(nll.astype(np.float64).mean()))
 
 
-def _log_probabilities(model: Llama, windows: np.ndarray, batch: int) -> Iterator[tuple[tuple[np.ndarray, int], Array]]:
-    """((rows, how many are not repeats), log-probabilities (batch, time, vocab)) of every batch."""
-    rows = list(batches(windows, batch))
-    return zip(rows, map(_normalised, logits(model, [tokens for tokens, _ in rows])), strict=True)
+@jax.jit
+def _nll(top: Top, x: Float[Array, "1 time n"], after: Int[Array, "1 time"]) -> Float[Array, "1 time"]:
+    return by_parts(lambda _, x, after: (_at(_normalised(top(x)), after), ()), x, after)[0]
 
 
 @jax.jit
-def _normalised(x: Float[Array, "batch time vocab"]) -> Float[Array, "batch time vocab"]:
-    return jax.nn.log_softmax(x, axis=-1)
+def _log_probabilities(top: Top, x: Float[Array, "1 time n"], after: Int[Array, "1 time"]) -> tuple[Array, Array]:
+    """All of them, (1, time, vocab), and what the text's own tokens lack of 1, (1, time)."""
 
+    def part(_: Array, x: Array, after: Array) -> tuple[tuple[Array, Array], tuple[()]]:
+        logp = _normalised(top(x))
+        return (logp, _at(logp, after)), ()
 
-@jax.jit
-def _nll(logp: Float[Array, "batch time vocab"], tokens: Int[Array, "batch time"]) -> Float[Array, "batch time-1"]:
-    return -jnp.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+    return by_parts(part, x, after)[0]
 
 
 @jax.jit
 def _differences(
-    p: Float[Array, "batch time vocab"], q: Float[Array, "batch time vocab"]
-) -> tuple[Float[Array, "batch time"], Int[Array, "batch time"], Int[Array, "batch time"]]:
-    return jnp.sum(jnp.exp(p) * (p - q), axis=-1), jnp.argmax(p, axis=-1), jnp.argmax(q, axis=-1)
+    of_original: Top | None,
+    p: Shaped[Array, "1 time _"],
+    of_candidate: Top,
+    q: Float[Array, "1 time n"],
+    after: Int[Array, "1 time"],
+) -> dict[str, Shaped[Array, "1 time"]]:
+    """What `Positions` holds, by name."""
+
+    def part(_: Array, p: Array, q: Array, after: Array) -> tuple[dict[str, Array], tuple[()]]:
+        p = _normalised(p.astype(jnp.float32) if of_original is None else of_original(p))
+        q = _normalised(of_candidate(q))
+        kl = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        return {"kl": kl, "nll_original": _at(p, after), "nll": _at(q, after), "top_original": _top(p), "top": _top(q)}, ()
+
+    return by_parts(part, p, q, after)[0]
+
+
+def _normalised(x: Float[Array, "*rest vocab"]) -> Float[Array, "*rest vocab"]:
+    return jax.nn.log_softmax(x, axis=-1)
+
+
+def _at(logp: Float[Array, "*rest vocab"], tokens: Int[Array, "*rest"]) -> Float[Array, "*rest"]:
+    return -jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+
+
+def _top(logp: Float[Array, "*rest vocab"]) -> Int[Array, "*rest"]:
+    """argmax, as the least place of the largest: XLA makes one loop without branches of it on a CPU, a quarter of argmax's time."""
+    largest = (logp == jnp.max(logp, axis=-1, keepdims=True)) | jnp.isnan(logp)
+    places = jnp.arange(logp.shape[-1], dtype=jnp.int32)
+    return jnp.min(jnp.where(largest, places, logp.shape[-1]), axis=-1)

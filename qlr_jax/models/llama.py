@@ -234,6 +234,14 @@ class Top(nnx.Module):
         x = self.norm(x)
         return self.product(x, dense(self.weight.get_value(), x.dtype))
 
+    def unpacked(self) -> "Top":
+        """With its weights in memory: those that are packed are decoded now, and not at every call."""
+        if not hasattr(self.weight.get_value(), "dense"):
+            return self
+        copy = shallow_copy(self)
+        copy.weight.set_value(jnp.asarray(dense(self.weight.get_value(), self.norm.weight.get_value().dtype)))
+        return copy
+
 
 class Llama(nnx.Module):
     """A causal language model of the Llama family, or of a related one that `config` names.

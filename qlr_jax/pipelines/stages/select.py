@@ -34,7 +34,8 @@ def held_out_rows(run: Run, text: str | Corpus, say: Callable[[str], None] = lam
 def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str | Corpus) -> dict[str, Candidate]:
     """The candidates with their perplexity and KL on held-out text."""
     rows = calibration.subsample(held_out_rows(run, text, run.progress.say), run.recipe.evaluation_tokens)
-    compare = lambda model: evaluation.compare(run.original, model, rows)  # noqa: E731
+    original = evaluation.run_windows(run.original, rows)  # once for all candidates
+    compare = lambda model: evaluation.compare(original, model, rows)  # noqa: E731
     return _evaluated(run, candidates, "evaluating on held-out text", "held_out", "kl", compare)
 
 
