@@ -442,9 +442,8 @@ def test_a_backbone_that_moved_takes_other_codes_of_its_grid(packed, kind):
         assert weighted(wanted - np.asarray(near, np.float64)) < 1.2 * ours
 
 
-@pytest.mark.parametrize("train", [("factors",), ("factors", "backbone")])
-def test_factors_are_trained_quantized_and_resumed(few, original, tokens, held_out, tmp_path, monkeypatch, train):
-    config = settings(train=train, reround=2, reround_backbone=1, steps=6, evaluate_every=2, backbone_rate=0.02)
+def test_factors_are_trained_quantized_and_resumed(few, original, tokens, held_out, tmp_path, monkeypatch):
+    config = settings(train=("factors", "backbone"), reround=2, reround_backbone=1, steps=6, evaluate_every=2, backbone_rate=0.02)
     run = lambda folder: fine_tune(few, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole, save = run(tmp_path / "whole"), checkpoint.save
 

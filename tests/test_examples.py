@@ -1,28 +1,30 @@
 """The scripts in examples/ run, each once; benchmarks can be imported."""
 
 import importlib.util
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run
+
+from qlr_jax.core.quantizers import QUANTIZERS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def run(*command):
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs(script):
-    quick = ["--quick"] if "--quick" in script.read_text() else []
-    assert run(script, *quick).strip()
+def test_an_example_runs(script, monkeypatch, capsys):
+    """As a program, whatever it adds to the library is taken away again."""
+    monkeypatch.setattr(sys, "argv", [str(script), *(["--quick"] if "--quick" in script.read_text() else [])])
+    before = dict(QUANTIZERS)
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        QUANTIZERS.clear()
+        QUANTIZERS.update(before)
+    assert capsys.readouterr().out.strip()
 
 
 def test_benchmarks_can_be_imported():
@@ -30,4 +32,4 @@ def test_benchmarks_can_be_imported():
     without = {"torch_runtime", "triton_kernels"} | ({"picture"} if importlib.util.find_spec("matplotlib") is None else set())
     names = sorted({path.stem for path in (ROOT / "benchmarks").glob("*.py")} - without)
     code = f"import importlib, sys\nsys.path.insert(0, 'benchmarks')\nfor name in {names!r}:\n    importlib.import_module(name)\n"
-    run("-c", code)
+    run(code)

@@ -48,6 +48,8 @@ def refine(
         if is_linear(name):
             groups.setdefault(f"layer {layer_of(name)}", set()).add(name)
     start, others = known[DEFAULT].plan, [c.plan for name, c in known.items() if name != DEFAULT]
+    # plans of the same specs are one candidate: a second must not give room for another trial
+    distinct = [plan for i, plan in enumerate(others) if plan.specs not in [start.specs, *(other.specs for other in others[:i])]]
     with run.progress.stage("refining", total=run.recipe.refine) as stage:
         found = allocators.refine(
             problem.table,
@@ -55,9 +57,9 @@ def refine(
             problem.limit,
             measure,
             groups=groups,
-            evaluations=run.recipe.refine + len(known),
+            evaluations=run.recipe.refine + 1 + len(distinct),
             seconds=run.recipe.refine_seconds,
-            candidates=others,
+            candidates=distinct,
             on_measured=lambda proposal, kl, kept: stage.advance(note=f"{proposal}: KL {kl:.5f}" + (", kept" if kept else "")),
         )
     if found.allocation in (start, *others):  # one of the others is delivered as what it is
