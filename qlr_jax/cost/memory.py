@@ -9,6 +9,7 @@ import allocators
 from qlr_jax.core.batch import SMALL
 from qlr_jax.cost.counted import BACKWARD, CALIBRATED, SCORED, Counted
 from qlr_jax.models import linear_names, parameter_count
+from qlr_jax.models.forward import AT_ONCE
 from qlr_jax.settings.limits import REFERENCE_BYTES
 
 
@@ -143,7 +144,8 @@ def _measure(job: Counted) -> Iterator[Part]:
         return
     if method == "second-order":
         yield Part(stage, "errors of all matrices", device=4 * job.weights)
-        yield Part(stage, "passes for second-order", device=sum(size for _, size in _pass(job)))
+        whole = 12 * min(SCORED, job.windows) * job.length * job.config.vocab_size  # logits of a batch, for its derivatives
+        yield Part(stage, "passes for second-order", device=_pass(job)[0][1] + whole)
         return
     yield Part(stage, "one matrix's error", host=8 * m * n)
     if method in ("alone", "noise"):
@@ -164,7 +166,7 @@ def _comparisons(job: Counted) -> Iterator[Part]:
     else:
         decoded += 4 * job.weights
     batch = SCORED * job.length
-    logits = "logits of a batch of both", 12 * batch * job.config.vocab_size
+    logits = "logits of some positions of both", 12 * AT_ONCE * job.config.vocab_size
     yield Part("judge", what, device=decoded)
     yield _states(job, "judge", job.measured)
     yield _larger("judge", *_pass(job))
@@ -210,7 +212,7 @@ def _larger(stage: str, *parts: tuple[str, int]) -> Part:
 def _pass(job: Counted) -> tuple[tuple[str, int], tuple[str, int]]:
     """Memory of a forward pass of a batch, first and last."""
     batch = min(SCORED, job.windows) * job.length
-    return ("one layer's activations", _activations(job, batch)), ("logits of a batch", 12 * batch * job.config.vocab_size)
+    return ("one layer's activations", _activations(job, batch)), ("logits of some positions", 12 * AT_ONCE * job.config.vocab_size)
 
 
 def solving(job: Counted) -> tuple[int, int]:

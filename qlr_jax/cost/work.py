@@ -52,9 +52,8 @@ def work(job: Counted) -> dict[str, Work]:
     decode, models = Work(decoded=job.weights), len(job.plans)
     found["judge"] = (score + decode) * models
     evaluated = job.recipe.evaluation_tokens
-    found["evaluate"] = (
-        decode + Work(products=2 * (body + head) * evaluated, passed=(2 * soft + 40 * config.vocab_size) * evaluated)
-    ) * models
+    compared = Work(products=(body + 2 * head) * evaluated, passed=(soft + 40 * config.vocab_size) * evaluated)
+    found["evaluate"] = Work(products=body * evaluated, passed=soft * evaluated) + (decode + compared) * models
     found["save"] = Work(passed=4 * (parameter_count(config) - job.weights))
     for name, times in reads(job).items():
         found[name] += Work(passed=6 * times * job.linear_weights)
@@ -75,7 +74,7 @@ def reads(job: Counted) -> dict[str, int]:
         "measure: probes": 1,
         "measure: attribution": passes.get(job.recipe.attribution, 0),  # up and down at two nodes, and as often for the errors
         "solve": len(job.plans),
-        "evaluate": len(job.plans),
+        "evaluate": 1,
     }
 
 
