@@ -7,6 +7,7 @@ import pytest
 
 from qlr_jax.calibration import (
     WEIGHTINGS,
+    VocabularySums,
     calibration_tokens,
     hessians,
     matrix_hessians,
@@ -16,6 +17,7 @@ from qlr_jax.calibration import (
     squared_gradients,
     standard_library,
     token_weights,
+    vocabulary_metrics,
 )
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, input_names, input_of, linear_names
@@ -322,8 +324,10 @@ def test_output_hessians_equal_explicit_perturbations(model, tokens):
     found = output_hessians(model, tokens, names, seed=3, batch=len(tokens), progress=steps.append)
     assert list(found) == names and steps == [1, 1]
     x = jnp.asarray(tokens)
-    keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.key(3), row))(jnp.arange(len(tokens)))  # every sequence its own
-    labels = jax.jit(lambda m: jax.vmap(jax.random.categorical)(keys, m(x)))(model)
+    keys = [jax.random.fold_in(jax.random.key(3), row) for row in range(len(tokens))]  # every sequence its own
+    draws = np.stack([jax.random.uniform(key, tokens.shape[1:]) for key in keys])
+    below = np.cumsum(jax.nn.softmax(np.asarray(jax.jit(lambda m: m(x))(model), np.float64)), axis=-1)
+    labels = (below <= draws[..., None]).sum(-1)
     shapes = {}
     jax.eval_shape(lambda: model(x, adjust=lambda name, y: shapes.setdefault(name, y)))
 
@@ -338,6 +342,53 @@ def test_output_hessians_equal_explicit_perturbations(model, tokens):
     few = output_hessians(model, tokens, names[-1:], seed=3, batch=2)  # the last batch is filled up, with nothing
     assert list(few) == names[-1:]
     assert_is(few[names[-1]], found[names[-1]])
+
+
+def test_parts_of_the_positions_make_no_difference_to_gradients(model, tokens, monkeypatch):
+    """At the head a few positions at a time, the last part beginning before the one before it ends."""
+    from qlr_jax.calibration import gradients
+    from qlr_jax.models import forward
+
+    name, counts, found = "model.layers.1.mlp.down_proj", np.ones(48), []
+    for at_once in (forward.AT_ONCE, 2 * 5):
+        monkeypatch.setattr(forward, "AT_ONCE", at_once)
+        gradients._head_gradient.clear_cache()
+        sums = VocabularySums(model)
+        found.append([output_hessians(model, tokens, [name], batch=2, beside=sums)[name]])
+        found[-1] += [a for m in sums.metrics(counts).values() for a in (m.hessian, m.row_weights)]
+    assert tokens.shape[1] > 5 and tokens.shape[1] % 5
+    alone = vocabulary_metrics(model, tokens, counts=counts, batch=2)
+    found.append([found[0][0], *(a for m in alone.values() for a in (m.hessian, m.row_weights))])
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("size", [300, 512])
+def test_labels_are_drawn_by_the_distribution_function(size):
+    """Of one group and a part, and of two: where the sum of probabilities passes the draw, and never a token of no probability."""
+    from qlr_jax.calibration.gradients import drawn
+
+    draw = np.random.default_rng(0)
+    p = draw.exponential(size=(5, 64, size)) ** 3 * (draw.random(size) < 0.7)
+    p /= p.sum(-1, keepdims=True)
+    u = draw.random((5, 64))
+    u[0, :3] = 0.0, 1 - 2**-24, 0.5
+    got = np.asarray(jax.jit(drawn)(jnp.asarray(p, jnp.float32), jnp.asarray(u, jnp.float32)))
+    below = np.cumsum(p, axis=-1)
+    assert (np.take_along_axis(p, got[..., None], axis=-1) > 0).all()
+    assert (np.take_along_axis(below, got[..., None], axis=-1)[..., 0] > u - 1e-6).all()
+    before = np.where(got > 0, np.take_along_axis(below, np.maximum(got - 1, 0)[..., None], axis=-1)[..., 0], 0)
+    assert (before < u + 1e-6).all()
+
+
+@pytest.mark.parametrize("size", [3, 255, 300, 700])
+def test_a_second_moment_in_blocks_is_that_of_one_product(size):
+    from qlr_jax.calibration.second_moment import second_moment
+
+    x = np.random.default_rng(0).standard_normal((2, 5, size)).astype(np.float32)
+    rows = x.reshape(-1, size).astype(np.float64)
+    assert_is(np.asarray(jax.jit(second_moment)(x)), rows.T @ rows)
 
 
 def test_output_hessians_predict_the_divergence_of_a_small_error(model, tokens):

@@ -17,7 +17,7 @@ from qlr_jax.calibration.tokens import (
     spread,
     subsample,
 )
-from qlr_jax.calibration.vocabulary import RowMetric, vocabulary_metrics
+from qlr_jax.calibration.vocabulary import RowMetric, VocabularySums, vocabulary_metrics
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "Corpus",
     "Files",
     "RowMetric",
+    "VocabularySums",
     "calibration_tokens",
     "compensated_target",
     "encode",

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from qlr_jax.calibration.backward import backward
 from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_on_host, finite_rows, zeroed
+from qlr_jax.calibration.second_moment import second_moment
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
-from qlr_jax.models.forward import through
-from qlr_jax.models.llama import HIGHEST, Block, Llama, Rope, Top
+from qlr_jax.models.forward import by_parts, through
+from qlr_jax.models.llama import Block, Llama, Rope, Top
 from qlr_jax.models.names import layer_of, linear_names, shape_of
 from qlr_jax.models.sites import BY_PATH
 
@@ -44,9 +45,7 @@ def _squared(_: None, g: Array) -> tuple[Array, Array]:
 
 def _multiplied(_: None, g: Array) -> tuple[Array, tuple[Array, Array]]:
     exact = g.astype(jnp.float32)
-    rows = exact.reshape(-1, g.shape[-1])
-    summed = jnp.einsum("ti,tj->ij", rows, rows, precision=HIGHEST, preferred_element_type=jnp.float32)
-    return g, (summed, jnp.sum(jnp.square(exact), axis=(1, 2)))
+    return g, (second_moment(exact), jnp.sum(jnp.square(exact), axis=(1, 2)))
 
 
 _squares.defvjp(_untouched, _squared)
@@ -94,7 +93,7 @@ def squared_gradients(
     tokens = _checked(tokens)
     out = {name: np.empty(tokens.shape, np.float32) for name in linear_names(model.config)}
 
-    def next_tokens(j: int, top: Top, x: Array) -> np.ndarray:
+    def next_tokens(j: int) -> np.ndarray:
         rows = run.batches[j]
         return np.concatenate([rows[:, 1:], np.full((len(rows), 1), UNCOUNTED, np.int32)], axis=1)
 
@@ -121,6 +120,7 @@ def output_hessians(
     progress: Callable[[int], None] | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
+    beside: "Ends | None" = None,
 ) -> CalibrationResult:
     """For every linear layer y = W x what an error in y does to the model's output distribution, (m, m), on the mean over tokens.
 
@@ -140,6 +140,7 @@ def output_hessians(
         names: linear layers; None: all.
         seed: of the labels.
         keep: (name, G) -> what is returned in its place, e.g. the same on disk, called as soon as G is done.
+        beside: is handed what the same pass has at its two ends, for the metrics of embedding and head.
 
     Raises:
         QLRError: as `squared_gradients`.
@@ -153,16 +154,13 @@ def output_hessians(
         (8, 8)
     """
     tokens, wanted = _checked(tokens), list(names if names is not None else linear_names(model.config))
-    key = jax.random.key(seed)
-
-    def sampled(j: int, top: Top, x: Array) -> np.ndarray:
-        return np.array(sampled_labels(top, x, key, run.placement.shard(run.starts[j] + np.arange(run.batch))))
-
-    run = BackwardPass(model, tokens, batch, devices, sampled)
+    run = BackwardPass(model, tokens, batch, devices, lambda j: run.draws(j, seed))
     layers = _product_probes(run, wanted)
+    if beside is not None:
+        layers.setdefault(0, {})  # what enters the first block is asked for, whatever is compressed there
     out: dict[str, np.ndarray] = {}
     sums: dict[str, Array] = {}
-    for i, j, received in run.watched(layers, "products"):
+    for i, j, received in run.watched(layers, "products", beside):
         sums = {name: sums[name] + value if j else value for name, value in received.items()}
         if run.is_last(j):  # the block is done
             count = np.float32(run.sequences_left * tokens.shape[1])
@@ -192,6 +190,16 @@ def _finite(sums: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return sums
 
 
+class Ends(Protocol):
+    """What takes, of a backward pass, what it has at its two ends: batch by batch, zero where a sequence is left out."""
+
+    def at_head(self, run: "BackwardPass", x: Array, live: Array, spread: Array) -> None:
+        """The hidden state that leaves the last block, (batch, time, n); which sequences count, (batch,); Σ p (1 − p), (vocab,)."""
+
+    def at_embedding(self, run: "BackwardPass", g: Array) -> None:
+        """The gradient at what enters the first block, (batch, time, n)."""
+
+
 class BackwardPass:
     """One backward pass of −Σ log p(labels), batch by batch; what is not finite on the way is left out.
 
@@ -209,8 +217,9 @@ class BackwardPass:
         tokens: np.ndarray,
         batch: int,
         devices: int | None,
-        labels: Callable[[int, Top, Array], np.ndarray],
+        labels: Callable[[int], Array | np.ndarray],
     ):
+        """`labels`: batch -> the labels, or, for labels from the model's own distribution, the draws (batch, time) in [0, 1)."""
         self.model, self._labels = model, labels
         self.tally, self.placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
         self.batch = -(-min(batch, len(tokens)) // self.placement.count) * self.placement.count
@@ -220,6 +229,11 @@ class BackwardPass:
         ]
         self.live = [min(self.batch, len(tokens) - s) for s in self.starts]
         self.lost = [np.zeros(self.batch, bool) for _ in self.starts]
+
+    def draws(self, j: int, seed: int) -> Float[Array, "batch time"]:
+        """Of batch j; each sequence has a key of its own."""
+        rows = self.placement.shard(self.starts[j] + np.arange(self.batch))
+        return _draws(jax.random.key(seed), rows, time=self.batches[j].shape[1])
 
     @property
     def sequences_left(self) -> int:
@@ -231,21 +245,23 @@ class BackwardPass:
         return j == len(self.batches) - 1
 
     def watched(
-        self, probes: dict[int, dict[str, Any]], watch: str, on_pulled: Callable[[int, Array], None] | None = None
+        self, probes: dict[int, dict[str, Any]], watch: str, ends: Ends | None = None
     ) -> Iterator[tuple[int, int, dict[str, Array]]]:
         """From the last block to the first of those in `probes`: (layer, batch, what its probes received).
 
         Args:
             probes: layer -> local name -> what receives.
             watch: "squares" or "products".
-            on_pulled: called with (batch, the gradient at what enters the first of those blocks), zero where it is left out.
+            ends: is handed what the pass has at the head and, of the first of those blocks, at its input.
         """
         top = self.placement.replicate(self.model.top())
 
         def head_gradient(j: int, x: Array) -> np.ndarray:
-            labels = np.array(self._labels(j, top, x))
-            labels[self.live[j] :], labels[self.lost[j]] = UNCOUNTED, UNCOUNTED
-            gradient, finite = _head_gradient(top, x, self.placement.shard(labels))
+            live = self.placement.shard((~self.lost[j] & (np.arange(self.batch) < self.live[j])).astype(np.float32))
+            of = self.placement.shard(self._labels(j))
+            gradient, finite, spread = _head_gradient(top, x, of, live, spread=ends is not None)
+            if ends is not None:
+                ends.at_head(self, x, live, spread)
             self._leave_out(j, ~np.asarray(finite), "the gradients that the head hands down")
             if self.is_last(j):
                 self.tally.check()
@@ -270,9 +286,9 @@ class BackwardPass:
                 pulled, received, _ = pull()
             if self.is_last(j):
                 self.tally.check()
-            if on_pulled is not None and i == min(probes):
+            if ends is not None and i == min(probes):
                 self._leave_out(j, ~np.asarray(finite_rows(pulled)), f"the gradients that enter model.layers.{i}")
-                on_pulled(j, self._finite_part(j, pulled))
+                ends.at_embedding(self, self._finite_part(j, pulled))
             return pulled, received
 
         return backward(
@@ -307,24 +323,50 @@ def _product_probes(run: BackwardPass, names: Sequence[str]) -> dict[int, dict[s
     return layers
 
 
-@jax.jit
-def sampled_labels(top: Top, x: Float[Array, "batch time n"], key: Array, rows: Int[Array, "batch"]) -> Int[Array, "batch time"]:
-    """A label for every position, from the model's own distribution; each sequence has a key of its own."""
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    return jax.vmap(jax.random.categorical)(keys, top(x)).astype(jnp.int32)
+@partial(jax.jit, static_argnames=("time",))
+def _draws(key: Array, rows: Int[Array, "batch"], *, time: int) -> Float[Array, "batch time"]:
+    """A number in [0, 1) for every position."""
+    return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (time,)))(rows)
 
 
-@jax.jit
-def _head_gradient(top: Top, x: Float[Array, "batch time n"], labels: Int[Array, "batch time"]) -> tuple[Array, Array]:
-    """∂ −Σ log p(label) / ∂x of the hidden state that leaves the last block, and which rows of it are finite."""
+@partial(jax.jit, static_argnames=("spread",))
+def _head_gradient(
+    top: Top, x: Float[Array, "batch time n"], labels: Shaped[Array, "batch time"], live: Float[Array, "batch"], *, spread: bool
+) -> tuple[Array, Array, Array]:
+    """∂ −Σ log p(label) / ∂x of the hidden state that leaves the last block, which rows of it are finite, and Σ p (1 − p) of every
+    token where `spread`; labels are given, or drawn by numbers in [0, 1)."""
 
-    def loss(x: Array) -> Array:
-        logp = jax.nn.log_softmax(top(x), axis=-1)
-        of = jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], axis=-1)[..., 0]
-        return -jnp.sum(jnp.where(labels >= 0, of, 0.0))
+    def part(fresh: Array, x: Array, labels: Array) -> tuple[Array, Array]:
+        logits, pull = jax.vjp(top, x)
+        p = jax.nn.softmax(logits, axis=-1)
+        if jnp.issubdtype(labels.dtype, jnp.floating):
+            labels = drawn(p, labels)
+        counted = live[:, None] * (labels >= 0)
+        gradient = (p - (labels[..., None] == jnp.arange(p.shape[-1]))) * counted[..., None]
+        return pull(gradient)[0], jnp.einsum("bt,btv->v", live[:, None] * fresh, p * (1 - p)) if spread else jnp.zeros(())
 
-    gradient = jax.grad(loss)(x)
-    return gradient, finite_rows(gradient)
+    gradient, sums = by_parts(part, x, labels)
+    return gradient, finite_rows(gradient), sums
+
+
+GROUP = 256  # tokens whose probabilities are added up first
+
+
+def drawn(p: Float[Array, "*rest vocab"], draws: Float[Array, "*rest"]) -> Int[Array, "*rest"]:
+    """A token from each distribution by its inverse distribution function at `draws`: the first at which Σ p exceeds it.
+
+    Sums are taken in groups of tokens: the group is found first, then the token in it.
+    """
+    fill = -p.shape[-1] % GROUP
+    groups = jnp.pad(p, [(0, 0)] * (p.ndim - 1) + [(0, fill)]).reshape(*p.shape[:-1], -1, GROUP)
+    below = jnp.cumsum(jnp.sum(groups, axis=-1), axis=-1)
+    # of what all of it adds up to in float32, so that no draw lies beyond the last token
+    wanted = draws[..., None] * below[..., -1:]
+    group = jnp.minimum(jnp.sum(below <= wanted, axis=-1, keepdims=True), below.shape[-1] - 1)
+    before = jnp.where(group > 0, jnp.take_along_axis(below, jnp.maximum(group - 1, 0), axis=-1), 0.0)
+    inside = jnp.cumsum(jnp.take_along_axis(groups, group[..., None], axis=-2)[..., 0, :], axis=-1)
+    at = jnp.sum(inside <= jnp.minimum(wanted - before, inside[..., -1:] * (1 - 2**-23)), axis=-1, keepdims=True)
+    return jnp.minimum(group * GROUP + at, p.shape[-1] - 1)[..., 0].astype(jnp.int32)
 
 
 @partial(jax.jit, static_argnames=("watch",))

@@ -9,9 +9,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_rows, zeroed
+from qlr_jax.calibration.second_moment import second_moment
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import HIGHEST, Block, Llama, Rope
+from qlr_jax.models.llama import Block, Llama, Rope
 from qlr_jax.models.names import input_names, input_of, linear_names
 from qlr_jax.models.sites import INPUTS
 
@@ -216,7 +217,6 @@ def _advance(
         rows = value.astype(jnp.float32).reshape(-1, value.shape[-1])
         for key, w in shares.get(name, {}).items():
             # √w on both sides keeps the sum exactly symmetric and positive semidefinite.
-            scaled = rows * jnp.sqrt(w).reshape(-1, 1)
-            moments[key] = jnp.einsum("ti,tj->ij", scaled, scaled, precision=HIGHEST, preferred_element_type=jnp.float32)
+            moments[key] = second_moment(rows * jnp.sqrt(w).reshape(-1, 1))
 
     return block(x, rope, tap=tap), moments, finite

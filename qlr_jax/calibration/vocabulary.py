@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qlr_jax.calibration.gradients import BackwardPass, sampled_labels
-from qlr_jax.models.llama import HIGHEST, Llama, Top
+from qlr_jax.calibration.gradients import BackwardPass
+from qlr_jax.calibration.second_moment import second_moment
+from qlr_jax.models.llama import Llama, RMSNorm
 from qlr_jax.models.names import EMBEDDING, HEAD
 
 
@@ -28,7 +29,6 @@ class RowMetric:
     row_weights: np.ndarray
 
 
-# one piece: its inner functions add to the sums of one pass
 def vocabulary_metrics(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],
@@ -68,31 +68,43 @@ def vocabulary_metrics(
         >>> {name: (m.hessian.shape, m.row_weights.shape) for name, m in found.items()}
         {'model.embed_tokens': ((4, 4), (8,)), 'lm_head': ((4, 4), (8,))}
     """
-    tokens, config = np.asarray(tokens, np.int32), model.config
-    size, rows, key = config.hidden_size, config.vocab_size, jax.random.key(seed)
-    states, gradients, chances = np.zeros((size, size)), np.zeros((size, size)), np.zeros(rows)
-
-    def labels(j: int, top: Top, x: Array) -> np.ndarray:
-        live = np.zeros(run.batch, np.float32)
-        live[: run.live[j]] = ~run.lost[j][: run.live[j]]
-        moments, spread = _head_moments(top, x, run.placement.shard(live))
-        states[...] += np.asarray(moments, np.float64)
-        chances[...] += np.asarray(spread, np.float64)
-        return np.array(sampled_labels(top, x, key, run.placement.shard(run.starts[j] + np.arange(run.batch))))
-
-    def on_pulled(j: int, g: Array) -> None:
-        gradients[...] += np.asarray(_moments(g), np.float64)
-
-    run = BackwardPass(model, tokens, batch, devices, labels)
-    for _, j, _ in run.watched({i: {} for i in range(config.num_hidden_layers)}, "products", on_pulled):
+    sums = VocabularySums(model)
+    run = BackwardPass(model, np.asarray(tokens, np.int32), batch, devices, lambda j: run.draws(j, seed))
+    for _, j, _ in run.watched({i: {} for i in range(model.config.num_hidden_layers)}, "products", sums):
         if progress is not None and run.is_last(j):
             progress(1)
-    seen = run.sequences_left * tokens.shape[1]
-    scale = model.model.embed_tokens.scale**2
-    counts = np.bincount(tokens.reshape(-1), minlength=rows) if counts is None else counts
-    embedding = RowMetric((scale * gradients / seen).astype(np.float32), counts / counts.sum())
-    head = RowMetric((states / seen).astype(np.float32), chances / seen)
-    return {EMBEDDING: _tied(embedding, head)} if model.lm_head is None else {EMBEDDING: embedding, HEAD: head}
+    return sums.metrics(np.bincount(np.ravel(tokens), minlength=model.config.vocab_size) if counts is None else counts)
+
+
+class VocabularySums:
+    """`vocabulary_metrics`, of a backward pass that is made for something else as well (`output_hessians`, beside)."""
+
+    def __init__(self, model: Llama):
+        size = model.config.hidden_size
+        self._tied, self._scale = model.lm_head is None, model.model.embed_tokens.scale**2
+        self._states, self._gradients = np.zeros((size, size)), np.zeros((size, size))
+        self._chances, self._norm = np.zeros(model.config.vocab_size), model.model.norm
+        self._run: BackwardPass | None = None
+
+    def at_head(self, run: BackwardPass, x: Array, live: Array, spread: Array) -> None:
+        self._run = run
+        self._states += np.asarray(_normed_moment(run.placement.replicate(self._norm), x, live), np.float64)
+        self._chances += np.asarray(spread, np.float64)
+
+    def at_embedding(self, run: BackwardPass, g: Array) -> None:
+        self._gradients += np.asarray(_moment(g), np.float64)
+
+    def metrics(self, counts: np.ndarray) -> dict[str, RowMetric]:
+        """What `vocabulary_metrics` returns, once the pass is done.
+
+        Args:
+            counts: how often each token comes, (vocabulary,).
+        """
+        assert self._run is not None, "a pass has been made"
+        seen = self._run.sequences_left * self._run.batches[0].shape[1]
+        embedding = RowMetric((self._scale * self._gradients / seen).astype(np.float32), counts / counts.sum())
+        head = RowMetric((self._states / seen).astype(np.float32), self._chances / seen)
+        return {EMBEDDING: _tied(embedding, head)} if self._tied else {EMBEDDING: embedding, HEAD: head}
 
 
 def _tied(embedding: RowMetric, head: RowMetric) -> RowMetric:
@@ -104,15 +116,11 @@ def _tied(embedding: RowMetric, head: RowMetric) -> RowMetric:
 
 
 @jax.jit
-def _moments(g: Float[Array, "batch time n"]) -> Float[Array, "n n"]:
-    """Σ g gᵀ."""
-    rows = g.astype(jnp.float32).reshape(-1, g.shape[-1])
-    return jnp.einsum("ti,tj->ij", rows, rows, precision=HIGHEST, preferred_element_type=jnp.float32)
+def _moment(g: Float[Array, "batch time n"]) -> Float[Array, "n n"]:
+    return second_moment(g.astype(jnp.float32))
 
 
 @jax.jit
-def _head_moments(top: Top, x: Float[Array, "batch time n"], live: Float[Array, "batch"]) -> tuple[Array, Array]:
-    """Σ x xᵀ of the normed states and Σ p (1 − p), of the sequences that are live."""
-    normed = top.norm(x) * live[:, None, None]
-    p = jax.nn.softmax(top(x), axis=-1)
-    return _moments(normed), jnp.einsum("b,btv->v", live, p * (1 - p))
+def _normed_moment(norm: RMSNorm, x: Float[Array, "batch time n"], live: Float[Array, "batch"]) -> Float[Array, "n n"]:
+    """Of the normed states of the sequences that are live."""
+    return second_moment(norm(x).astype(jnp.float32) * live[:, None, None])

@@ -13,6 +13,7 @@ from qlr_jax.calibration.backward import backward
 from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
+from qlr_jax.models.forward import by_parts
 from qlr_jax.models.llama import Block, Rope, Top, exact_product, shallow_copy
 
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
@@ -125,14 +126,15 @@ def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: 
 def _head_gradient(top: Top, error: Array | None, x: Array, logp: Array, live: Array) -> tuple[Array, Array]:
     """∂ Σ KL / ∂x of the hidden state that leaves the last block, and ⟨∂ΣKL/∂W, ΔW⟩ of the head."""
 
-    def divergence(x: Array, step: Array) -> Array:
-        logits = top(x)
-        if error is not None:
-            logits = logits + step * exact_product(top.norm(x), error)
-        q = jax.nn.log_softmax(logits, axis=-1)
-        return jnp.sum(live[:, None, None] * jnp.exp(logp) * (logp - q))
+    def part(fresh: Array, x: Array, logp: Array) -> tuple[Array, Array]:
+        logits, pull = jax.vjp(top, x)
+        p = jnp.exp(logp)
+        slope = live[:, None, None] * (jnp.sum(p, axis=-1, keepdims=True) * jax.nn.softmax(logits, axis=-1) - p)
+        if error is None:
+            return pull(slope)[0], jnp.zeros(())
+        return pull(slope)[0], jnp.vdot(fresh[:, None] * slope, exact_product(top.norm(x), error))
 
-    return jax.grad(divergence, argnums=(0, 1))(x, jnp.float32(0))
+    return by_parts(part, x, logp)
 
 
 @jax.jit

@@ -45,18 +45,21 @@ def calibrate(source: Source, text: str | Corpus, progress: Progress, spill: Spi
     else:
         hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
         tokens = np.delete(tokens, list(hessians.left_out), axis=0)
-    outputs = {}
+    outputs, sums = {}, calibration.VocabularySums(model) if source.settings.vocabulary else None
     if recipe.outputs == "fisher":
         if source.settings.outputs_fit or (source.settings.streaming and spill):
-            outputs = _output_hessians(source, tokens, progress, keep("outputs"))
+            outputs = _output_hessians(source, tokens, progress, keep("outputs"), sums)
         else:
             needed, room = source.settings.output_bytes, OUTPUTS_SHARE * machine_memory()
             progress.say(
                 f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
                 "machine's memory): all outputs count alike"
             )
-    if source.settings.vocabulary:
-        metrics = _vocabulary_metrics(source, tokens, progress)
+    if sums is not None:
+        counts = np.bincount(tokens.reshape(-1), minlength=model.config.vocab_size)
+        # the pass of the output Hessians, where there was one, has them too
+        found = sums.metrics(counts) if outputs else _vocabulary_metrics(source, tokens, counts, progress)
+        metrics = {name: found[name] for name in source.settings.vocabulary}
         hessians |= {name: checked_hessian(m.hessian, len(m.hessian)) for name, m in metrics.items()}
         outputs |= {name: m.row_weights for name, m in metrics.items()}
     sample = reference(model, calibration.subsample(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
@@ -75,7 +78,13 @@ def check_texts(source: Source, *texts: Corpus | None) -> None:
             text.ids(source.tokenizer, source.model.config.vocab_size)
 
 
-def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, keep: Callable[[str, Any], Any]) -> Any:
+def _output_hessians(
+    source: Source,
+    tokens: np.ndarray,
+    progress: Progress,
+    keep: Callable[[str, Any], Any],
+    beside: calibration.VocabularySums | None,
+) -> Any:
     recipe = source.recipe
     with progress.stage("calibrating: outputs", total=source.model.config.num_hidden_layers) as stage:
         outputs = calibration.output_hessians(
@@ -85,20 +94,19 @@ def _output_hessians(source: Source, tokens: np.ndarray, progress: Progress, kee
             seed=recipe.seed,
             progress=stage.advance,
             keep=lambda name, g: keep(name, checked_hessian(g, len(g), "outputs")),
+            beside=beside,
         )
     if outputs.left_out:
         progress.say(f"calibrating: outputs: {outputs.summary()}")
     return outputs
 
 
-def _vocabulary_metrics(source: Source, tokens: np.ndarray, progress: Progress) -> dict[str, RowMetric]:
-    """The metrics of embedding and head, on as much text as they need."""
+def _vocabulary_metrics(source: Source, tokens: np.ndarray, counts: np.ndarray, progress: Progress) -> dict[str, RowMetric]:
+    """The metrics of embedding and head in a pass of their own, on as much text as they need."""
     recipe, config = source.recipe, source.model.config
-    counts = np.bincount(tokens.reshape(-1), minlength=config.vocab_size)
     sample = calibration.subsample(tokens, vocabulary_tokens(config, recipe))
     with progress.stage("calibrating: vocabulary", total=config.num_hidden_layers) as stage:
-        found = calibration.vocabulary_metrics(source.model, sample, counts=counts, seed=recipe.seed, progress=stage.advance)
-    return {name: found[name] for name in source.settings.vocabulary}
+        return calibration.vocabulary_metrics(source.model, sample, counts=counts, seed=recipe.seed, progress=stage.advance)
 
 
 def calibration_tokens(source: Source, text: str | Corpus, say: Callable[[str], None] = lambda line: None) -> np.ndarray:
