@@ -113,7 +113,8 @@ def _vocabulary(job: Counted) -> Iterator[Part]:
     if not sizes:
         return
     yield Part("load", "embedding and head, a float32 copy", host=4 * sum(sizes), kept=True)
-    yield from _backward(job, "calibrate: vocabulary", max(1, job.vocabulary_tokens // job.length))
+    if not job.outputs:
+        yield from _backward(job, "calibrate: vocabulary", max(1, job.vocabulary_tokens // job.length))
     yield Part(
         "measure: attribution",
         "errors of embedding and head, and what they are moved to",

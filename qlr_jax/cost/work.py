@@ -31,7 +31,7 @@ def work(job: Counted) -> dict[str, Work]:
         found["calibrate: gradients"] = Work(products=(3 * body + 2 * head) * tokens, passed=3 * soft * tokens)
     if job.outputs:
         found["calibrate: outputs"] = Work(
-            products=(3 * body + 3 * head + job.outputs / 2) * job.output_sequences * job.length,
+            products=(3 * body + 2 * head + job.outputs / 2) * job.output_sequences * job.length,
             passed=(3 * soft + 40 * config.vocab_size) * job.output_sequences * job.length + 12 * job.outputs / 4,
             checked=sum(m**3 for m, _ in job.shapes.values()) / 3,
             compiled=COMPILED["calibrate"] / 2,
@@ -40,9 +40,9 @@ def work(job: Counted) -> dict[str, Work]:
     found["calibrate: reference"] = score
     found["measure: spectra"] = sum((_profile(job, shape) * count for (_, shape), count in job.groups.items()), Work())
     found["measure: probes"] = probe_solves(job)
-    if job.settings.vocabulary:
+    if job.settings.vocabulary and not job.outputs:  # else they come of the pass of the output Hessians
         found["calibrate: vocabulary"] = Work(
-            products=(3 * body + 4 * head) * job.vocabulary_tokens,
+            products=(3 * body + 2 * head) * job.vocabulary_tokens,
             passed=(3 * soft + 60 * config.vocab_size) * job.vocabulary_tokens,
             compiled=COMPILED["calibrate"] / 2,
         )
