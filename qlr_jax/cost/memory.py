@@ -141,7 +141,7 @@ def _measure(job: Counted) -> Iterator[Part]:
         errors = 4 * job.linear_weights // layers
         # two blocks' errors while one gives way to the next; in a pass the moved weights and their gradients, and a copy
         yield Part(stage, "errors of two blocks, and passes' copies of one's", host=2 * errors, device=3 * errors)
-        yield from _backward(job, stage, job.windows)
+        yield from _backward(job, stage, job.windows, compared=True)
         return
     if method == "second-order":
         yield Part(stage, "errors of all matrices", device=4 * job.weights)
@@ -186,8 +186,8 @@ def _states(job: Counted, stage: str, tokens: int) -> Part:
     return Part(stage, "hidden states of all windows", host=4 * tokens * job.config.hidden_size)
 
 
-def _backward(job: Counted, stage: str, sequences: int) -> Iterator[Part]:
-    """Memory of `calibration.backward`."""
+def _backward(job: Counted, stage: str, sequences: int, compared: bool = False) -> Iterator[Part]:
+    """Memory of `calibration.backward`; where it compares, with the original's log-probabilities of a batch."""
     config, batch = job.config, min(BACKWARD, sequences) * job.length
     if job.in_file(sequences):
         yield Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
@@ -195,7 +195,7 @@ def _backward(job: Counted, stage: str, sequences: int) -> Iterator[Part]:
         yield Part(stage, "hidden states at all blocks", host=job.boundaries(sequences))
     attention = config.num_attention_heads * job.length
     layer = 4 * batch * (14 * config.hidden_size + 8 * config.intermediate_size + 5 * attention)
-    top = "logits of a batch and their gradient", 20 * batch * config.vocab_size
+    top = "logits of some positions and their gradient", (20 * AT_ONCE + 8 * batch * compared) * config.vocab_size
     yield _larger(stage, ("one layer's activations and gradients", layer), top)
 
 
