@@ -149,6 +149,8 @@ def measured(name: str, tree: Path, caches: Path, options: argparse.Namespace) -
     """Seconds and memory of one run."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("JAX_COMPILATION_CACHE")}
     environment = kept | {"PYTHONPATH": str(tree), "XDG_CACHE_HOME": str(caches), "JAX_PLATFORMS": "cpu"}
+    if ROWS[name].code:  # as a command would; the library alone keeps nothing that it compiles
+        environment |= {"JAX_COMPILATION_CACHE_DIR": str(caches / "jax"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     with tempfile.TemporaryDirectory() as folder:
         before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
         line = command(name, tree, Path(folder), options)
