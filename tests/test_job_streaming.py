@@ -29,7 +29,7 @@ from qlr_jax.sensitivity import path_shares
 from qlr_jax.settings.recipe import Recipe
 
 CONFIG = LlamaConfig(
-    vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64
+    vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64
 )
 TOKENS = np.random.default_rng(0).integers(0, 2048, (5, 16))
 
