@@ -28,9 +28,10 @@ import pytest
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # as jobs do: loops that overlap can wait for each other for ever
 
 # Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
+# run_workspace comes before run_processes: what it compiled, those three at once need not.
 SLOW = """
-    demo core_sharding adaptation formats run_processes job core_quantizers core_solver run_workspace formats_kernels
-    job_streaming formats_targets examples
+    demo adaptation core_sharding run_workspace formats pipelines_nvfp4 job run_processes job_streaming formats_targets
+    core_quantizers sensitivity core_solver formats_tools pipelines_adapt models_import examples formats_kernels
 """
 
 
