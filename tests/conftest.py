@@ -47,6 +47,10 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
+
+
 MOST_MAPS = 30_000  # areas of memory; Linux gives a process 65,530, and XLA's compiler crashes where there are no more
 
 
