@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -50,10 +49,10 @@ def backward(
         QLRError: no room for the temporary file.
     """
     layers, rope = model.config.num_hidden_layers, placement.replicate(model.rope(batches[0].shape[1]))
-    x = np.asarray(model.embed(jnp.asarray(batches[0])))
+    x = np.asarray(model.embed(batches[0]))
     with _StateStore((layers - first + 1, len(batches)), x.shape, x.dtype) as states:  # at [i − first]: what enters block i
         for j, tokens in enumerate(batches):
-            states[0, j] = np.asarray(model.embed(jnp.asarray(tokens)))
+            states[0, j] = np.asarray(model.embed(tokens))
         for i in range(layers):
             block, at, to = placement.replicate(model.block(i)), max(i - first, 0), max(i + 1 - first, 0)
             for j in range(len(batches)):

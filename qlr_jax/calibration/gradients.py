@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from qlr_jax.calibration.backward import backward
 from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_on_host, finite_rows, zeroed
+from qlr_jax.calibration.hessians import added
 from qlr_jax.calibration.second_moment import second_moment
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
@@ -161,7 +162,7 @@ def output_hessians(
     out: dict[str, np.ndarray] = {}
     sums: dict[str, Array] = {}
     for i, j, received in run.watched(layers, "products", beside):
-        sums = {name: sums[name] + value if j else value for name, value in received.items()}
+        sums = added(sums, received) if j else received
         if run.is_last(j):  # the block is done
             count = np.float32(run.sequences_left * tokens.shape[1])
             mean = {f"model.layers.{i}.{name}": np.asarray(total, np.float32) / count for name, total in sums.items()}
@@ -314,8 +315,9 @@ class BackwardPass:
 
 def _product_probes(run: BackwardPass, names: Sequence[str]) -> dict[int, dict[str, Any]]:
     """Layer -> local name -> zeros of G (m, m) and of ‖g‖² by sequence; one of each size serves all blocks."""
-    sizes, each = {name: shape_of(run.model.config, name)[0] for name in names}, run.placement.shard(jnp.zeros(run.batch))
-    zeros = {m: (run.placement.replicate(jnp.zeros((m, m))), each) for m in sorted(set(sizes.values()))}
+    sizes = {name: shape_of(run.model.config, name)[0] for name in names}
+    each = run.placement.shard(np.zeros(run.batch, np.float32))
+    zeros = {m: (run.placement.replicate(np.zeros((m, m), np.float32)), each) for m in sorted(set(sizes.values()))}
     layers: dict[int, dict[str, Any]] = {}
     for name in names:
         i = layer_of(name)

@@ -12,7 +12,7 @@ from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_rows, ze
 from qlr_jax.calibration.second_moment import second_moment
 from qlr_jax.core.sharding import sequence_placement
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Block, Llama, Rope
+from qlr_jax.models.llama import Block, Llama, Rope, embedded
 from qlr_jax.models.names import input_names, input_of, linear_names
 from qlr_jax.models.sites import INPUTS
 
@@ -107,7 +107,7 @@ class _ForwardPass:
         embedding = self._placement.replicate(model.model.embed_tokens)
         self._rope = self._placement.replicate(model.rope(tokens.shape[1]))
         rows = (self._placement.shard(tokens[s : s + self._batch]) for s in self._starts)
-        self._states = [np.asarray(_embed(embedding, part)) for part in rows]
+        self._states = [np.asarray(embedded(embedding, part)) for part in rows]
 
     def through_block(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
         """Put all sequences through block i: its H one by one, by name."""
@@ -117,7 +117,7 @@ class _ForwardPass:
         sums: dict[str, Array] = {}
         for j in range(len(self._states)):
             moments = self._through_batch(j, block, prefix, here)
-            sums = {name: sums[name] + h if sums else h for name, h in moments.items()}
+            sums = added(sums, moments) if sums else moments
         self.tally.check()
         for name, h in sums.items():
             summed = np.asarray(h, np.float32)
@@ -189,6 +189,12 @@ def _check_tokens(model: Llama, tokens: np.ndarray) -> None:
         )
 
 
+@jax.jit
+def added(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    """Sums by name, from one program for all of them."""
+    return jax.tree.map(jnp.add, sums, more)
+
+
 def _shares(name: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """w / Σ w, checked."""
     if w.shape != shape:
@@ -196,11 +202,6 @@ def _shares(name: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if not np.isfinite(w).all() or w.min() < 0 or w.max() <= 0:
         raise QLRError(f"the token weights of {name} must be finite, at least 0, and not all 0")
     return w / w.sum(dtype=np.float64).astype(np.float32)
-
-
-@jax.jit
-def _embed(embedding: Any, tokens: Array) -> Array:
-    return embedding(tokens)
 
 
 @jax.jit

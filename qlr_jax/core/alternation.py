@@ -87,7 +87,10 @@ def first_step(problem: MatrixProblem) -> State:
     better = other.best_error < state.best_error
     if not better.any():
         return state
-    basis, now, best = _chosen(better, (other.basis, other.now, other.best), (state.basis, state.now, state.best))
+    assert state.basis is not None and other.basis is not None
+    # one by one: iterates are all of one kind, and one program chooses among them
+    now, best = _chosen(better, other.now, state.now), _chosen(better, other.best, state.best)
+    basis = problem.placement.place(np.where(better[:, None, None], other.basis, state.basis))
     error, best_error = (np.where(better, *pair) for pair in ((other.error, state.error), (other.best_error, state.best_error)))
     trail = tuple(np.where(better, a, b) for a, b in zip(other.trail, state.trail, strict=True))
     return State(now, basis, error, best, best_error, trail)
@@ -97,7 +100,9 @@ def init(problem: MatrixProblem, start: str) -> State:
     """Before the first step: no backbone yet, and the factors of W in the metric that `start` names (zero for "backbone")."""
     b, _, n = problem.weight.shape
     none_yet = np.full(b, np.inf, np.float32)
-    blank = Iterate(jnp.zeros_like(problem.weight), jnp.zeros((b, 0)), jnp.ones((b,)), (), no_factors(b))
+    # numpy's: JAX would compile zeros for every shape
+    arrays: Any = (np.zeros(problem.weight.shape, np.float32), np.zeros((b, 0), np.float32), np.ones(b, np.float32))
+    blank = Iterate(arrays[0], arrays[1], arrays[2], (), no_factors(b))
     now = jax.tree.map(problem.placement.place, blank)
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
@@ -109,9 +114,10 @@ def init(problem: MatrixProblem, start: str) -> State:
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
         factors, _, _ = _fit(problem, problem.weight, basis, 1)
         return replace(state, now=replace(now, factors=factors), basis=basis)
-    metric, plain = problem.metric.regular, config.factor_rounding == "plain"
+    metric: Any = problem.metric.regular
+    plain = config.factor_rounding == "plain"
     if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
-        metric, plain = jnp.eye(n)[None], True
+        metric, plain = np.eye(n, dtype=np.float32)[None], True
     elif start == "outliers":
         metric = problem.placement.place(
             rotated_hessian(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.rotation)
@@ -138,13 +144,13 @@ def _random_basis(problem: MatrixProblem) -> Array:
     assert problem.mask is not None
     b, m, n = problem.weight.shape
     columns = min(len(problem.mask), m, n)
-    return problem.placement.place(jnp.asarray(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns))))
+    return problem.placement.place(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns)))
 
 
 def improve_backbone(problem: MatrixProblem, state: State) -> State:
     """Q ← LDLQ(W − L R), in the metric H or its downdate, and in that of the outputs."""
     quantizer, factors, metric = problem.backbone, state.now.factors, problem.metric
-    width, low_rank = column_block(quantizer), _product(factors) if problem.spec.rank else None
+    width, low_rank = column_block(quantizer), (factors.left, factors.right) if problem.spec.rank else None
     tau = downdate_strength(problem.spec, problem.config)
     if tau:
         reduced = downdated(metric.hessian, factors.right, tau)
@@ -197,9 +203,6 @@ def _fit(
     )
     error = _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
     return factors, basis, error
-
-
-_product = sharded(Factors.product)
 
 
 @sharded

@@ -77,7 +77,7 @@ def downdated(hessian: Array, right: Array, strength: float) -> Array:
 @partial(jax.jit, static_argnames=("static", "refit"))
 def round_backbone(
     weight: Array,
-    low_rank: Array | None,
+    low_rank: tuple[Array, Array] | None,
     hessian: Array,
     energy: Array,
     factor: Array,
@@ -96,7 +96,7 @@ def round_backbone(
 
     Args:
         weight: W, (b, m, n).
-        low_rank: L R, (b, m, n); None at rank 0.
+        low_rank: L diag(s), (b, m, r), and R, (b, r, n); None at rank 0.
         hessian: H, that the error is evaluated in, (b, n, n) or (1, n, n).
         energy: tr(G W H Wᵀ), (b,).
         factor: F of H or of its downdate, at the quantizer's column block.
@@ -106,7 +106,7 @@ def round_backbone(
         refit: fit a unit grid's scale to the result.
     """
     m, n = weight.shape[-2:]
-    residual = weight if low_rank is None else weight - low_rank
+    residual = weight if low_rank is None else weight - jnp.matmul(*low_rank, precision="highest")
     # scales of a grid's own are of rows or parts of them; that of a unit grid is of the matrix
     scales = (
         static.fit_qparams(residual, per_row=False)

@@ -46,7 +46,7 @@ class Factors:
 
 def no_factors(count: int) -> Factors:
     """Rank 0: nothing stored, nothing added."""
-    empty = jnp.zeros((count, 0))
+    empty: Any = np.zeros((count, 0), np.float32)
     return Factors(empty, empty, empty, empty, empty, (), ())
 
 

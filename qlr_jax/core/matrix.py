@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.quantizers import DEFAULT_STATE_BITS
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
@@ -98,18 +99,18 @@ class QLRMatrix:
     def backbone(self) -> Array:
         """g · Q (m, n) in the rotated basis."""
         rows, cols = self.shape
-        scale = self.arrays["scale"][0] if "scale" in self.arrays else 1.0
-        return scale * self.spec.quantizer(self.layout.state_bits, self.shape).decode(self.part("backbone"), rows, cols)
+        found = _decoded(self.spec.quantizer(self.layout.state_bits, self.shape), self.part("backbone"), rows, cols)
+        return self.arrays["scale"][0] * found if "scale" in self.arrays else found
 
     def factors(self) -> tuple[Array, Array]:
         """g · L diag(s) (m, rank) and R (rank, n), in the rotated basis."""
         rows, cols = self.shape
         spec = self.spec
         of_left, of_right = spec.factor_quantizers(self.layout.state_bits)
-        left = of_left.decode(self.part("left"), spec.rank, rows).T * self.arrays["scale"][0]
+        left = _decoded(of_left, self.part("left"), spec.rank, rows).T * self.arrays["scale"][0]
         if spec.component_scales:
             left = left * self.arrays["component_scale"].astype(jnp.float32)
-        return left, of_right.decode(self.part("right"), spec.rank, cols)
+        return left, _decoded(of_right, self.part("right"), spec.rank, cols)
 
     def unrotated_factors(self) -> tuple[Array, Array]:
         """(Uᵀ L, R V): factors of the same product in the basis of W, with no rotation left in them."""
@@ -145,14 +146,17 @@ class QLRMatrix:
         if not self.spec.by_rows:
             return q
         _, (v, block) = self.rotations
-        return hadamard.unrotate(q, v, block) * jnp.asarray(self.arrays["row_scales"])[index, None].astype(jnp.float32)
+        scales = self.arrays["row_scales"]
+        scales = scales if isinstance(q, np.ndarray) else jnp.asarray(scales)
+        return hadamard.unrotate(q, v, block) * scales[index, None].astype(jnp.float32)
 
     def dense(self) -> Array:
         """Ŵ (m, n) in float32."""
         total = self._by_rows(self.backbone())
         if self.spec.rank:
             left, right = self.factors()
-            total = total + jnp.matmul(left, right, precision="highest")
+            host = isinstance(left, np.ndarray) and isinstance(right, np.ndarray)
+            total = total + (left @ right if host else jnp.matmul(left, right, precision="highest"))
         if not self.spec.rotated:
             return total
         (u, ub), (v, vb) = self.rotations
@@ -174,3 +178,15 @@ class QLRMatrix:
         """The inverse of `tree_flatten_with_keys`."""
         names, layout = aux
         return cls(dict(zip(names, leaves, strict=True)), layout)
+
+
+def _decoded(quantizer: Quantizer, arrays: Mapping[str, Array], rows: int, cols: int) -> Any:
+    """What a part's arrays mean; of arrays on the host it comes to lie there, and is made by numpy or by one program."""
+    if not arrays or not all(isinstance(array, np.ndarray) for array in arrays.values()):
+        return quantizer.decode(arrays, rows, cols)
+    return np.asarray(quantizer.decode(arrays, rows, cols) if quantizer.decodes_on_host else _decode(arrays, quantizer, rows, cols))
+
+
+@partial(jax.jit, static_argnames=("quantizer", "rows", "cols"))
+def _decode(arrays: Mapping[str, Array], quantizer: Quantizer, rows: int, cols: int) -> Array:
+    return quantizer.decode(arrays, rows, cols)

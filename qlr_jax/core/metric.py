@@ -57,8 +57,8 @@ class Metric:
         peak = np.abs(hessians).max(axis=(1, 2))
         original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
         rotation = (hadamard.signs(seed, side, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
-        hessian = rotated_hessian(original, rotation)
-        return cls(original, hessian, damped(hessian, config.damping), rotation, config.damping)
+        hessian, regular = _prepared(original, rotation and rotation[0], config.damping, block=rotation[1] if rotation else 0)
+        return cls(original, hessian, regular, rotation, config.damping)
 
     def of(self, i: int) -> np.ndarray:
         """H of one matrix of the batch, as given."""
@@ -98,8 +98,8 @@ class Metric:
             if self.source:
                 self._factors[width] = self.placement.place(self.source.factor(width)), self.source.noise_gain(width)
             else:
-                factor = ldl(self.hessian, self.damping, width=width)
-                self._factors[width] = factor, np.asarray(noise_gain(factor))
+                factor, gain = _ldl_and_gain(self.regular, width=width)
+                self._factors[width] = factor, np.asarray(gain)
         return self._factors[width]
 
 
@@ -109,11 +109,26 @@ def rotated_hessian(hessian: np.ndarray, rotation: tuple[np.ndarray, int] | None
 
 
 @partial(jax.jit, static_argnames=("block",))
+def _prepared(hessian: Array, sign: Array | None, damping: float, block: int) -> tuple[Array, Array]:
+    """V H Vᵀ, H itself without signs, and the same damped."""
+    hessian = hessian if sign is None else hadamard.rotate_hessian(hessian, sign, block)
+    return hessian, damped(hessian, damping)
+
+
+@partial(jax.jit, static_argnames=("block",))
 def _rotate(hessian: Array, sign: Array, block: int) -> Array:
     return hadamard.rotate_hessian(hessian, sign, block)
 
 
 _cholesky = sharded(jax.jit(jnp.linalg.cholesky), factors=True)
+
+
+@partial(sharded, factors=True)
+@partial(jax.jit, static_argnames=("width",))
+def _ldl_and_gain(regular: Array, width: int) -> tuple[Array, Array]:
+    """F of the damped H, padded to whole blocks, and its φ."""
+    factor = feedback(pad_metric(regular, width), width)[0]
+    return factor, noise_gain(factor)
 
 
 @partial(sharded, factors=True)

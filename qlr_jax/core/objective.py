@@ -69,6 +69,24 @@ def relative_error(
     return jnp.sqrt(jnp.where(num > 0, num / jnp.where(den > 0, den, 1.0), 0.0))
 
 
+@jax.jit
+def relative_errors(weight: Array, approximation: Array, hessian: Array, output: Array | None) -> tuple[Array, Array]:
+    """(`relative_error` without G, that with G) of one matrix, from one program.
+
+    Args:
+        weight, approximation: W and Ŵ, (m, n).
+        hessian, output: H and G; without G both errors are the same.
+    """
+    error, whole = weight - approximation, []
+    for of in (error, weight):
+        weighted = jnp.matmul(of, hessian, precision="highest")
+        plain = jnp.sum(weighted * of)
+        whole.append((plain, plain if output is None else jnp.sum(weighted * jnp.matmul(output, of, precision="highest"))))
+    num, den = jnp.maximum(jnp.asarray(whole), 0.0)
+    found = jnp.sqrt(jnp.where(num > 0, num / jnp.where(den > 0, den, 1.0), 0.0))
+    return found[0], found[1]
+
+
 def damped(hessian: Float[Array, "*b n n"], fraction: float) -> Float[Array, "*b n n"]:
     """H + fraction · mean(diag H) · I (the identity where H is zero): positive definite for any semi-definite H."""
     n = hessian.shape[-1]

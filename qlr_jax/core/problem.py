@@ -84,15 +84,17 @@ class MatrixProblem:
         if not backbone.unit_scale:
             size = plain_unit(size) if spec.has_scale else np.ones_like(size)
         metric, output = metric.placed(placement), output and output.placed(placement)
-        weight = placement.place(jnp.asarray(weights / size.astype(np.float32)[:, None, None]))
-        if metric.rotation is not None:
+        weight = placement.place(jax.device_put(weights / size.astype(np.float32)[:, None, None]))
+        metrics = metric.hessian, output and output.hessian
+        if metric.rotation is None:
+            energy = _energy(weight, *metrics)
+        else:
             (u, u_block), (v, v_block) = hadamard.rotations((m, n), seed, config.rotation_block)
-            weight = _rotated(weight, u, v, blocks=(u_block, v_block))
+            weight, energy = _rotated(weight, *metrics, u, v, blocks=(u_block, v_block))
         mask = None
         if spec.rank:
             columns = -(-bucket(spec.rank, min(m, n)) // 8) * 8
             mask = (np.arange(columns) < spec.rank).astype(np.float32)
-        energy = _energy(weight, metric.hessian, output and output.hessian)
         return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
 
     @property
@@ -118,10 +120,13 @@ def plain_unit(size: np.ndarray) -> np.ndarray:
 
 @sharded
 @partial(jax.jit, static_argnames=("blocks",))
-def _rotated(weight: Array, u: Array, v: Array, blocks: tuple[int, int]) -> Array:
-    """U W Vᵀ."""
+def _rotated(
+    weight: Array, hessian: Array, output: Array | None, u: Array, v: Array, blocks: tuple[int, int]
+) -> tuple[Array, Array]:
+    """U W Vᵀ, and its energy."""
     weight = hadamard.rotate(weight, v, blocks[1])
-    return jnp.swapaxes(hadamard.rotate(jnp.swapaxes(weight, -1, -2), u, blocks[0]), -1, -2)
+    weight = jnp.swapaxes(hadamard.rotate(jnp.swapaxes(weight, -1, -2), u, blocks[0]), -1, -2)
+    return weight, quadratic_by_rows(weight, hessian, output)
 
 
 _energy = sharded(jax.jit(quadratic_by_rows))

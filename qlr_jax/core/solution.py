@@ -14,7 +14,7 @@ from qlr_jax.core.alternation import Iterate
 from qlr_jax.core.bounds import covering_bound
 from qlr_jax.core.factors import pack_factors
 from qlr_jax.core.matrix import QLRMatrix
-from qlr_jax.core.objective import relative_error
+from qlr_jax.core.objective import relative_errors
 from qlr_jax.core.problem import MatrixProblem
 
 
@@ -85,13 +85,15 @@ def finish(
     for i in range(len(problem.original)) if wanted is None else wanted:  # the weights on several devices are filled up
         value, original = _packed(problem, best, i), problem.original[i]
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
-        pair = original / peak, value.dense() / peak
-        stats: dict[str, Any] = {"relative_error": float(relative_error(*pair, problem.metric.of(i)))}
+        errors = relative_errors(
+            original / peak, value.dense() / peak, problem.metric.of(i), None if problem.output is None else problem.output.of(i)
+        )
+        stats: dict[str, Any] = {"relative_error": float(errors[0])}
         history = [float(errors[i]) for errors in histories[i]]
         stats |= {"history": history, "iterations": len(history) // half_steps}
         stats["bound"], stats["bound_note"] = _bound(problem, best, value, i)
         if problem.output is not None:
-            stats["weighted_error"] = float(relative_error(*pair, problem.metric.of(i), problem.output.of(i)))
+            stats["weighted_error"] = float(errors[1])
         solutions.append(Solution(value, _verdict(problem, i, bool(converged[i])), stats))
     return solutions
 
@@ -112,7 +114,7 @@ def _packed(problem: MatrixProblem, best: Iterate, i: int) -> QLRMatrix:
 
 def _bound(problem: MatrixProblem, best: Iterate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
     """(bound on the relative error, None), or (None, why there is none)."""
-    backbone, energy, metric = problem.backbone, float(problem.energy[i]), problem.metric
+    backbone, energy, metric = problem.backbone, float(np.asarray(problem.energy)[i]), problem.metric
     n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
     own = tuple(s[i] for s in best.scales)
     radius = backbone.covering_radius((best.scale[i].reshape(1, 1), *own) if backbone.unit_scale else own, n)
@@ -135,7 +137,7 @@ def _bound(problem: MatrixProblem, best: Iterate, value: QLRMatrix, i: int) -> t
         error = error - stored / problem.unit[i]
     else:
         error = error - best.q[i]
-    rounding = error + error @ np.asarray(metric.factor(width)[at], np.float64)[:n, :n]  # what each rounding missed its target by
+    rounding = error + error @ np.asarray(metric.factor(width), np.float64)[at][:n, :n]  # what each rounding missed its target by
     squared = covering_bound(rounding, np.asarray(radius), metric.block_norms(at, width), width)
     return float(np.sqrt(squared / energy)), None
 

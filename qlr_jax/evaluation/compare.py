@@ -98,7 +98,7 @@ class LastStates:
     def __iter__(self) -> Iterator[Float[Array, "1 length n"]]:
         """Window by window."""
         batch = len(self.states[0])
-        return (jnp.asarray(self.states[i // batch][i % batch][None]) for i in range(len(self.windows)))
+        return (jax.device_put(self.states[i // batch][i % batch][None]) for i in range(len(self.windows)))
 
 
 def run_windows(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> LastStates:
@@ -167,7 +167,7 @@ def divergence(candidate: Llama, reference: Reference) -> Comparison:
     """
     # One window at a time is copied to where it is compared; rounded to float16 its probabilities no longer add up to 1, so it is
     # normalised there.
-    originals = ((None, jnp.asarray(reference.logp[i : i + 1])) for i in range(len(reference.windows)))
+    originals = ((None, jax.device_put(reference.logp[i : i + 1])) for i in range(len(reference.windows)))
     return summary(_positions(candidate, originals, reference.windows, reference.batch))
 
 
@@ -244,7 +244,7 @@ def _positions(candidate: Llama, originals: Iterator[tuple[Top | None, Array]], 
 
 def _following(windows: np.ndarray) -> list[Array]:
     """The token after every position, window by window; at the last, which has none, any."""
-    return [jnp.asarray(row[None]) for row in np.roll(np.asarray(windows, np.int32), -1, axis=1)]
+    return [jax.device_put(row[None]) for row in np.roll(np.asarray(windows, np.int32), -1, axis=1)]
 
 
 def _perplexity(nll: Float[np.ndarray, "windows time"]) -> float:

@@ -99,7 +99,8 @@ def load_model(
     for name, param in model.tensors().items():
 
         def read(name: str = name) -> Any:
-            return jnp.asarray(_checked(folder, name, readers[name](), expected[name])).astype(dtype)
+            # numpy converts: JAX would compile that for every shape
+            return jax.device_put(np.asarray(_checked(folder, name, readers[name](), expected[name])).astype(dtype))
 
         param.set_value(Lazy(expected[name], read, dtype) if on_disk and name.startswith("model.layers.") else read())
     if without := ignored(raw, ignore):

@@ -31,11 +31,11 @@ def last_states(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) 
     if not batches:
         return []
     rope = model.rope(batches[0].shape[1])
-    states = [np.asarray(model.embed(jnp.asarray(tokens))) for tokens in batches]
+    states = [np.asarray(model.embed(tokens)) for tokens in batches]
     for i in range(model.config.num_hidden_layers):
         block = model.block(i)
         for j, x in enumerate(states):  # one by one: two sets of hidden states are never in memory
-            states[j] = np.asarray(through(block, jnp.asarray(x), rope))
+            states[j] = np.asarray(through(block, jax.device_put(x), rope))
     return states
 
 

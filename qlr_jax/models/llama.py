@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -306,10 +307,10 @@ class Llama(nnx.Module):
         """Final norm and head alone: what turns the last block's hidden state into logits, without the blocks."""
         return Top(self.model.norm, self.model.embed_tokens if self.lm_head is None else self.lm_head, self.product)
 
-    def embed(self, tokens: Int[Array, "batch time"]) -> Float[Array, "batch time n"]:
+    def embed(self, tokens: Int[Array, "batch time"] | Int[np.ndarray, "batch time"]) -> Float[Array, "batch time n"]:
         """The hidden state that enters the first block; QLRError for tokens that the vocabulary lacks, where they are known."""
         check_tokens(tokens, self.config.vocab_size)
-        return self.model.embed_tokens(tokens)
+        return embedded(self.model.embed_tokens, tokens)
 
     def head(self, x: Float[Array, "batch time n"]) -> Float[Array, "batch time vocab"]:
         """Final norm and output projection of the last block's hidden state; float32."""
@@ -317,8 +318,7 @@ class Llama(nnx.Module):
 
     def rope(self, time: int) -> tuple[Float[Array, "time half"], Float[Array, "time half"]]:
         """(cos, sin) of the rotary angles of positions 0 … time − 1."""
-        angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies(self.config)[None, :]
-        return jnp.cos(angles), jnp.sin(angles)
+        return _rope(self.config, time)
 
     def linears(self) -> dict[str, Linear]:
         """Every linear layer of the blocks by its Hugging Face name, in the order q, k, v, o, gate, up, down per layer."""
@@ -346,6 +346,18 @@ class Llama(nnx.Module):
             out |= {f"model.layers.{i}.{name}": param for name, param in block.tensors().items()}
         out["model.norm.weight"] = self.model.norm.weight
         return out if self.lm_head is None else out | {"lm_head.weight": self.lm_head.weight}
+
+
+@jax.jit
+def embedded(embedding: Embedding, tokens: Any) -> Float[Array, "*batch n"]:
+    """The rows of an embedding that tokens have."""
+    return embedding(tokens)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _rope(config: LlamaConfig, time: int) -> tuple[Array, Array]:
+    angles = jnp.arange(time, dtype=jnp.float32)[:, None] * frequencies(config)[None, :]
+    return jnp.cos(angles), jnp.sin(angles)
 
 
 def rotate(x: Float[Array, "batch heads time d"], rope: Rope) -> Float[Array, "batch heads time d"]:

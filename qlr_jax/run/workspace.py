@@ -186,13 +186,12 @@ def _save(path: Path, solution: Solution) -> None:
 
 
 def _load(path: Path) -> Solution:
-    import jax.numpy as jnp
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(path), framework="np") as handle:
             recorded = json.loads((handle.metadata() or {})["solution"])
-            arrays = {name: jnp.asarray(read_tensor(handle, path, name)) for name in handle.keys()}  # noqa: SIM118  it is no mapping
+            arrays: dict[str, Any] = {name: read_tensor(handle, path, name) for name in handle.keys()}  # noqa: SIM118  it is no mapping
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise QLRError(f"{path} cannot be read ({error}); remove it, and go on with --resume") from None
     layout = Layout(**{**recorded["layout"], "shape": tuple(recorded["layout"]["shape"])})

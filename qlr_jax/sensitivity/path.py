@@ -51,21 +51,19 @@ def path_shares(
     batch = min(batch, len(windows))
     starts = range(0, len(windows), batch)
     batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
-    vocabulary = {name: jnp.asarray(np.asarray(errors[name]), jnp.float32) for name in errors if not is_linear(name)}
+    vocabulary = {name: jax.device_put(np.asarray(errors[name], np.float32)) for name in errors if not is_linear(name)}
     head = EMBEDDING if model.lm_head is None else HEAD
 
     @lru_cache(maxsize=1)  # of one block at a time: errors may have to be read
     def of_block(i: int) -> dict[str, Array]:
-        return {n.removeprefix(f"model.layers.{i}."): jnp.asarray(np.asarray(errors[n]), jnp.float32) for n in names[i]}
+        return {n.removeprefix(f"model.layers.{i}."): jax.device_put(np.asarray(errors[n], np.float32)) for n in names[i]}
 
     def live(j: int) -> np.ndarray:
         return np.arange(batch) < min(batch, len(windows) - starts[j])
 
     def gradient(j: int, x: Array, top: Top) -> Array:
         logp = np.pad(part := reference.logp[starts[j] : starts[j] + batch], [(0, batch - len(part)), (0, 0), (0, 0)])
-        pulled, share = _head_gradient(
-            top, vocabulary.get(head), x, jnp.asarray(logp, jnp.float32), jnp.asarray(live(j), jnp.float32)
-        )
+        pulled, share = _head_gradient(top, vocabulary.get(head), x, logp.astype(np.float32), live(j).astype(np.float32))
         if head in vocabulary:
             total[head] += float(share) / len(NODES)
         return pulled

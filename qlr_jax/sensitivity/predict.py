@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from qlr_jax.core import hadamard
 from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, row_group, variance_gain
@@ -22,6 +24,7 @@ from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
 from qlr_jax.core.objective import damped, quadratic
 from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer
 from qlr_jax.core.spec import Spec
+from qlr_jax.core.typing import Array
 
 
 @dataclass(frozen=True)
@@ -72,53 +75,69 @@ def profile(
     """
     weight = np.asarray(weight)
     m, n = weight.shape
-    w, h = jnp.asarray(weight, jnp.float32)[None], jnp.asarray(hessian, jnp.float32)[None]
-    g = None if output is None else jnp.asarray(output, jnp.float32)[None]
+    w, h, *given = jax.device_put([np.asarray(a, np.float32)[None] for a in (weight, hessian, output) if a is not None])
+    g = given[0] if given else None
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
-    start = jnp.asarray(start_basis(m, columns, 0))[None]
-    weighted = w if g is None else jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w
+    start = start_basis(m, columns, 0)[None]
+    weighted, energy = _weighted(w, h, g, damping)
     _, values = top_subspace(weighted, h, start, 3)
-    _, captured = top_subspace(w, jnp.eye(n)[None], start, 3)
+    _, captured = top_subspace(w, np.eye(n, dtype=np.float32)[None], start, 3)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
-    noise, gain = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
+    noise, gain, _ = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
     absorbed = np.full(columns, 1 / m)
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        noise_out, gain_out = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
+        noise_out, gain_out, lower = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
         noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
-        absorbed = _absorbed(g, group, seed, block, damping)[:columns]
+        absorbed = _absorbed(lower, m, group)[:columns]
     return Profile(
         (m, n),
-        max(float(quadratic(w, h, g)[0]), 0.0),
+        max(float(np.asarray(energy)[0]), 0.0),
         float(np.sum(np.square(weight, dtype=np.float64))),
-        np.asarray(captured[0], np.float64),
-        np.asarray(values[0], np.float64),
+        np.asarray(captured, np.float64)[0],
+        np.asarray(values, np.float64)[0],
         absorbed,
         noise,
         gain,
     )
 
 
-def _rotated(metric: jnp.ndarray, salt: int, seed: int, block: int, damping: float) -> jnp.ndarray:
-    n = metric.shape[-1]
-    return damped(hadamard.rotate_hessian(metric, hadamard.signs(seed, salt, n), hadamard.block_size(n, block)), damping)
+@jax.jit
+def _weighted(w: Array, h: Array, g: Array | None, damping: float) -> tuple[Array, Array]:
+    """Cᵀ W for G = C Cᵀ, damped, and tr(G W H Wᵀ)."""
+    if g is None:
+        return w, quadratic(w, h)
+    return jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w, quadratic(w, h, g)
 
 
-def _feedback_noise(metric: jnp.ndarray, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float]:
-    """tr(D) / n and φ of one metric's feedback at `width` columns a block."""
+@partial(jax.jit, static_argnames=("width", "block"))
+def _factored(metric: Array, sign: Array, damping: float, width: int, block: int) -> tuple[Array, Array, Array, Array]:
+    """Of a metric, rotated and damped: its Cholesky factor, padded to whole blocks, its trace, and tr(D) and φ of its feedback."""
+    regular = damped(hadamard.rotate_hessian(metric, sign, block), damping)
+    padded = pad_metric(regular, width)
+    factor, trace = feedback(padded, width)
+    # one factorization after the other: side by side they can wait for each other for ever (`core.factors`)
+    padded, factor, trace = lax.optimization_barrier((padded, factor, trace))
+    lower = jnp.linalg.cholesky(padded)
+    lower, factor = lax.optimization_barrier((lower, factor))
+    return lower[0], jnp.trace(regular[0]), trace[0], noise_gain(factor)[0]
+
+
+def _feedback_noise(metric: Array, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float, Array]:
+    """tr(D) / n and φ of one metric's feedback at `width` columns a block, and its Cholesky factor."""
     n = metric.shape[-1]
-    regular = _rotated(metric, salt, seed, block, damping)
-    factor, trace = feedback(pad_metric(regular, width), width)
+    lower, trace, of_blocks, gain = _factored(
+        metric, hadamard.signs(seed, salt, n), damping, width=width, block=hadamard.block_size(n, block)
+    )
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
-    padding = (-n % width) * float(jnp.trace(regular[0])) / n
-    return max(float(trace[0]) - padding, 0.0) / n, float(noise_gain(factor)[0])
+    padding = (-n % width) * float(trace) / n
+    return max(float(of_blocks) - padding, 0.0) / n, float(gain), lower
 
 
-def _absorbed(metric: jnp.ndarray, group: int, seed: int, block: int, damping: float) -> np.ndarray:
+def _absorbed(lower: Array, m: int, group: int) -> np.ndarray:
     """Eigenvalues of D_G over their sum, largest first: those of its blocks."""
-    m = metric.shape[-1]
-    lower = np.asarray(jnp.linalg.cholesky(_rotated(metric, hadamard.OUTPUT, seed, block, damping)[0]), np.float64)
-    parts = [np.linalg.svd(lower[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, m, group)]
+    host = np.asarray(lower, np.float64)[:m, :m]
+    parts = [np.linalg.svd(host[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, m, group)]
     values = np.sort(np.concatenate(parts))[::-1]
     return values / values.sum()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -91,4 +92,5 @@ class Nothing(Quantizer):
         return {}
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
-        return jnp.zeros((rows, cols), jnp.float32)
+        zeros: Any = np.zeros((rows, cols), np.float32)
+        return zeros

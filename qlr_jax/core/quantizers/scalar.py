@@ -190,7 +190,8 @@ def spread(per_group: Array, group: int, cols: int) -> Array:
         >>> spread(jnp.array([[1.0, 2.0]]), 2, 3).tolist()
         [[1.0, 1.0, 2.0]]
     """
-    return jnp.repeat(per_group, group or cols, axis=-1)[..., :cols]
+    of: Any = np if isinstance(per_group, np.ndarray) else jnp  # numpy's stay on the host
+    return of.repeat(per_group, group or cols, axis=-1)[..., :cols]
 
 
 def least_error(parts: Array, start: QParams, shrinks: np.ndarray, attempt: Callable[[Array], tuple[Array, QParams]]) -> QParams:

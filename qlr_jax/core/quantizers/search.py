@@ -9,6 +9,7 @@ Source: QTIP, arXiv 2406.11235, section 3 and its tail-biting search; the bounds
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,11 @@ MOST_BITS = 6  # a weight: the most new bits of a step of the search
 
 def code_values(states: Array, gain: float | Array) -> Array:
     """gain · (sum of the four bytes of (a · state + c) mod 2³² − 510) / 147.8: mean 0 and variance near 1 over states."""
-    word = states.astype(jnp.uint32) * jnp.uint32(MULTIPLIER) + jnp.uint32(ADDEND)
+    # on the host numpy does it: op by op, JAX would compile every line for every shape
+    of: Any = np if isinstance(states, np.ndarray) else jnp
+    word = states.astype(of.uint32) * of.uint32(MULTIPLIER) + of.uint32(ADDEND)
     total = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24)
-    return (total.astype(jnp.float32) - 510.0) * (jnp.float32(gain) / 147.8)
+    return (total.astype(of.float32) - 510.0) * (of.float32(gain) / 147.8)
 
 
 @lru_cache

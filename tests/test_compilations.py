@@ -1,0 +1,63 @@
+"""How many programs a job compiles: none op by op, and no more than a bound for each of its stages."""
+
+import json
+import os
+import subprocess
+import sys
+
+# Programs of a stage at most, on a model of one block; what an earlier stage compiled is there already.
+MOST = {"load": 0, "calibrate": 16, "measure": 56, "solve": 0, "judge": 2, "refine": 0, "evaluate": 1}
+PROGRAM = """
+import collections, contextlib, json, logging, re, sys
+import jax
+from qlr_jax import job
+from qlr_jax.run.session import Session
+from qlr_jax.settings.recipe import Recipe
+stages, of_session = ["begin"], Session.stage
+
+@contextlib.contextmanager
+def stage(self, name, title=None):
+    stages.append(name)
+    with of_session(self, name, title):
+        yield
+    stages.pop()
+
+Session.stage = stage
+found = collections.defaultdict(list)
+
+class Noted(logging.Handler):
+    def emit(self, record):
+        if program := re.match(r"Finished XLA compilation of jit\\((.*)\\) in", record.getMessage()):
+            found[stages[-1]].append(program[1])
+
+jax.config.update("jax_log_compiles", True)
+for name in ("jax._src.dispatch", "jax._src.interpreters.pxla", "jax._src.compiler"):
+    logging.getLogger(name).addHandler(Noted())
+    logging.getLogger(name).propagate = False
+recipe = Recipe(
+    state_bits=6, search_state_bits=6, ranks=(0, 4), iterations=1, sequences=8, sequence_length=32, measure_tokens=256,
+    evaluation_tokens=512, factors=("trellis-2",), refine=1,
+)
+model, text, out = sys.argv[1:]
+job.compress(model, out, "2.25bpw", text, recipe, evaluate_on=text)
+print(json.dumps(found))
+"""
+# Names of JAX's own operations, as a program of one of them is called; the few that a job may have are named.
+ALLOWED = {"_threefry_seed", "stage", "cholesky", "search"}
+
+
+def test_no_stage_of_a_job_compiles_more_than_it_needs(tiny, text, tmp_path):
+    import jax
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tiny), str(text), str(tmp_path / "out")],
+        env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    counts = {stage: len(names) for stage, names in found.items()}
+    assert all(count <= MOST.get(stage, 0) for stage, count in counts.items()), (counts, found)
+    single = {name for names in found.values() for name in names if hasattr(jax.lax, name) or hasattr(jax.numpy, name)}
+    assert not single - ALLOWED, f"compiled op by op: {sorted(single - ALLOWED)}"
+    assert sum(counts.values()) <= 74
