@@ -343,8 +343,8 @@ def _head_gradient(
         p = jax.nn.softmax(logits, axis=-1)
         if jnp.issubdtype(labels.dtype, jnp.floating):
             labels = drawn(p, labels)
-        counted = live[:, None] * (labels >= 0)
-        gradient = (p - (labels[..., None] == jnp.arange(p.shape[-1]))) * counted[..., None]
+        counted = jnp.where(labels >= 0, live[:, None], 0.0)
+        gradient = jnp.where(labels[..., None] == jnp.arange(p.shape[-1]), p - 1, p) * counted[..., None]
         return pull(gradient)[0], jnp.einsum("bt,btv->v", live[:, None] * fresh, p * (1 - p)) if spread else jnp.zeros(())
 
     gradient, sums = by_parts(part, x, labels)

@@ -182,7 +182,7 @@ def _comparisons(job: Counted) -> Iterator[Part]:
 
 
 def _states(job: Counted, stage: str, tokens: int) -> Part:
-    """Hidden states in `models.forward.logits`."""
+    """Hidden states in `models.forward.last_states`."""
     return Part(stage, "hidden states of all windows", host=4 * tokens * job.config.hidden_size)
 
 
