@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 # Programs of a stage at most, on a model of one block; what an earlier stage compiled is there already.
-MOST = {"load": 0, "calibrate": 16, "measure": 56, "solve": 0, "judge": 2, "refine": 0, "evaluate": 1}
+MOST = {"load": 0, "calibrate": 16, "measure": 53, "solve": 0, "judge": 2, "refine": 0, "evaluate": 1}
 PROGRAM = """
 import collections, contextlib, json, logging, re, sys
 import jax
@@ -60,4 +60,4 @@ def test_no_stage_of_a_job_compiles_more_than_it_needs(tiny, text, tmp_path):
     assert all(count <= MOST.get(stage, 0) for stage, count in counts.items()), (counts, found)
     single = {name for names in found.values() for name in names if hasattr(jax.lax, name) or hasattr(jax.numpy, name)}
     assert not single - ALLOWED, f"compiled op by op: {sorted(single - ALLOWED)}"
-    assert sum(counts.values()) <= 74
+    assert sum(counts.values()) <= 71

@@ -56,7 +56,7 @@ def test_factors_lower(names):
     assert column_block(right) in (1, 8, 64)
     text = lowered(
         fit_factors, WEIGHT, WEIGHT, HESSIAN, HESSIAN, BASIS, array(K), (data(left), data(right)), 2,
-        statics=(left.static(), right.static()), inner=2, plain=False, one_scale=False,
+        statics=(left.static(), right.static()), inner=2, one_scale=False,
     )  # fmt: skip
     assert "f64" not in text
 

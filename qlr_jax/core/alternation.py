@@ -26,6 +26,8 @@ from qlr_jax.core.problem import MatrixProblem
 from qlr_jax.core.sharding import placement_of, sharded
 from qlr_jax.core.typing import Array
 
+ONE_PROGRAM = 1024  # rows and columns, up to which a start is fitted by the program of the steps after it, with G = I as an operand
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -184,7 +186,12 @@ def _fit(
     problem: MatrixProblem, q: Array, basis: Array, steps: int, metric: Array | None = None, plain: bool | None = None
 ) -> tuple[Factors, Array, Array]:
     """Factors of W − Q in H and G, or their start in another metric: with the new basis, and the error of Q + L R."""
-    config = problem.config
+    config, output = problem.config, problem.output
+    given = (output.regular, output.root()) if output is not None else None
+    if metric is not None:
+        # the start, with operands of the shapes of all later calls: one program serves both, where products with I are cheap
+        metric = problem.placement.place(np.broadcast_to(np.asarray(metric), problem.metric.regular.shape))
+        given = given and (_identity_like(given) if max(problem.weight.shape[1:]) <= ONE_PROGRAM else None)
     left, right = problem.spec.factor_quantizers(config.state_bits)
     factors, basis = fit_factors(
         problem.weight,
@@ -195,14 +202,19 @@ def _fit(
         problem.mask,
         (left.traced(), right.traced()),
         steps,
-        (problem.output.regular, problem.output.root()) if problem.output is not None and metric is None else None,
+        given,
+        config.factor_rounding == "plain" if plain is None else plain,
         statics=(left.static(), right.static()),
         inner=config.inner,
-        plain=config.factor_rounding == "plain" if plain is None else plain,
         one_scale=config.factor_scales == "matrix",
     )
     error = _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
     return factors, basis, error
+
+
+def _identity_like(output: tuple[Array, Array]) -> Any:
+    """(I, I) in the shapes and where the arrays lie of (G, C)."""
+    return tuple(placement_of(a).place(np.broadcast_to(np.eye(a.shape[-1], dtype=np.float32), a.shape)) for a in output)
 
 
 @sharded

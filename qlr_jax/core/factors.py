@@ -52,7 +52,7 @@ def no_factors(count: int) -> Factors:
 
 # one piece: two nested loops over one set of fixed arguments
 @partial(sharded, factors=True)
-@partial(jax.jit, static_argnames=("statics", "inner", "plain", "one_scale"))
+@partial(jax.jit, static_argnames=("statics", "inner", "one_scale"))
 def fit_factors(
     weight: Array,
     backbone: Array,
@@ -63,10 +63,10 @@ def fit_factors(
     traced: tuple[Traced, Traced],
     steps: int,
     output: tuple[Array, Array] | None = None,
+    plain: Array | bool = False,
     *,
     statics: tuple[Quantizer, Quantizer],
     inner: int,
-    plain: bool = False,
     one_scale: bool = False,
 ) -> tuple[Factors, Array]:
     """Rounded factors of A = W − Q: minimise tr(G (A − L R) H (A − L R)ᵀ), L and R on their grids, the best pair kept.
@@ -83,8 +83,8 @@ def fit_factors(
         steps: of the subspace iteration.
         traced, statics: of the quantizers of L and R.
         output: (G, C), the metric of the outputs; None is the identity.
+        plain: round without feedback; traced, so that both ways are one program.
         inner: rounds.
-        plain: round without feedback.
         one_scale: one scale for all components, where a grid has none of its own.
 
     Returns:
@@ -98,8 +98,7 @@ def fit_factors(
     leading = basis if root is None else solve_triangular(jnp.swapaxes(root, -1, -2), basis, lower=False)
     start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
     own_scales = not (left_static.unit_scale or right_static.unit_scale)
-    if plain:
-        right_feedback = jnp.zeros_like(right_feedback)
+    right_feedback = jnp.where(plain, 0.0, right_feedback)
 
     def pair(left: Array) -> tuple[Factors, Array]:
         wanted, _ = refit_right(target, left, mask, metric)
@@ -170,7 +169,7 @@ def round_left(
     static: Quantizer,
     traced: Traced,
     own_scales: bool,
-    plain: bool,
+    plain: Array | bool,
     one_scale: bool,
     size: Array | None = None,
 ) -> tuple[Array, Array, Array, QParams]:
@@ -188,12 +187,9 @@ def round_left(
     """
     m, k = wanted.shape[-2:]
     width = column_block(static, transposed=True)
-    if plain:
-        factor = jnp.zeros((k + -k % width,) * 2)
-    else:
-        # a ridge as for H: the smallest components must not drive the feedback
-        mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
-        factor, _ = feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)
+    # a ridge as for H: the smallest components must not drive the feedback
+    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None, None] / k
+    factor = jnp.where(plain, 0.0, feedback(pad_metric(metric + 1e-4 * mean * jnp.eye(k), width), width)[0])
     if size is None:
         size = (
             jnp.ones((*wanted.shape[:-2], 1, k)) if own_scales else jnp.sqrt(jnp.mean(jnp.square(wanted), axis=-2, keepdims=True))
