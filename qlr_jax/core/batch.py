@@ -26,7 +26,7 @@ FACTORED_TOGETHER = 2**15
 SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
 
 
-# one piece: its inner functions share what is solved, what is done and whose metric is current
+# one piece: its inner functions share what is solved and whose metric is current
 def solve_many(
     problems: Problems[Key],
     *,
@@ -69,7 +69,6 @@ def solve_many(
     """
     config = config or SolverConfig()
     solved: MutableMapping[Key, Solution] = {} if into is None else into
-    done: set[Key] = set()
     whole, problems = problems, _residuals(problems)
 
     def finish(key: Key, solution: Solution | None) -> None:
@@ -78,7 +77,6 @@ def solve_many(
             weight, hessian = whole[key][:2]
             solution = with_backbone(backbone, solution, weight, hessian, _output(whole[key]))
         assert solution is not None
-        done.add(key)
         if key not in solved:  # of an earlier run: the same
             solved[key] = solution
         if on_done is not None:
