@@ -219,6 +219,15 @@ def test_a_layer_compiles_to_machine_code():
     assert relative(torch.compile(linear, fullgraph=True)(x).detach(), linear(x)) < 1e-5
 
 
+def test_copies_of_the_runtime_share_its_operators():
+    """A folder's own copy is imported beside ours: what layers were compiled with stays."""
+    version, names = runtime.RUNTIME_VERSION, ("decode_lattice", "decode_trellis")
+    before = [getattr(torch.ops.qlr, f"{name}_v{version}").default for name in names]
+    exec(compile(Path(runtime.__file__).read_text(encoding="utf-8"), "copy", "exec"), {"__name__": "copy"})
+    runtime.register()
+    assert [getattr(torch.ops.qlr, f"{name}_v{version}").default for name in names] == before
+
+
 def test_a_model_compiles(folder, wanted):
     torch._dynamo.reset()
     compiled = torch.compile(get(folder), backend="aot_eager", fullgraph=True)

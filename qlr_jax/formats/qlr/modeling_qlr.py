@@ -63,7 +63,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 7  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 8  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -101,16 +101,20 @@ def constant(make):
 def opaque(decode):
     """Let torch.compile take `decode` as one operator: traced, its tables would be made at every call.
 
+    Copies of this file of one version share an operator: to register it anew would take it from layers that were compiled with it.
+
     Args:
         decode: function of (codes, numbers, dtype) that returns an array (numbers[0], numbers[1]) of `dtype`.
     """
-    name = f"qlr::{decode.__name__}_v{RUNTIME_VERSION}"  # another version of this file may be in the same process
+    name = f"{decode.__name__}_v{RUNTIME_VERSION}"  # another version of this file may be in the same process
+    if not hasattr(torch.ops.qlr, name):
 
-    @torch.library.custom_op(name, mutates_args=())
-    def operator(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-        return decode(codes, numbers, dtype).contiguous()  # as `register_fake` promises
+        @torch.library.custom_op(f"qlr::{name}", mutates_args=())
+        def made(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+            return decode(codes, numbers, dtype).contiguous()  # as `register_fake` promises
 
-    operator.register_fake(lambda codes, numbers, dtype: codes.new_empty((numbers[0], numbers[1]), dtype=dtype))
+        made.register_fake(lambda codes, numbers, dtype: codes.new_empty((numbers[0], numbers[1]), dtype=dtype))
+    operator = getattr(torch.ops.qlr, name).default
 
     @wraps(decode)
     def call(codes, numbers, dtype):
