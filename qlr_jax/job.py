@@ -119,7 +119,7 @@ def _job(
         notes = [*source.notes, *texts.notes, *machine_notes(source)]
         session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, notes)
 
-        with session.stage("calibrate"):
+        with session.stage("calibrate"), stages.compiling_ahead(source, wanted=table is None and not session.resume):
             statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)
             session.publish(statistics)
         run = Run(source, statistics, reference, session.progress, session.solver, session.note)

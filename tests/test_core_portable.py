@@ -43,7 +43,7 @@ def data(quantizer):
 def test_backbone_lowers(name):
     quantizer = parse_quantizer(name, state_bits=BITS)
     text = lowered(
-        backbone.round_backbone, WEIGHT, (BASIS, array(B, K, N)), HESSIAN, array(B), HESSIAN, array(1), data(quantizer),
+        backbone.round_backbone, WEIGHT, HESSIAN, array(B), HESSIAN, array(1), data(quantizer),
         static=quantizer.static(), refit=True,
     )  # fmt: skip
     assert "f64" not in text  # float32 is enough, and TPUs have no more
@@ -65,6 +65,7 @@ def test_factors_lower(names):
     (metric.ldl, (HESSIAN, 0.01), {"width": 16}),
     (metric._rotate, (HESSIAN, array(N)), {"block": N}),
     (problem._rotated, (WEIGHT, HESSIAN, None, array(M), array(N)), {"blocks": (M, N)}),
+    (backbone.without_factors, (WEIGHT, BASIS, array(B, K, N)), {}),
     (backbone.downdated, (HESSIAN, array(B, K, N), 0.9), {}),
     (noise_gain, (HESSIAN,), {}),
     (low_rank.top_subspace, (WEIGHT, HESSIAN, BASIS, 3), {}),

@@ -186,7 +186,7 @@ def test_one_hessian_for_all_equals_one_each(main, monkeypatch):
 def test_one_compilation_serves_a_bucket_of_ranks_and_all_rates(main):
     weight, hessian, _ = main  # solved with rank 4 and 2 bits already
     compiled = [f.__wrapped__._cache_size() for f in (fit_factors, round_backbone)]
-    for spec in ("trellis-2.5+r8@trellis-3", "trellis-1.5+r16@trellis-4,trellis-2"):
+    for spec in ("trellis-2.5+r8@trellis-3", "trellis-1.5+r16@trellis-4,trellis-2", "trellis-2"):
         found = qlr.solve(weight, hessian, spec, **FAST)
         assert found.stats["relative_error"] == pytest.approx(error_of(found.value, weight, hessian), rel=1e-4)
     assert [f.__wrapped__._cache_size() for f in (fit_factors, round_backbone)] == compiled

@@ -104,6 +104,18 @@ def test_ends_that_no_path_of_16_bits_reaches_are_reached(sequences):
 
 
 @there
+def test_zeros_are_searched_once_and_alike(sequences):
+    """Padding among the weights: the states of zeros alone, wherever they lie, and those of a known end where one is given."""
+    code, zeros = Trellis(Fraction(9, 4), state_bits=8), np.zeros((1, LENGTH), np.float32)
+    x = np.concatenate([zeros, sequences[:2], -zeros, zeros])
+    found = searched(x, code)
+    np.testing.assert_array_equal(found, np.concatenate([searched(row[None], code) for row in x]))
+    assert np.square(np.asarray(code_values(found[0], code.gain))).mean() < 0.01
+    ends = np.array([7, -1, -1, -1, 9])
+    assert [row[-1] for row in searched(x, code, ends=ends)[[0, 4]]] == [7, 9]
+
+
+@there
 def test_inside_compiled_code_many_sequences_are_those_of_each_alone(sequences):
     code = Trellis(Fraction(5, 2), state_bits=8)
     x = np.tile(sequences, (7, 1)) * np.linspace(0.5, 1.5, 42, dtype=np.float32)[:, None]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, scale_correction
+from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, scale_correction, without_factors
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
 from qlr_jax.core.ldlq import column_block, noise_gain, row_group
 from qlr_jax.core.low_rank import start_basis
@@ -152,7 +152,7 @@ def _random_basis(problem: MatrixProblem) -> Array:
 def improve_backbone(problem: MatrixProblem, state: State) -> State:
     """Q ← LDLQ(W − L R), in the metric H or its downdate, and in that of the outputs."""
     quantizer, factors, metric = problem.backbone, state.now.factors, problem.metric
-    width, low_rank = column_block(quantizer), (factors.left, factors.right) if problem.spec.rank else None
+    width = column_block(quantizer)
     tau = downdate_strength(problem.spec, problem.config)
     if tau:
         reduced = downdated(metric.hessian, factors.right, tau)
@@ -167,8 +167,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
     fitted = problem.config.backbone_scale == "fitted"
     correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(
-        problem.weight,
-        low_rank,
+        without_factors(problem.weight, factors.left, factors.right) if problem.spec.rank else problem.weight,
         metric.hessian,
         problem.energy,
         factor,

@@ -74,10 +74,21 @@ def downdated(hessian: Array, right: Array, strength: float) -> Array:
 
 
 @sharded
+@jax.jit
+def without_factors(weight: Array, left: Array, right: Array) -> Array:
+    """W − L R: a program of its own, so that `round_backbone` is one for all ranks.
+
+    Args:
+        weight: W, (b, m, n).
+        left, right: L diag(s), (b, m, r), and R, (b, r, n).
+    """
+    return weight - jnp.matmul(left, right, precision="highest")
+
+
+@sharded
 @partial(jax.jit, static_argnames=("static", "refit"))
 def round_backbone(
-    weight: Array,
-    low_rank: tuple[Array, Array] | None,
+    residual: Array,
     hessian: Array,
     energy: Array,
     factor: Array,
@@ -95,8 +106,7 @@ def round_backbone(
     it with H.
 
     Args:
-        weight: W, (b, m, n).
-        low_rank: L diag(s), (b, m, r), and R, (b, r, n); None at rank 0.
+        residual: W − L R, (b, m, n).
         hessian: H, that the error is evaluated in, (b, n, n) or (1, n, n).
         energy: tr(G W H Wᵀ), (b,).
         factor: F of H or of its downdate, at the quantizer's column block.
@@ -105,8 +115,7 @@ def round_backbone(
         output, rows: G and its feedback factor, of a group of rows at a time (`ldlq_rows`); None: the identity.
         refit: fit a unit grid's scale to the result.
     """
-    m, n = weight.shape[-2:]
-    residual = weight if low_rank is None else weight - jnp.matmul(*low_rank, precision="highest")
+    m, n = residual.shape[-2:]
     # scales of a grid's own are of rows or parts of them; that of a unit grid is of the matrix
     scales = (
         static.fit_qparams(residual, per_row=False)
@@ -132,4 +141,4 @@ def round_backbone(
     return q, codes, scale, scales, normalised(quadratic_by_rows(residual - q, hessian, output), energy)
 
 
-__all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction"]
+__all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction", "without_factors"]

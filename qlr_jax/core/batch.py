@@ -145,6 +145,23 @@ def batches(problems: Problems[Key]) -> list[list[Key]]:
     return [[key] for key in alone] + [keys for keys, _ in _small(solved)] + _large(solved)
 
 
+def sizes(problems: Problems[Key]) -> Iterator[tuple[tuple, int, bool]]:
+    """(one of its problems, matrices, whether they share one metric) of every batch that `solve_many` solves on one device.
+
+    Matrices that are solved row by row are left out.
+
+    Example:
+        >>> w = np.eye(32, dtype=np.float32)
+        >>> [(count, shared) for _, count, shared in sizes({"a": (w, w, "int-4"), "b": (w, w, "int-3")})]
+        [(8, False), (8, False)]
+    """
+    solved = _residuals(problems)
+    for keys, size in _small(solved):
+        yield solved[keys[0]], size, False
+    for keys in _large(solved):
+        yield solved[keys[0]], len(keys), True
+
+
 def _side_by_side(
     batches: Iterable[list[Key]], problems: Problems[Key], most: Callable[[list[Key]], int]
 ) -> Iterator[list[list[Key]]]:

@@ -210,12 +210,13 @@ def ldlq_rows(
         return cut(array[:, 0] if shared else array, start)
 
     def round_columns(
-        original: Array, fed_back: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
+        original: Array, live: Array, fed_back: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
     ) -> tuple[Array, Array, Array]:
         """Of some groups of rows one group of columns each, all (b, groups, ...): what was missed, values, codes."""
         groups = original.shape[1]
         aims = original + jnp.einsum("birg,birw->bigw", into, after, precision="highest")
-        target = aims + jnp.einsum("bign,binw->bigw", fed_back, columns, precision="highest")
+        # zeros where a group is not under way: a search in C++ is soon done with them
+        target = jnp.where(live, aims + jnp.einsum("bign,binw->bigw", fed_back, columns, precision="highest"), 0.0)
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             here = block * width
@@ -230,7 +231,7 @@ def ldlq_rows(
             given = tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes)
             value, code = static.round_block(flat, given[: len(qparams)], traced, False, *given[len(qparams) :])
             value = value.reshape(aim.shape)
-            new = lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value
+            new = jnp.where(live, lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value, 0.0)
             return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
 
         missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(wide // width - 1, -1, -1))
@@ -240,7 +241,7 @@ def ldlq_rows(
     def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
         error, feed = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
         at = step - jnp.arange(count)
-        live = ((at >= 0) & (at < ahead))[:, None, None]
+        live = ((at >= 0) & (at < ahead))[None, :, None, None]
         start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
         original = window(own, start)
         after = window(error.reshape(b, 1, m, n), start)  # still zero in the rows that come later
@@ -248,7 +249,7 @@ def ldlq_rows(
         within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
         local = tuple(window(g, start) for g in scales)
 
-        everything = (original, feed, into, after, columns, within, *local)
+        everything = (original, live, feed, into, after, columns, within, *local)
         missed, values, codes = by_rows(round_columns, everything)
 
         def written(array: Array, part: Array) -> Array:

@@ -91,16 +91,24 @@ class MatrixProblem:
         else:
             (u, u_block), (v, v_block) = hadamard.rotations((m, n), seed, config.rotation_block)
             weight, energy = _rotated(weight, *metrics, u, v, blocks=(u_block, v_block))
-        mask = None
-        if spec.rank:
-            columns = -(-bucket(spec.rank, min(m, n)) // 8) * 8
-            mask = (np.arange(columns) < spec.rank).astype(np.float32)
+        mask = component_mask(spec.rank, (m, n)) if spec.rank else None
         return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
 
     @property
     def output_metric(self) -> Array | None:
         """G in the rotated basis: with H, what results are evaluated in."""
         return self.output and self.output.hessian
+
+
+def component_mask(rank: int, shape: tuple[int, ...]) -> np.ndarray:
+    """1 for the components that exist, of a bucket of ranks in whole tiles: one program serves all of a bucket.
+
+    Example:
+        >>> component_mask(12, (64, 64)).sum(), len(component_mask(12, (64, 64)))
+        (np.float32(12.0), 16)
+    """
+    columns = -(-bucket(rank, min(shape)) // 8) * 8
+    return (np.arange(columns) < rank).astype(np.float32)
 
 
 def plain_unit(size: np.ndarray) -> np.ndarray:

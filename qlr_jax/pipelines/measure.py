@@ -15,6 +15,7 @@ from qlr_jax.paths import output_folder
 from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
 from qlr_jax.pipelines.source import machine_notes, open_source
+from qlr_jax.pipelines.stages.ahead import compiling_ahead
 from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
 from qlr_jax.pipelines.texts import Files, Texts
@@ -82,7 +83,7 @@ def _measured(
         check_texts(source, texts.calibration)
         for note in texts.notes:
             progress.say(note)
-    with clock.stage("calibrate"):
+    with clock.stage("calibrate"), compiling_ahead(source):
         statistics, reference = calibrate(source, texts.calibration, progress)
     with clock.stage("measure"):
         table = measure(Run(source, statistics, reference, progress)).table

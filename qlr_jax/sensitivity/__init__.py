@@ -1,6 +1,6 @@
 """Model and statistics -> what every option of every matrix costs and damages."""
 
-from qlr_jax.sensitivity.anchors import PROBE
+from qlr_jax.sensitivity.anchors import PROBE, solved_first
 from qlr_jax.sensitivity.attribution import ATTRIBUTIONS, Attribution, Case, attribute
 from qlr_jax.sensitivity.correction import Correction, CorrectionKey, correction_key
 from qlr_jax.sensitivity.given_backbones import measure_given
@@ -37,6 +37,7 @@ __all__ = [
     "price",
     "profile",
     "second_order",
+    "solved_first",
     "vocabulary_options",
 ]
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from allocators import OptionTable
 from qlr_jax.core.spec import Spec
-from qlr_jax.models import kind_of, layer_of
+from qlr_jax.models import is_linear, kind_of, layer_of
 from qlr_jax.sensitivity.correction import correction_key
 
 # Solved for every matrix: it anchors the predictions, and its error is what KL is attributed to. Where no trellis nor lattice is
@@ -30,6 +31,12 @@ def probe(offered: Sequence[Spec]) -> str:
     listed = sorted(bare, key=lambda text: abs(bare[text].quantizer().bits - PLAIN_BITS))
     nearest = [text for text in listed if bare[text].quantizer().bits == bare[listed[0]].quantizer().bits]
     return nearest[len(nearest) // 2]
+
+
+def solved_first(table: OptionTable) -> list[tuple[str, str]]:
+    """The (matrix, spec) of linear layers that `measure` solves for a table of these options."""
+    offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows if is_linear(row.name)}
+    return anchors(offered, {name: probe(listed) for name, listed in offered.items()})
 
 
 def anchors(offered: Mapping[str, Sequence[Spec]], probes: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The stages of a job, each a function of the run and of what the stages before it found."""
 
+from qlr_jax.pipelines.stages.ahead import compiling_ahead
 from qlr_jax.pipelines.stages.allocate import allocate
 from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
@@ -13,6 +14,7 @@ __all__ = [
     "allocate",
     "calibrate",
     "check_texts",
+    "compiling_ahead",
     "evaluate_held_out",
     "evaluate_on_calibration",
     "measure",

@@ -1,0 +1,51 @@
+"""Programs that are compiled before there are matrices are those that the solver calls."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from qlr_jax.core import ahead, alternation, batch
+from qlr_jax.core.batch import solve_many
+from qlr_jax.core.config import SolverConfig
+
+CONFIG = SolverConfig.make({"state_bits": 6, "iterations": 2}, None)
+SHAPES = {"a": (40, 48), "b": (40, 48), "c": (64, 40)}
+SPECS = ("trellis-2", "trellis-3+r4@trellis-4", "int-4g16+r4@int-8", "none+r4@int-8")
+
+
+def compiled(caplog, function):
+    """Names of what is compiled while `function` runs."""
+    caplog.clear()
+    with jax.log_compiles(), caplog.at_level(logging.WARNING):
+        function()
+    marks = (record.getMessage() for record in caplog.records)
+    return [text.split("(")[1].split(")")[0] for text in marks if text.startswith("Finished XLA compilation of jit(")]
+
+
+@pytest.mark.parametrize("small, outputs", [(True, True), (False, True), (False, False)])
+def test_the_solver_finds_what_was_compiled(small, outputs, monkeypatch, caplog):
+    """Of small matrices in batches and of large ones that share their Hessian, with and without G, above ONE_PROGRAM too."""
+    monkeypatch.setattr(batch, "SMALL", 1024 if small else 1)
+    monkeypatch.setattr(alternation, "ONE_PROGRAM", 1024 if small else 48)
+    monkeypatch.setattr(ahead, "ONE_PROGRAM", 1024 if small else 48)
+    monkeypatch.setattr(batch, "ROWS_TOGETHER", 96)
+    jax.clear_caches()
+    rng = np.random.default_rng(0)
+    hessians = {n: np.cov(rng.standard_normal((n, 4 * n))).astype(np.float32) for n in (40, 48, 64)}
+    weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    problems = {
+        (name, spec): (w, hessians[w.shape[1]], spec, hessians[w.shape[0]] if outputs else None)
+        for name, w in weights.items()
+        for spec in SPECS
+    }
+    shared = {n: jax.ShapeDtypeStruct(h.shape, h.dtype) for n, h in hessians.items()}
+    shapes = {
+        key: (jax.ShapeDtypeStruct(w.shape, w.dtype), shared[h.shape[0]], spec, None if g is None else shared[g.shape[0]])
+        for key, (w, h, spec, g) in problems.items()
+    }
+    made = compiled(caplog, lambda: [compile_one() for compile_one in ahead.programs(shapes, CONFIG)])
+    assert set(made) == {"fit_factors", "round_backbone"} and len(made) == len(list(ahead.programs(shapes, CONFIG)))
+    found = compiled(caplog, lambda: solve_many(problems, config=CONFIG))
+    assert "without_factors" in found and not set(made) & set(found)
