@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer, stored_bytes
 from qlr_jax.errors import QLRError
@@ -115,12 +116,11 @@ class Spec:
             state_bits: of a trellis.
             shape: (out, in) of the matrix, where its tiles matter.
         """
-        return parse_quantizer(self.backbone).for_backbone(shape, state_bits)
+        return _backbone(self.backbone, state_bits, shape)
 
     def factor_quantizers(self, state_bits: int = DEFAULT_STATE_BITS) -> tuple[Quantizer, Quantizer]:
         """The grids of Lᵀ (rank, m) and R (rank, n)."""
-        left, right = parse_quantizer(self.left), parse_quantizer(self.right)
-        return left.for_factor(self.rank, state_bits), right.for_factor(self.rank, state_bits)
+        return _factor(self.left, self.rank, state_bits), _factor(self.right, self.rank, state_bits)
 
     @property
     def component_scales(self) -> bool:
@@ -160,6 +160,17 @@ class Spec:
     def bits(self, shape: tuple[int, int]) -> float:
         """Average bits per weight of a matrix of `shape` (out, in), everything stored counted."""
         return 8 * self.nbytes(shape) / (shape[0] * shape[1])
+
+
+@lru_cache(maxsize=4096)
+def _backbone(name: str, state_bits: int, shape: tuple[int, int] | None) -> Quantizer:
+    """Asked for several times an option, of which a table has tens of thousands."""
+    return parse_quantizer(name).for_backbone(shape, state_bits)
+
+
+@lru_cache(maxsize=4096)
+def _factor(name: str, rank: int, state_bits: int) -> Quantizer:
+    return parse_quantizer(name).for_factor(rank, state_bits)
 
 
 def expand_backbones(backbones: Sequence[str]) -> list[str]:

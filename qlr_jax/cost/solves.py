@@ -13,7 +13,7 @@ from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.rates import Work
 
-ANCHORED = 100  # as in sensitivity.anchors
+ANCHORED = 21  # as in sensitivity.anchors
 ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
 CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks spreads the matrices of one shape over, about
 RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about

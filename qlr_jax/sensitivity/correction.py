@@ -25,6 +25,7 @@ class CorrectionKey(NamedTuple):
     backbone: str
 
 
+@lru_cache(maxsize=65536)
 def correction_key(spec: Spec) -> CorrectionKey:
     """The key of a spec.
 
