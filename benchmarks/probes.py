@@ -69,10 +69,9 @@ def main() -> None:
         own = [np.flatnonzero([key[0] == name for key in left]) for name in dict(left)]
         within = [spearmanr(one[at], two[at])[0] for at in own if len(at) > 3]
         low, middle, high = np.quantile(two / one, [0.1, 0.5, 0.9])
+        ratios = {"p10": low, "p50": middle, "p90": high}
         facts = {"anchored": count, "solves": len(anchors.solved_first(source.prices)), "cpu": seconds, "left": len(left)}
-        found.append(
-            facts | {"over all": spearmanr(one, two)[0], "within": float(np.nanmedian(within)), "p10": low, "p50": middle, "p90": high}
-        )
+        found.append(facts | {"over all": spearmanr(one, two)[0], "within": float(np.nanmedian(within))} | ratios)
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     print(columns(list(found[0]), [[f"{value:.4g}" for value in line.values()] for line in found]))
     if args.json:
