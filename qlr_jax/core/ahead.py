@@ -31,8 +31,9 @@ def programs(problems: Problems[Key], config: SolverConfig | None = None) -> Ite
         config: settings of the solver; None: the defaults.
 
     Example:
-        >>> w, h = jax.ShapeDtypeStruct((8, 16), np.float32), jax.ShapeDtypeStruct((16, 16), np.float32)
-        >>> len(list(programs({"a": (w, h, "int-4"), "b": (w, h, "int-3"), "c": (w, h, "int-4+r4@int-8")})))
+        >>> w, h = jax.ShapeDtypeStruct((64, 32), np.float32), jax.ShapeDtypeStruct((32, 32), np.float32)
+        >>> specs = "trellis-2", "trellis-3", "trellis-2.5+r4@trellis-4"
+        >>> len(list(programs({spec: (w, h, spec) for spec in specs})))  # rates and ranks are data
         2
     """
     config, seen = config or SolverConfig(), set()
