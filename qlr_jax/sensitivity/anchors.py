@@ -33,9 +33,14 @@ def probe(offered: Sequence[Spec]) -> str:
     return nearest[len(nearest) // 2]
 
 
+def linear_offers(table: OptionTable) -> dict[str, list[Spec]]:
+    """Linear layer -> the specs that a table offers it."""
+    return {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows if is_linear(row.name)}
+
+
 def solved_first(table: OptionTable) -> list[tuple[str, str]]:
-    """The (matrix, spec) of linear layers that `measure` solves for a table of these options."""
-    offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows if is_linear(row.name)}
+    """The (matrix, spec) of linear layers that `measure` solves for a table of these options, before it is measured."""
+    offered = linear_offers(table)
     return anchors(offered, {name: probe(listed) for name, listed in offered.items()})
 
 

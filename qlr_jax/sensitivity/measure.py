@@ -19,7 +19,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, is_linear, kind_of, layer_of
 from qlr_jax.progress import Progress
-from qlr_jax.sensitivity.anchors import anchors, probe
+from qlr_jax.sensitivity.anchors import anchors, linear_offers, probe
 from qlr_jax.sensitivity.attribution import Case, attribute
 from qlr_jax.sensitivity.correction import Correction, correction_key
 from qlr_jax.sensitivity.offers import Bytes
@@ -102,8 +102,8 @@ def measure(
         progress: where stages go.
         solver: `solve_many`, or what calls it.
     """
-    offered = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows}
-    vocabulary = {name: offered.pop(name) for name in list(offered) if not is_linear(name)}
+    offered = linear_offers(table)
+    vocabulary = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows if row.name not in offered}
     largest = max((spec.rank for listed in offered.values() for spec in listed), default=0)
     weights = LazyMap(offered, lambda name: statistics.weights[name])
     profiles = measured_profiles(weights, statistics, largest, config=config, seed=seed, progress=progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import jax
@@ -35,10 +35,11 @@ def compiling_ahead(source: Source, wanted: bool = True) -> Iterator[None]:
     ended = threading.Event()
 
     def compile_all() -> None:
-        for compile_one in programs(_problems(source), source.settings.search):
-            if ended.is_set():
-                return
-            compile_one()
+        with suppress(Exception):  # what cannot be compiled is told of where it is called
+            for compile_one in programs(_problems(source), source.settings.search):
+                if ended.is_set():
+                    return
+                compile_one()
 
     thread = threading.Thread(target=compile_all, name="compile-ahead", daemon=True)
     thread.start()
