@@ -1,6 +1,7 @@
 """What an error in a matrix costs at the model's output: every attribution against float64 or plain JAX, on a small model."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -105,7 +106,37 @@ def test_path_shares_add_up_and_equal_plain_derivatives(case):
     found = [jax.jit(jax.grad(joint))(dict.fromkeys(NAMES, jnp.float32(t))) for t in nodes]
     for name in NAMES:
         want = np.mean([float(g[name]) for g in found])
-        assert shares[name] == pytest.approx(max(want, 0.0), rel=2e-2, abs=1e-3 * sum(shares.values()))
+        assert shares[name] == pytest.approx(want, rel=2e-2, abs=1e-3 * sum(shares.values()))
+
+
+@pytest.mark.parametrize("outputs", ["fisher", "alike"])
+def test_an_error_that_undoes_another_is_not_for_nothing(case, outputs):
+    """Less of o takes back a part of what too much of v does: of o there is more to lose than nothing even so."""
+    v, o = (next(n for n in NAMES if n.endswith(kind)) for kind in ("v_proj", "o_proj"))
+    weights = {n: np.asarray(case.model.linears()[n].weight.get_value()) for n in NAMES}
+    errors = {**case.errors, v: 0.5 * weights[v], o: -0.1 * weights[o], NAMES[0]: 0 * weights[NAMES[0]]}
+    case = replace(case, errors=errors, outputs=case.outputs if outputs == "fisher" else {})
+    shares, found = path_shares(case.model, errors, case.reference), attribute("path", case).kl
+    assert shares[o] < 0 == shares[NAMES[0]] == found[NAMES[0]]
+
+    def own(name):
+        e, h = np.asarray(errors[name], np.float64), np.asarray(case.hessians[name], np.float64)
+        if outputs == "alike":
+            return np.sum(e**2) / np.sum(np.square(weights[name], dtype=np.float64))
+        return 0.5 * np.trace(np.asarray(case.outputs[name], np.float64) @ e @ h @ e.T)
+
+    unit = np.median([abs(shares[n]) / own(n) for n in NAMES[1:]])
+    for name in NAMES:
+        least = unit * own(name) if outputs == "fisher" or shares[name] <= 0 else 0.0
+        assert found[name] == pytest.approx(max(shares[name], least), rel=1e-3)
+
+
+def test_a_kl_below_what_float32_resolves_is_not_nothing(case, monkeypatch):
+    measured = {name: 1e-6 * (i + 1) for i, name in enumerate(NAMES)} | {NAMES[3]: 0.0}
+    monkeypatch.setattr("qlr_jax.sensitivity.attribution.knockout", lambda *_: measured)
+    own = attribute("kronecker", case).kl
+    unit = np.median([measured[n] / own[n] for n in NAMES])
+    assert attribute("alone", case).kl == pytest.approx({**measured, NAMES[3]: unit * own[NAMES[3]]})
 
 
 def test_kronecker_and_error_are_their_formulas(case):

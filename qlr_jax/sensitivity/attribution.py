@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from statistics import median
 
 import jax
 import numpy as np
@@ -28,6 +29,7 @@ ATTRIBUTIONS = {
     "second-order": "half of vᵀFv, v the change of the logits to first order, F their Fisher matrix: two forward passes a matrix",
     "path": "shares of the joint KL along the path on which all matrices change together (Aumann-Shapley): two backward passes",
 }
+MEASURED = ("path", "alone", "noise")  # as differences of log-probabilities: some come out as nothing or less
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,11 @@ class Attribution:
 def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str], None] | None = None) -> Attribution:
     """The cost of each matrix's error by one of `ATTRIBUTIONS`; embedding and head by "alone" but for "path" and "error".
 
+    No error costs nothing, or an allocation would give its matrix the fewest bits there are. A share of the path is of few tokens,
+    and comes out below 0 where an error happens to undo a part of the others': it is charged no less than the second order says,
+    ½ tr(G E H Eᵀ), of all the tokens of the Hessians, in units of the median over matrices of what was measured over it. The same
+    stands in for a KL by itself that is less than float32 resolves.
+
     Args:
         method: its name.
         case: the model, the errors, and what the method may need beside them.
@@ -74,28 +81,54 @@ def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str]
     """
     if method not in ATTRIBUTIONS:
         raise QLRError(f"attribution {method!r} is not known; give one of {', '.join(ATTRIBUTIONS)}")
+    kl = _kl(method, case, seed, on_done)
+    return Attribution(_at_least(kl, case, always=method == "path") if method in MEASURED else kl)
+
+
+def _kl(method: str, case: Case, seed: int, on_done: Callable[[str], None] | None) -> Mapping[str, float]:
     model, errors = case.model, case.errors
     if method == "path":
-        return Attribution(path_shares(model, errors, case.reference))
+        return path_shares(model, errors, case.reference)
     if method == "error":
-        return Attribution({n: _share(model.matrices()[n].weight.get_value(), e, case.hessians[n]) for n, e in errors.items()})
+        return {n: _share(model.matrices()[n].weight.get_value(), e, case.hessians[n]) for n, e in errors.items()}
     if vocabulary := [name for name in errors if not is_linear(name)]:
         alone = knockout(model, {name: errors[name] for name in vocabulary}, case.reference, on_done)
         linear = replace(case, errors=LazyMap([n for n in errors if is_linear(n)], errors.__getitem__))
-        shares = {**attribute(method, linear, seed=seed, on_done=on_done).kl, **alone}
-        return Attribution({name: shares[name] for name in errors})
+        shares = {**_kl(method, linear, seed, on_done), **alone}
+        return {name: shares[name] for name in errors}
     if method == "kronecker":
         if missing := [n for n in errors if n not in case.outputs]:
             raise QLRError(
                 f"attribution 'kronecker' needs an output Hessian of {missing[0]}; give outputs: fisher, or another method"
             )
-        return Attribution({n: max(0.5 * _quadratic(e, case.hessians[n], case.outputs[n]), 0.0) for n, e in errors.items()})
+        return {n: _kronecker(n, e, case) for n, e in errors.items()}
     if method == "second-order":
-        return Attribution(second_order(model, errors, case.reference.windows, on_done=on_done))
+        return second_order(model, errors, case.reference.windows, on_done=on_done)
     if method == "noise":
         draw = np.random.default_rng(seed)
         errors = {n: _noise_like(e, case.hessians[n], draw) for n, e in errors.items()}
-    return Attribution(knockout(model, errors, case.reference, on_done))
+    return knockout(model, errors, case.reference, on_done)
+
+
+def _at_least(kl: Mapping[str, float], case: Case, always: bool) -> dict[str, float]:
+    """What was measured; what the second order says, in its units, where that is nothing or, `always`, where that is less."""
+    found = dict(kl)
+    for known in (True, False):  # where there is no G, the squared relative error has to do, which is no more than a stopgap
+        names = [name for name in kl if (is_linear(name) and name in case.outputs) == known]
+        own = {name: _kronecker(name, case.errors[name], case) if known else _plain_share(name, case) for name in names}
+        ratios = [abs(kl[name]) / value for name, value in own.items() if value > 0]
+        unit = median(ratios) if ratios else 0.0
+        found |= {name: max(kl[name], unit * value) for name, value in own.items() if (always and known) or kl[name] <= 0}
+    return found
+
+
+def _kronecker(name: str, error: np.ndarray, case: Case) -> float:
+    return max(0.5 * _quadratic(error, case.hessians[name], case.outputs[name]), 0.0)
+
+
+def _plain_share(name: str, case: Case) -> float:
+    weight, error = np.asarray(case.model.matrices()[name].weight.get_value(), np.float32), case.errors[name]
+    return float(np.vdot(error, error)) / whole if (whole := float(np.vdot(weight, weight))) > 0 else 0.0
 
 
 def _quadratic(error: np.ndarray, hessian: np.ndarray, output: np.ndarray | None = None) -> float:

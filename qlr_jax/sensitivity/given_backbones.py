@@ -56,7 +56,7 @@ def measure_given(
     with progress.stage("sensitivity", total=len(errors)) as stage:
         case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, statistics.hessians, statistics.outputs)
         kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
-    coefficient = {n: max(kl[n], 0.0) / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
+    coefficient = {n: kl[n] / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
 
     def with_damage(name: str, option: Option) -> Option:
         text = factors_only(option.spec)

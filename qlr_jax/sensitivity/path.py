@@ -32,7 +32,8 @@ def path_shares(
 
         share_i = ∫₀¹ ⟨∂KL/∂W_i (W + t ΔW), ΔW_i⟩ dt, by two nodes
 
-    Interactions are in it, halved between those who interact, at the errors given. A forward and a backward pass of the model a
+    Interactions are in it, halved between those who interact, at the errors given: a share can be negative, of a matrix whose
+    error undoes a part of what the others' do here. A forward and a backward pass of the model a
     node, block by block (`calibration.backward`), which says what memory it takes.
 
     Args:
@@ -89,7 +90,7 @@ def path_shares(
                 total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
             if on_done is not None and last and i == 0:
                 on_done(int(live(j).sum()))
-    return {name: max(share, 0.0) / windows.size for name, share in total.items()}
+    return {name: share / windows.size for name, share in total.items()}
 
 
 def _with_vocabulary(model: Llama, errors: Mapping[str, Array], at: float) -> Llama:
