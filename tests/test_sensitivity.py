@@ -32,6 +32,7 @@ from qlr_jax.sensitivity import (
     second_order,
 )
 from qlr_jax.sensitivity.anchors import anchors, probe
+from qlr_jax.sensitivity.attribution import LEAST
 
 CONFIG = LlamaConfig(
     vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -125,7 +126,7 @@ def test_an_error_that_undoes_another_is_not_for_nothing(case, outputs):
             return np.sum(e**2) / np.sum(np.square(weights[name], dtype=np.float64))
         return 0.5 * np.trace(np.asarray(case.outputs[name], np.float64) @ e @ h @ e.T)
 
-    unit = np.median([abs(shares[n]) / own(n) for n in NAMES[1:]])
+    unit = LEAST * np.median([abs(shares[n]) / own(n) for n in NAMES[1:]])
     for name in NAMES:
         least = unit * own(name) if outputs == "fisher" or shares[name] <= 0 else 0.0
         assert found[name] == pytest.approx(max(shares[name], least), rel=1e-3)
@@ -135,7 +136,7 @@ def test_a_kl_below_what_float32_resolves_is_not_nothing(case, monkeypatch):
     measured = {name: 1e-6 * (i + 1) for i, name in enumerate(NAMES)} | {NAMES[3]: 0.0}
     monkeypatch.setattr("qlr_jax.sensitivity.attribution.knockout", lambda *_: measured)
     own = attribute("kronecker", case).kl
-    unit = np.median([measured[n] / own[n] for n in NAMES])
+    unit = LEAST * np.median([measured[n] / own[n] for n in NAMES])
     assert attribute("alone", case).kl == pytest.approx({**measured, NAMES[3]: unit * own[NAMES[3]]})
 
 

@@ -30,6 +30,7 @@ ATTRIBUTIONS = {
     "path": "shares of the joint KL along the path on which all matrices change together (Aumann-Shapley): two backward passes",
 }
 MEASURED = ("path", "alone", "noise")  # as differences of log-probabilities: some come out as nothing or less
+LEAST = 0.5  # of what the second order says; from 0.5 to 1 allocations are as good, below worse (benchmarks/RESULTS.md)
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,9 @@ def attribute(method: str, case: Case, *, seed: int = 0, on_done: Callable[[str]
     """The cost of each matrix's error by one of `ATTRIBUTIONS`; embedding and head by "alone" but for "path" and "error".
 
     No error costs nothing, or an allocation would give its matrix the fewest bits there are. A share of the path is of few tokens,
-    and comes out below 0 where an error happens to undo a part of the others': it is charged no less than the second order says,
-    ½ tr(G E H Eᵀ), of all the tokens of the Hessians, in units of the median over matrices of what was measured over it. The same
-    stands in for a KL by itself that is less than float32 resolves.
+    and comes out below 0 where an error happens to undo a part of the others': it is charged no less than `LEAST` of what the
+    second order says, ½ tr(G E H Eᵀ), of all the tokens of the Hessians, in units of the median over matrices of what was measured
+    over it. The same stands in for a KL by itself that is less than float32 resolves.
 
     Args:
         method: its name.
@@ -111,13 +112,13 @@ def _kl(method: str, case: Case, seed: int, on_done: Callable[[str], None] | Non
 
 
 def _at_least(kl: Mapping[str, float], case: Case, always: bool) -> dict[str, float]:
-    """What was measured; what the second order says, in its units, where that is nothing or, `always`, where that is less."""
+    """What was measured; `LEAST` of the second order, in its units, where that is nothing or, `always`, where that is less."""
     found = dict(kl)
     for known in (True, False):  # where there is no G, the squared relative error has to do, which is no more than a stopgap
         names = [name for name in kl if (is_linear(name) and name in case.outputs) == known]
         own = {name: _kronecker(name, case.errors[name], case) if known else _plain_share(name, case) for name in names}
         ratios = [abs(kl[name]) / value for name, value in own.items() if value > 0]
-        unit = median(ratios) if ratios else 0.0
+        unit = LEAST * median(ratios) if ratios else 0.0
         found |= {name: max(kl[name], unit * value) for name, value in own.items() if (always and known) or kl[name] <= 0}
     return found
 
