@@ -12,7 +12,8 @@ Decoded once instead, while it loads: as large as any dense model and as fast, a
 The same follows from `quantization_config=QLRConfig(dequantize=True)` where qlr-jax is installed, from `"dequantize": true`
 under quantization_config in config.json, and for a model that is loaded already from `model.dequantize()`.
 
-This one file needs torch, transformers and safetensors, nothing else, and travels with every folder. A weight W (out, in)
+This one file needs torch, transformers and safetensors, nothing else, and travels with every folder; where qlr-jax is installed,
+its C++ library takes products on a processor (`model.qlr_backend` says which does). A weight W (out, in)
 is stored as
 
     W ≈ g · Uᵀ (Q + L diag(s) R) V,  or for an embedding, whose rows are read one by one,  W ≈ diag(g) Q V
@@ -63,7 +64,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 8  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 9  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -121,6 +122,20 @@ def opaque(decode):
         return (operator if torch.compiler.is_compiling() else decode)(codes, numbers, dtype)
 
     return call
+
+
+def native_products():
+    """The products of qlr-jax's C++ library where it is installed and built, else None, as with QLR_NATIVE=0 or while compiling."""
+    return None if torch.compiler.is_compiling() else _native_products()
+
+
+@lru_cache
+def _native_products():
+    try:
+        from qlr_jax.formats.qlr import native_products as found
+    except ImportError:
+        return None
+    return found if found.backend() else None
 
 
 # ---------------------------------------------------------------------------------------------------- rotations
@@ -288,7 +303,10 @@ class Part(Stored):
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             with torch.no_grad():
-                rows = self.decode(start, stop, dtype)
+                library = native_products()
+                rows = library.decoded(self, start, stop, dtype) if library else None
+                if rows is None:
+                    rows = self.decode(start, stop, dtype)
             yield start, stop, rows  # outside, because no_grad would apply to the caller too
 
     def whole(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -393,9 +411,12 @@ class IntegerPart(GroupedPart):
         if asymmetric:
             self.store("zeros", (rows, self.groups), torch.uint8)
 
+    def middle(self) -> float:
+        """The zero point where none is stored."""
+        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+
     def decode(self, start, stop, dtype):
-        middle = 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
-        zeros = self.zeros[start:stop, :, None].float() if self.asymmetric else middle
+        zeros = self.zeros[start:stop, :, None].float() if self.asymmetric else self.middle()
         return self.scaled(self.read(start, stop).float(), start, stop, zeros).to(dtype)
 
 
@@ -441,6 +462,15 @@ class LatticePart(Part):
         super().__init__(rows, cols)
         self.bits = bits
         self.store("codes", (rows, -(-cols // 8), bits), torch.uint8)
+
+    def gains(self) -> tuple[float, float]:
+        """What the quarters of both stages are multiplied by."""
+        gain, inner = LATTICE["scales"][str(self.bits)]
+        return gain / 4, gain * inner / 4
+
+    def tables(self) -> list[torch.Tensor]:
+        """Points of the first stage and roots, on the processor, eight int8 an int64."""
+        return [lattice_words(roots, torch.device("cpu")) for roots in (False, True)]
 
     def decode(self, start, stop, dtype):
         return decode_lattice(self.codes[start:stop], [stop - start, self.cols], dtype)
@@ -534,6 +564,10 @@ class TrellisPart(Part):
         self.height, self.width, self.state_bits = height, LENGTH // height, state_bits
         self.across = -(-cols // self.width)
         self.store("codes", (-(-rows // height), self.across, int(LENGTH * rate) // 8), torch.uint8)
+
+    def gain(self) -> float:
+        """What a state's hash is multiplied by."""
+        return state_gain(self.codes.shape[2])
 
     def decode(self, start, stop, dtype):
         codes = self.codes[start // self.height : -(-stop // self.height)]
@@ -796,6 +830,11 @@ class QLRLinear(Stored):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (…, in) -> (…, out), in x's type."""
+        library = native_products()
+        if library is not None:
+            found = library.multiplied(self, x if self.bias is None else x.float())
+            if found is not None:
+                return found if self.bias is None else (found + self.bias.float()).to(x.dtype)
         kind = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
         if self.rotated or self.by_rows:
             input_signs, block = self._signs(INPUT, x.device), block_size(self.in_features, self.rotation_block)
@@ -826,6 +865,11 @@ class QLRLinear(Stored):
             return y.to(x.dtype)
 
         return in_pieces(finish, *products)
+
+    def blocks(self) -> tuple[int, int]:
+        """Widths of the rotations' blocks, of inputs and of outputs."""
+        inputs, outputs = (block_size(size, self.rotation_block) for size in (self.in_features, self.out_features))
+        return inputs, outputs
 
     def _factor(self, side: str) -> Part:
         part = getattr(self, side)
@@ -1102,6 +1146,12 @@ class Packed:
     """What packed models share; the class before it in each base list is transformers' own, with packed linear layers."""
 
     _auto_class = "AutoModelForCausalLM"
+
+    @property
+    def qlr_backend(self) -> str:
+        """What multiplies by packed layers on a processor: `native (…)`, the instruction set of qlr-jax's C++, or `torch`."""
+        library = native_products()
+        return f"native ({library.backend()})" if library else "torch"
 
     def named_modules(self, *args, **kwargs):
         """As any module's; peft calls it before it wraps layers, and by then it is imported."""

@@ -1,0 +1,163 @@
+"""Packed layers of the PyTorch runtime by the C++ library of qlr_jax.native, on a processor.
+
+The runtime asks for this module where qlr-jax is installed (`modeling_qlr.native_products`), and goes on without it elsewhere. A
+few tokens are multiplied straight from the codes; for more, rows are decoded by the library and a dense product takes them. In
+float32, whatever the type of x; values and sums are those of the runtime's own path to 1e-5.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from qlr_jax.native import product
+from qlr_jax.native.product import MOST_TOKENS, Kind, Layer, Type
+
+TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
+
+
+class Known:
+    """A layer, or one of its parts, as the library takes it, and the arrays that it points to.
+
+    Attributes:
+        structure: None where the library has no product for it.
+    """
+
+    def __init__(self, module: torch.nn.Module, make: Callable[[Any, Known], Any]):
+        self.buffers = [part._buffers for part in module.modules()]  # and no module, whose end would never come then
+        self.kept: list[torch.Tensor] = []
+        arrays = self._arrays()
+        self.addresses = [array.data_ptr() for array in arrays]
+        usable = all(array.device.type == "cpu" and array.is_contiguous() for array in arrays)
+        self.structure = make(module, self) if usable else None
+
+    def _arrays(self) -> list[torch.Tensor]:
+        return [array for buffers in self.buffers for array in buffers.values() if array is not None]
+
+    def moved(self) -> bool:
+        """Whether an array is another now, as after a cast, a move or a load."""
+        return self.addresses != [array.data_ptr() for array in self._arrays()]
+
+    def at(self, array: torch.Tensor | None) -> int | None:
+        """The address of an array, which is kept as long as this is."""
+        if array is None:
+            return None
+        self.kept.append(array)
+        return array.data_ptr()
+
+
+_layers: WeakKeyDictionary[Any, Known] = WeakKeyDictionary()
+_parts: WeakKeyDictionary[Any, Known] = WeakKeyDictionary()
+
+
+def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """W x (…, out) in x's type, without the bias; None where the layer's own forward has to do it.
+
+    Args:
+        linear: a QLRLinear.
+        x: (…, in).
+    """
+    tokens = x.numel() // linear.in_features
+    if not 0 < tokens <= MOST_TOKENS or x.dtype not in TYPES or x.device.type != "cpu" or not _plain(x):
+        return None
+    layer = _known(_layers, linear, _layer)
+    if layer is None:
+        return None
+    x = x.detach().contiguous()
+    y = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
+    wrong = product.multiply(layer, x.data_ptr(), y.data_ptr(), tokens, TYPES[x.dtype], torch.get_num_threads(), team())
+    return None if wrong else y
+
+
+def decoded(part: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """Rows start … stop − 1 of a part, (stop − start, cols); None where its own `decode` has to do it."""
+    if part.codes.device.type != "cpu" or not _plain(part.codes):
+        return None
+    known = _known(_parts, part, _part)
+    if known is None:
+        return None
+    rows = torch.empty(stop - start, part.cols)
+    wrong = product.decode(known, start, stop, rows.data_ptr(), torch.get_num_threads(), team())
+    return None if wrong else rows.to(dtype)
+
+
+def backend() -> str:
+    """The library's instruction set; empty where there is no library."""
+    return product.instruction_set()
+
+
+def _plain(x: torch.Tensor) -> bool:
+    return type(x) in (torch.Tensor, torch.nn.Parameter) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+def _known(known: WeakKeyDictionary[Any, Known], module: torch.nn.Module, make: Callable[[Any, Known], Any]) -> Any:
+    found = known.get(module)
+    if found is None or found.moved():
+        known[module] = found = Known(module, make)
+    return found.structure
+
+
+def _layer(linear: Any, known: Known) -> Layer | None:
+    layer, buffers = Layer(), linear._buffers
+    layer.outputs, layer.inputs, layer.rank, layer.seed = linear.out_features, linear.in_features, linear.rank, linear.seed
+    layer.turned_inputs, layer.turned_outputs = linear.rotated or linear.by_rows, linear.rotated
+    layer.input_block, layer.output_block = linear.blocks()
+    for name in ("backbone", "left", "right") if linear.rank else ("backbone",):
+        part = getattr(linear, name)
+        made = product.Part() if part is None else _part(part, known)
+        if made is None:
+            return None
+        setattr(layer, name, made)
+    for name in ("component_scale", "scale", "row_scales", "input_signs", "output_signs"):
+        setattr(layer, name, known.at(buffers.get(name)))
+    return layer
+
+
+def _part(part: Any, known: Known) -> product.Part | None:
+    made = product.Part()
+    made.rows, made.cols, made.height = part.rows, part.cols, part.height
+    made.codes = known.at(part.codes)
+    kind = type(part).__name__  # a folder's own copy of the runtime has classes of its own
+    if kind == "TrellisPart":
+        made.kind, made.bits, made.count = Kind.TRELLIS, part.state_bits, part.codes.shape[2]
+        made.gains[0] = part.gain()
+    elif kind in ("IntegerPart", "LevelPart"):
+        made.kind = Kind.INTEGER if kind == "IntegerPart" else Kind.LEVELS
+        made.bits, made.group, made.count = part.bits, part.group, part.codes.shape[1]
+        if part.group % 16:
+            return None
+        scales = "small_scales" if part.scales.dtype == torch.float8_e4m3fn else "scales"
+        setattr(made, scales, known.at(part.scales))
+        if made.kind == Kind.INTEGER:
+            made.zero, made.zeros = part.middle(), known.at(part._buffers.get("zeros"))
+        else:
+            levels = torch.zeros(16)
+            levels[: len(part.levels)] = torch.tensor(part.levels)
+            made.levels = known.at(levels)
+    elif kind == "LatticePart":
+        made.kind, made.bits, made.count = Kind.LATTICE, part.bits, part.codes.shape[1] * part.bits
+        made.gains[:] = part.gains()
+        made.points, made.roots = (known.at(table) for table in part.tables())
+    elif kind == "BFloat16Part":
+        made.kind, made.count = Kind.BFLOAT16, 2 * part.cols
+    else:
+        return None
+    return made
+
+
+@lru_cache
+def team() -> int | None:
+    """The address of GOMP_parallel in the OpenMP library that torch has loaded: its threads are awake, and no others are needed."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        path = next(iter(re.findall(r"\S*libgomp\S*", maps)))
+        return ctypes.cast(ctypes.CDLL(path).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, StopIteration, AttributeError):
+        return None

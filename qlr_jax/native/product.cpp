@@ -1,0 +1,415 @@
+// Which instruction set, what follows from a part's sizes, and a whole layer over the threads of a caller.
+#include "product.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <tuple>
+#include <vector>
+
+namespace qlr {
+namespace {
+
+const std::vector<const Routines*>& choices() {  // what this machine can run, the widest last
+  static const std::vector<const Routines*> all = [] {
+    std::vector<const Routines*> found = {&portable_routines};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      found.push_back(&avx2_routines);
+      if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni"))
+        found.push_back(&avx512_routines);
+    }
+#elif defined(__aarch64__)
+    found.push_back(&neon_routines);
+#endif
+    return found;
+  }();
+  return all;
+}
+
+// ------------------------------------------------------------------ layouts
+
+int end_of(int t, int64_t count) { return (int)((t + 1) * count / 32); }  // the bit at which weight t of a sequence ends
+
+// Where the lanes' bytes are looked for, from `from`; in a sequence of `count` bytes, or in a stream (0) that goes on.
+void place(Words& w, int64_t count) {
+  const bool sequence = count > 0;
+  auto fits = [&](int first, int last, int base, int size) {
+    for (int i = first; i < last; i++)
+      if (w.from[i] < base || w.from[i] + 3 >= base + size) return false;
+    return true;
+  };
+  auto bound = [&](int base, int size) { return sequence ? (int)std::min<int64_t>(base, count - size) : base; };
+  auto order = [&](int i, int byte, int base) { return (uint8_t)(w.from[i] + (sequence ? 3 - byte : byte) - base); };
+  w.wraps = w.from[0] < 0;
+  w.shared = !w.wraps && fits(0, 16, bound(w.from[0], 16), 16);
+  w.near = true;
+  for (int q = 0; q < 4; q++) {
+    w.base[q] = w.shared ? bound(w.from[0], 16) : w.from[4 * q] < 0 ? -4 : bound(w.from[4 * q], 16);
+    w.near &= fits(4 * q, 4 * q + 4, w.base[q], 16);
+    for (int i = 0; i < 4; i++)
+      for (int byte = 0; byte < 4; byte++) w.order[q][4 * i + byte] = order(4 * q + i, byte, w.base[q]);
+  }
+  w.far_base = count > 64 ? bound(w.from[0], 64) : 0;
+  if (count > 64 && (w.wraps || !fits(0, 16, w.far_base, 64))) w.far_base = -1;
+  for (int i = 0; i < 16; i++)
+    for (int byte = 0; byte < 4; byte++) {
+      const int at = order(i, byte, 0);
+      w.far_order[4 * i + byte] =
+          sequence && count <= 64 ? (uint8_t)((w.from[i] + 3 - byte + count) % count) : (uint8_t)(at - w.far_base);
+    }
+}
+
+std::unique_ptr<Layout> make_layout(const Part& part) {
+  auto layout = std::make_unique<Layout>();
+  layout->chunk = 1, layout->near = true;
+  layout->mask = (1u << part.bits) - 1;
+  if (part.kind == kInteger || part.kind == kLevels) {
+    for (int i = 0; i < 16; i++) layout->words[0].from[i] = i * part.bits / 8, layout->words[0].shift[0][i] = i * part.bits % 8;
+    place(layout->words[0], 0);
+    return layout;
+  }
+  if (part.kind != kTrellis) return layout;
+  const int width = kSequence / part.height, groups = part.height >= 16 ? part.height / 16 : 0;
+  if (groups) {
+    bool four = width >= 4;
+    for (int t = 0; t < kSequence && four; t += 4) four = part.bits + end_of(t + 3, part.count) - end_of(t, part.count) + 7 <= 32;
+    layout->chunk = four ? 4 : 2;
+  }
+  const int lane = groups ? width : 1;  // weights from a lane to the next
+  for (int m = 0; m < (groups ? width / layout->chunk * groups : 16); m++) {
+    Words& w = layout->words[m];
+    const int first = groups ? m % groups * 16 * width + m / groups * layout->chunk : 16 * m;
+    for (int i = 0; i < 16; i++) {
+      const int t = first + i * lane;
+      w.from[i] = (end_of(t + layout->chunk - 1, part.count) + 7) / 8 - 4;  // the last of them ends with the last weight
+      for (int k = 0; k < layout->chunk; k++) w.shift[k][i] = 32 - (end_of(t + k, part.count) - 8 * w.from[i]);
+    }
+    place(w, part.count);
+    layout->near &= w.near;
+  }
+  return layout;
+}
+
+// Kept for ever: there are as many as kinds of parts.
+const Layout& layout_of(const Part& part) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, int, int, int64_t>, std::unique_ptr<Layout>> known;
+  const int64_t count = part.kind == kTrellis ? part.count : 0;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& found = known[{part.kind, part.bits, part.height, count}];
+  if (!found) found = make_layout(part);
+  return *found;
+}
+
+const float* hartley_of(int odd) {
+  static std::mutex mutex;
+  static std::map<int, std::vector<float>> known;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& found = known[odd];
+  if (found.empty())
+    for (int i = 0; i < odd; i++)
+      for (int j = 0; j < odd; j++) {
+        const double angle = (double)((int64_t)i * j % odd) * (2 * 3.14159265358979323846 / odd);
+        found.push_back((float)((std::cos(angle) + std::sin(angle)) / std::sqrt((double)odd)));
+      }
+  return found.data();
+}
+
+const char* refused(const Part& part) {
+  switch (part.kind) {
+    case kNone:
+    case kBfloat16:
+      return nullptr;
+    case kTrellis:
+      if (part.bits < 6 || part.bits > 16 || part.count < 32 || part.count > 192) return "a trellis of 6 to 16 state bits, 1 to 6 bits";
+      if (part.height != 64 && part.height != 32 && part.height != 16 && part.height != 4 && part.height != 2 && part.height != 1)
+        return "a trellis sequence of 64, 32, 16, 4, 2 or 1 rows";
+      return nullptr;
+    case kInteger:
+    case kLevels:
+      if (part.bits < 1 || part.bits > (part.kind == kLevels ? 4 : 8)) return "codes of 1 to 8 bits, of levels 4";
+      return part.group % 16 ? "groups of a multiple of 16" : nullptr;
+    case kLattice:
+      return part.bits < 2 || part.bits > 4 ? "a lattice of 2 to 4 bits" : nullptr;
+    default:
+      return "a kind of codes that is known";
+  }
+}
+
+// ------------------------------------------------------------------ threads
+
+// Threads of our own, which sleep while nothing is to be done; for callers that bring none.
+class Crew {
+ public:
+  void run(Task task, void* data, int threads) {
+    std::unique_lock<std::mutex> turn(turns_);  // one caller at a time
+    std::unique_lock<std::mutex> lock(mutex_);
+    while ((int)members_.size() < threads - 1) members_.emplace_back([this, i = (int)members_.size()] { work(i); }), members_.back().detach();
+    task_ = task, data_ = data, wanted_ = threads - 1, left_ = threads - 1, round_++;
+    begin_.notify_all();
+    lock.unlock();
+    task(data);
+    lock.lock();
+    done_.wait(lock, [this] { return left_ == 0; });
+  }
+
+ private:
+  void work(int own) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (uint64_t seen = 0;;) {
+      begin_.wait(lock, [&] { return round_ != seen && own < wanted_; });
+      seen = round_;
+      const Task task = task_;
+      void* data = data_;
+      lock.unlock();
+      task(data);
+      lock.lock();
+      if (--left_ == 0) done_.notify_all();
+    }
+  }
+  std::mutex turns_, mutex_;
+  std::condition_variable begin_, done_;
+  std::vector<std::thread> members_;
+  Task task_ = nullptr;
+  void* data_ = nullptr;
+  int wanted_ = 0, left_ = 0;
+  uint64_t round_ = 0;
+};
+
+// each(i) for i < count, over so many threads.
+void spread(int64_t count, int threads, Team team, const std::function<void(int64_t)>& each) {
+  struct Pieces {
+    std::atomic<int64_t> next{0};
+    int64_t count;
+    const std::function<void(int64_t)>* each;
+  } pieces;
+  pieces.count = count, pieces.each = &each;
+  const Task task = [](void* data) {
+    auto& own = *(Pieces*)data;
+    for (int64_t i; (i = own.next.fetch_add(1)) < own.count;) (*own.each)(i);
+  };
+  threads = (int)std::min<int64_t>(threads, count);
+  if (threads < 2) return task(&pieces);
+  if (team) return team(task, &pieces, (unsigned)threads, 0);
+  static Crew* crew = new Crew;  // never destroyed: its threads may outlive the end of the program's own objects
+  crew->run(task, &pieces, threads);
+}
+
+// ------------------------------------------------------------------ a layer
+
+constexpr int64_t kPiece = 1 << 16;  // weights that one thread takes at a time
+
+int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+
+// A part whose last rows can be read beyond.
+Part with_tail(Part part, std::vector<uint8_t>& room) {
+  part.tail_row = part.rows;
+  if (part.kind == kTrellis || part.kind == kNone) return part;
+  constexpr int64_t beyond = 64;
+  part.tail_row = std::max<int64_t>(0, part.rows - 1 - beyond / std::max<int64_t>(part.count, 1));
+  const int64_t size = (part.rows - part.tail_row) * part.count;
+  room.assign(size + beyond, 0);
+  std::memcpy(room.data(), part.codes + part.tail_row * part.count, size);
+  part.tail = room.data();
+  return part;
+}
+
+int64_t columns_read(const Part& part) {
+  if (part.kind == kNone) return 0;
+  return up(part.cols, part.kind == kTrellis ? std::max(16, kSequence / std::max(part.height, 1)) : 16);
+}
+
+float half_of(uint16_t h) {
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, rest = h & 1023;
+  if (exponent == 0) return (sign ? -1.f : 1.f) * (float)rest * (1.f / 16777216.f);
+  const uint32_t word = exponent == 31 ? sign | 0x7f800000u | rest << 13 : sign | (exponent + 112) << 23 | rest << 13;
+  float x;
+  std::memcpy(&x, &word, 4);
+  return x;
+}
+
+uint16_t half_from(float x) {  // to the nearest, ties to even
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  const uint32_t sign = word >> 16 & 0x8000;
+  const float size = std::fabs(x);
+  if (!(size == size)) return (uint16_t)(sign | 0x7e00);
+  if (size >= 65520.f) return (uint16_t)(sign | 0x7c00);
+  if (size < 6.103515625e-05f) return (uint16_t)(sign | (uint32_t)std::nearbyint(size * 16777216.f));
+  word &= 0x7fffffff;
+  const uint32_t rest = word & 0x1fff, found = (word >> 13) - (112 << 10);
+  return (uint16_t)(sign | (found + (rest > 0x1000 || (rest == 0x1000 && found & 1))));
+}
+
+uint16_t bfloat16_from(float x) {
+  uint32_t word;
+  std::memcpy(&word, &x, 4);
+  if (x != x) return (uint16_t)(word >> 16 | 64);
+  return (uint16_t)((word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+
+void load(const void* x, int type, int64_t from, int64_t count, float* out) {
+  if (type == kFloat32) {
+    std::memcpy(out, (const float*)x + from, sizeof(float) * count);
+  } else if (type == kFloat16) {
+    for (int64_t i = 0; i < count; i++) out[i] = half_of(((const uint16_t*)x)[from + i]);
+  } else {
+    for (int64_t i = 0; i < count; i++) {
+      const uint32_t word = (uint32_t)((const uint16_t*)x)[from + i] << 16;
+      std::memcpy(out + i, &word, 4);
+    }
+  }
+}
+
+void store(const float* y, int type, int64_t to, int64_t count, void* out) {
+  if (type == kFloat32) std::memcpy((float*)out + to, y, sizeof(float) * count);
+  else
+    for (int64_t i = 0; i < count; i++) ((uint16_t*)out)[to + i] = type == kFloat16 ? half_from(y[i]) : bfloat16_from(y[i]);
+}
+
+// x *= the signs of a rotation: trained ones, or those that a hash of the seed gives (core/hadamard.py).
+void by_signs(float* x, int64_t size, const uint16_t* trained, int32_t seed, uint32_t salt) {
+  if (trained) {
+    for (int64_t i = 0; i < size; i++) x[i] *= half_of(trained[i]);
+    return;
+  }
+  const uint32_t offset = ((uint32_t)seed * 2 + salt) * 0x85EBCA6Bu + 0x27D4EB2Fu;
+  for (int64_t i = 0; i < size; i++) {
+    uint32_t word = (uint32_t)i * 0x9E3779B1u + offset;
+    word = (word ^ word >> 16) * 0x7FEB352Du;
+    word = (word ^ word >> 15) * 0x846CA68Bu;
+    word = (word ^ word >> 16) & 0x80000000u;
+    uint32_t own;
+    std::memcpy(&own, x + i, 4);
+    own ^= word;
+    std::memcpy(x + i, &own, 4);
+  }
+}
+
+float total_of(const float* x, int64_t size) {
+  double found[8] = {};  // side by side, or each addition would wait for the one before
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8)
+    for (int k = 0; k < 8; k++) found[k] += x[i + k];
+  for (; i < size; i++) found[0] += x[i];
+  return (float)(((found[0] + found[1]) + (found[2] + found[3])) + ((found[4] + found[5]) + (found[6] + found[7])));
+}
+
+void turn(const Routines& by, float* x, int64_t size, int block, std::vector<float>& room) {
+  if ((int64_t)room.size() < block) room.resize(block);
+  by.rotate(x, size, block, hartley_of(block / (block & -block)), room.data());
+}
+
+}  // namespace
+
+const Routines* routines_of(const char* name) {
+  for (const Routines* found : choices())
+    if (std::strcmp(found->name, name) == 0) return found;
+  return nullptr;
+}
+
+const Routines* widest_routines() { return choices().back(); }
+
+const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, void* y, int threads,
+                           Team team) {
+  for (const Part* part : {&layer.backbone, &layer.left, &layer.right})
+    if (const char* wrong = refused(*part)) return wrong;
+  thread_local std::vector<uint8_t> tails[3];
+  thread_local std::vector<float> in, out, inner, room;
+  const Part backbone = with_tail(layer.backbone, tails[0]), left = with_tail(layer.left, tails[1]);
+  const Part right = with_tail(layer.right, tails[2]);
+  static const Layout none = {};
+  const Layout& of_backbone = backbone.kind ? layout_of(backbone) : none;
+  const Layout &of_left = layer.rank ? layout_of(left) : none, &of_right = layer.rank ? layout_of(right) : none;
+  const int64_t wide = std::max({up(layer.inputs, 16), columns_read(backbone), columns_read(right)});
+  const int64_t high = up(layer.outputs, 64) + 256;
+  in.assign(wide, 0.f), out.assign(high, 0.f), inner.assign(up(std::max(layer.rank, 1), 16), 0.f);
+  auto step_of = [](const Part& part) { return std::max<int64_t>(1, kPiece / std::max<int64_t>(part.cols, 1) / part.height) * part.height; };
+  const int64_t step = backbone.kind ? step_of(backbone) : 1, pieces = backbone.kind ? (backbone.rows + step - 1) / step : 0;
+  const int64_t inner_step = layer.rank ? step_of(right) : 1, inner_pieces = layer.rank ? (right.rows + inner_step - 1) / inner_step : 0;
+  float *v = in.data(), *w = out.data(), *z = inner.data();  // the threads' own vectors are others
+
+  for (int64_t token = 0; token < tokens; token++) {
+    load(x, type, token * layer.inputs, layer.inputs, v);
+    if (layer.turned_inputs) {
+      by_signs(v, layer.inputs, layer.input_signs, layer.seed, 0);
+      turn(by, v, layer.inputs, layer.input_block, room);
+    }
+    std::memset(w, 0, sizeof(float) * high);
+    const float total = total_of(v, layer.inputs);
+    spread(pieces + inner_pieces, threads, team, [&](int64_t i) {
+      if (i < inner_pieces) {
+        const int64_t first = i * inner_step;
+        by.multiply(right, of_right, v, total, first, std::min(first + inner_step, right.rows), z + first);
+      } else {
+        const int64_t first = (i - inner_pieces) * step;
+        by.multiply(backbone, of_backbone, v, total, first, std::min(first + step, backbone.rows), w + first);
+      }
+    });
+    if (layer.rank) {
+      for (int r = 0; layer.component_scale && r < layer.rank; r++) z[r] *= half_of(layer.component_scale[r]);
+      by.add(left, of_left, z, w);
+    }
+    if (layer.scale)
+      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= *layer.scale;
+    if (layer.row_scales)
+      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= half_of(layer.row_scales[i]);
+    if (layer.turned_outputs) {
+      turn(by, w, layer.outputs, layer.output_block, room);
+      by_signs(w, layer.outputs, layer.output_signs, layer.seed, 1);
+    }
+    store(w, type, token * layer.outputs, layer.outputs, y);
+  }
+  return nullptr;
+}
+
+const char* decode_part(const Routines& by, const Part& given, int64_t first, int64_t last, float* out, int threads, Team team) {
+  if (const char* wrong = refused(given)) return wrong;
+  if (given.kind == kNone || first < 0 || last > given.rows || first % given.height) return "rows that the part has, by tiles";
+  thread_local std::vector<uint8_t> tail;
+  const Part part = with_tail(given, tail);
+  const Layout& layout = layout_of(part);
+  const int64_t step = std::max<int64_t>(1, kPiece / std::max<int64_t>(part.cols, 1) / part.height) * part.height;
+  spread((last - first + step - 1) / step, threads, team, [&](int64_t i) {
+    const int64_t start = first + i * step;
+    by.decode(part, layout, start, std::min(start + step, last), out + (start - first) * part.cols, part.cols);
+  });
+  return nullptr;
+}
+
+}  // namespace qlr
+
+#define QLR_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+const qlr::Routines* named(const char* set) { return set ? qlr::routines_of(set) : qlr::widest_routines(); }
+constexpr char kNoSet[] = "an instruction set that this machine has";
+}  // namespace
+
+// `set`: an instruction set by name, null for the widest. Null, or what is needed in place of what was given.
+QLR_EXPORT const char* qlr_multiply(const char* set, const qlr::Layer* layer, const void* x, int64_t tokens, int type, void* y,
+                                    int threads, qlr::Team team) {
+  const qlr::Routines* by = named(set);
+  return by ? qlr::multiply_layer(*by, *layer, x, tokens, type, y, threads, team) : kNoSet;
+}
+
+QLR_EXPORT const char* qlr_decode(const char* set, const qlr::Part* part, int64_t first, int64_t last, float* out, int threads,
+                                  qlr::Team team) {
+  const qlr::Routines* by = named(set);
+  return by ? qlr::decode_part(*by, *part, first, last, out, threads, team) : kNoSet;
+}
+
+// What a caller's structures have to measure.
+QLR_EXPORT int64_t qlr_sizes(int which) { return which ? sizeof(qlr::Layer) : sizeof(qlr::Part); }
+
+QLR_EXPORT const char* qlr_product_set() { return qlr::widest_routines()->name; }

@@ -1,0 +1,5 @@
+#include "product_kernels.h"
+
+namespace qlr {
+const Routines portable_routines = {"portable", multiply<Plain>, add<Plain>, decode<Plain>, rotate};
+}  // namespace qlr

@@ -1,0 +1,159 @@
+"""Products with packed matrices in C++: every instruction set gives the same bits, and what the runtime's own path gives."""
+
+import gc
+import itertools
+import weakref
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402  after torch
+from qlr_jax.formats.qlr import native_products  # noqa: E402
+from qlr_jax.native import product  # noqa: E402
+
+there = pytest.mark.skipif(product.library() is None, reason="the C++ library is not built")
+SETS = ("avx2", "avx512", "neon")
+TRELLIS = ["1", "1.5", "2", "2.0625", "3.25", "4", "6"]
+SPECS = [
+    *(f"trellis-{rate}" for rate in TRELLIS),
+    *(
+        "trellis-2+r4@trellis-4",
+        "trellis-2+r16@trellis-2",
+        "trellis-3+r6@trellis-3",
+        "none+r8@trellis-4",
+        "trellis-3+r1@trellis-1.5",
+    ),
+    *(f"int-{bits}" for bits in range(1, 9)),
+    *("int-4g32", "int-2g16a", "int-5a", "int-4g64/rot+r8@int-8", "int-4g32+r16@bf16", "int-4+r3@nf-4,e8-3"),
+    *("nf-2", "nf-3", "nf-4g64", "nvfp4", "e8-2", "e8-3", "e8-4", "e8-2+r8@e8-4", "bf16+r4@bf16"),
+    *("trellis-4/rows", "int-4g32/rows"),
+]
+SHAPES = [(128, 96), (48, 72), (100, 50), (9, 32), (576, 320)]
+
+
+def filled(spec, shape, **others):
+    """A layer of random codes: any byte is a valid one."""
+    linear = runtime.QLRLinear(spec, shape, seed=5, **others)
+    for name, buffer in linear.named_buffers():
+        if buffer.dtype == torch.uint8:
+            buffer.random_(0, 256)
+        elif "signs" in name or buffer.dtype == torch.bfloat16:
+            buffer.normal_()
+        else:
+            buffer.copy_(0.02 * (torch.rand(buffer.shape) + 0.5))
+    return linear
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """alone(layer, x): by the runtime itself, as where qlr-jax is not installed."""
+
+    def forward(linear, x):
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "native_products", lambda: None)
+            return linear(x)
+
+    return forward
+
+
+def by_set(linear, x, name, threads=1, team=None):
+    """W x by one instruction set; None where this machine has none of it."""
+    known = native_products.Known(linear, native_products._layer)
+    y = torch.empty(len(x), linear.out_features)
+    wrong = product.multiply(known.structure, x.data_ptr(), y.data_ptr(), len(x), product.Type.FLOAT32, threads, team, name)
+    return None if wrong else y
+
+
+@there
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_instruction_set_gives_the_same_bits_and_what_the_runtime_gives(spec, alone):
+    torch.manual_seed(0)
+    for shape, state_bits in itertools.product(SHAPES, (12, 16, 6) if "trellis" in spec else (12,)):
+        signs = state_bits == 6 and "rows" not in spec and "none" not in spec
+        linear = filled(spec, shape, state_bits=state_bits, signs=signs, rotation_block=32 if state_bits == 16 else 0)
+        x = torch.randn(3, shape[1])
+        plain, want = by_set(linear, x, "portable"), alone(linear, x)
+        assert plain is not None
+        torch.testing.assert_close(plain, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+        for name in SETS:
+            found = by_set(linear, x, name)
+            assert found is None or torch.equal(found, plain), (name, shape, state_bits)
+
+
+@there
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "+" not in spec])
+def test_rows_are_decoded_to_the_bit(spec):
+    for shape in SHAPES:
+        part = filled(spec, shape).backbone
+        step = part.height
+        for start, stop in ((0, part.rows), (step, part.rows), (step * (part.rows // step // 2), part.rows - 1)):
+            if start < stop:
+                found = native_products.decoded(part, start, stop, torch.float32)
+                torch.testing.assert_close(found, part.decode(start, stop, torch.float32), rtol=1e-6, atol=0)
+
+
+@there
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_a_layer_uses_it_for_few_and_for_many_tokens(dtype, tokens, alone):
+    torch.manual_seed(0)
+    linear = filled("trellis-2+r8@trellis-4", (128, 96))
+    linear.bias = torch.nn.Parameter(torch.randn(128))
+    x = torch.randn(2, tokens, 96).to(dtype)
+    with torch.no_grad():
+        found, want = linear(x), alone(linear, x)
+    assert found.dtype == dtype and found.shape == (2, tokens, 128)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(found, want, rtol=0, atol=tolerance * float(want.abs().max()))
+
+
+@there
+def test_threads_change_no_bit():
+    linear, x = filled("trellis-2+r16@trellis-4", (512, 640)), torch.randn(2, 640)
+    one = by_set(linear, x, None)
+    assert torch.equal(by_set(linear, x, None, 2), one) and torch.equal(by_set(linear, x, None, 5), one)
+    if native_products.team() is not None:
+        assert torch.equal(by_set(linear, x, None, 2, native_products.team()), one)
+
+
+@there
+def test_arrays_that_are_replaced_are_seen(alone):
+    linear, x = filled("int-4g32+r4@bf16", (64, 96)), torch.randn(1, 96)
+    linear(x)
+    linear.backbone.codes = torch.randint(0, 256, linear.backbone.codes.shape, dtype=torch.uint8)
+    linear.left.codes.normal_()
+    torch.testing.assert_close(linear(x), alone(linear, x), rtol=1e-4, atol=1e-5)
+
+
+@there
+def test_a_layer_that_is_let_go_is_gone():
+    linear = filled("trellis-2+r4@trellis-4", (64, 96))
+    linear(torch.randn(1, 96)), linear(torch.randn(40, 96))
+    gone = weakref.ref(linear)
+    del linear
+    gc.collect()
+    assert gone() is None
+
+
+@there
+def test_what_it_has_no_product_for_goes_the_runtimes_own_way(alone):
+    linear, x = filled("int-4g24", (64, 96)), torch.randn(1, 96)
+    assert native_products.multiplied(linear, x) is None
+    torch.testing.assert_close(linear(x), alone(linear, x))
+    linear = filled("trellis-2", (64, 96))
+    leaf = torch.randn(1, 96, requires_grad=True)
+    linear(leaf).sum().backward()
+    assert leaf.grad is not None and float(leaf.grad.abs().max()) > 0
+    assert native_products.multiplied(linear, torch.randn(1, 96, dtype=torch.float64)) is None
+
+
+def test_the_library_says_what_it_lacks():
+    if product.library() is None:
+        assert product.instruction_set() == ""
+        return
+    layer = product.Layer()
+    layer.backbone.kind, layer.backbone.bits, layer.backbone.height, layer.backbone.group = product.Kind.INTEGER, 9, 1, 0
+    layer.left.height = layer.right.height = 1
+    assert product.multiply(layer, 0, 0, 1, product.Type.FLOAT32) == "codes of 1 to 8 bits, of levels 4"
+    assert product.multiply(layer, 0, 0, 1, product.Type.FLOAT32, by="mmx") == "an instruction set that this machine has"
