@@ -15,6 +15,19 @@ struct Avx2Lanes {
   static F all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, F v) { _mm256_storeu_ps(p, v.a), _mm256_storeu_ps(p + 8, v.b); }
+  static void store_eight(float* p, int64_t stride, __m256 a, __m256 b, __m256 c, __m256 d) {
+    const __m256 ab = _mm256_unpacklo_ps(a, b), cd = _mm256_unpacklo_ps(c, d);
+    const __m256 ab_high = _mm256_unpackhi_ps(a, b), cd_high = _mm256_unpackhi_ps(c, d);
+    const __m256 rows[4] = {_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE),
+                            _mm256_shuffle_ps(ab_high, cd_high, 0x44), _mm256_shuffle_ps(ab_high, cd_high, 0xEE)};
+    for (int i = 0; i < 4; i++) {  // rows i and i + 4
+      _mm_storeu_ps(p + i * stride, _mm256_castps256_ps128(rows[i]));
+      _mm_storeu_ps(p + (i + 4) * stride, _mm256_extractf128_ps(rows[i], 1));
+    }
+  }
+  static void store_columns(float* p, int64_t stride, const F* v) {
+    store_eight(p, stride, v[0].a, v[1].a, v[2].a, v[3].a), store_eight(p + 8 * stride, stride, v[0].b, v[1].b, v[2].b, v[3].b);
+  }
   static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }

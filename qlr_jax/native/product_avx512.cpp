@@ -25,6 +25,11 @@ struct Avx512Lanes {
   static F all(float x) { return _mm512_set1_ps(x); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F v) { _mm512_storeu_ps(p, v); }
+  static void store_columns(float* p, int64_t stride, const F* v) {
+    Avx2Lanes::F halves[4];
+    for (int k = 0; k < 4; k++) halves[k] = {_mm512_castps512_ps256(v[k]), _mm512_extractf32x8_ps(v[k], 1)};
+    Avx2Lanes::store_columns(p, stride, halves);
+  }
   static F add(F x, F y) { return _mm512_add_ps(x, y); }
   static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
   static F mul(F x, F y) { return _mm512_mul_ps(x, y); }

@@ -35,6 +35,11 @@ struct Plain {
   static F all(float x) { return each([=](int) { return x; }); }
   static F load(const float* p) { return each([=](int i) { return p[i]; }); }
   static void store(float* p, F v) { std::memcpy(p, v.at, sizeof v.at); }
+  // four neighbouring columns of 16 rows
+  static void store_columns(float* p, int64_t stride, const F* v) {
+    for (int i = 0; i < 16; i++)
+      for (int k = 0; k < 4; k++) p[i * stride + k] = v[k].at[i];
+  }
   static F add(F a, F b) { return each([&](int i) { return a.at[i] + b.at[i]; }); }
   static F sub(F a, F b) { return each([&](int i) { return a.at[i] - b.at[i]; }); }
   static F mul(F a, F b) { return each([&](int i) { return a.at[i] * b.at[i]; }); }
@@ -227,10 +232,11 @@ QLR_APART void decode_rows(const Part& part, const Layout& layout, int64_t first
   for (int64_t r = first; r < last; r++) {
     float* row = out + (r - first) * stride;
     auto each = [&](int64_t c, typename S::F v, float scale) {
+      const typename S::F found = S::mul(v, S::all(scale));
+      if (c + 16 <= part.cols) return S::store(row + c, found);
       float at[16];
-      S::store(at, S::mul(v, S::all(scale)));
-      const int64_t left = part.cols - c;
-      if (left > 0) std::memcpy(row + c, at, sizeof(float) * (left < 16 ? left : 16));
+      S::store(at, found);
+      for (int64_t i = c; i < part.cols; i++) row[i] = at[i - c];
     };
     through<S, K>(part, layout, r, each, [](float) {});
   }
@@ -266,27 +272,41 @@ template <class S> void add(const Part& part, const Layout& layout, const float*
 
 template <class S, int G, int C>
 QLR_APART void decode_bands(const Part& part, const Layout& layout, int64_t first, int64_t last, float* out, int64_t stride) {
+  constexpr int kColumns = 64, kStride = kColumns + 16;  // rows a power of two apart would lie in the same few lines of the cache
   const int width = kSequence / part.height;
   const int64_t across = (part.cols + width - 1) / width;
+  alignas(64) float tile[16 * G * kStride];
   for (int64_t band = first / part.height; band * part.height < last; band++) {
     const uint8_t* s = part.codes + band * across * part.count;
-    for (int64_t j = 0; j < across; j++, s += part.count)
-      for (int q = 0; q < width / C; q++)
-        for (int g = 0; g < G; g++) {
-          const Words& w = layout.words[q * G + g];
-          const typename S::I word = sequence_words<S>(S::open(s, part.count), w);
-          float values[C][16];
-          for (int k = 0; k < C; k++) {
-            const typename S::F sums = S::bytes_of_hash(S::shifted(word, w.shift[k], layout.mask));
-            S::store(values[k], S::mul(S::sub(sums, S::all(kMiddle)), S::all(part.gains[0])));
+    const int64_t row = band * part.height, rows = last - row < part.height ? last - row : part.height;
+    for (int64_t start = 0; start < part.cols; start += kColumns) {
+      const int64_t columns = part.cols - start < kColumns ? part.cols - start : kColumns;
+      for (int64_t c = 0; c < columns; c += width, s += part.count) {
+        const typename S::Source source = S::open(s, part.count);
+        for (int q = 0; q < width / C; q++)
+          for (int g = 0; g < G; g++) {
+            const Words& w = layout.words[q * G + g];
+            const typename S::I word = sequence_words<S>(source, w);
+            typename S::F found[4];
+            for (int k = 0; k < C; k++) {
+              const typename S::F sums = S::bytes_of_hash(S::shifted(word, w.shift[k], layout.mask));
+              found[k] = S::mul(S::sub(sums, S::all(kMiddle)), S::all(part.gains[0]));
+            }
+            float* own = tile + 16 * g * kStride + c + q * C;
+            if (C == 4) {
+              S::store_columns(own, kStride, found);
+              continue;
+            }
+            for (int k = 0; k < C; k++) {
+              float values[16];
+              S::store(values, found[k]);
+              for (int i = 0; i < 16; i++) own[i * kStride + k] = values[i];
+            }
           }
-          for (int i = 0; i < 16; i++) {
-            const int64_t row = band * part.height + 16 * g + i;
-            if (row >= last) break;
-            for (int k = 0; k < C && j * width + q * C + k < part.cols; k++)
-              out[(row - first) * stride + j * width + q * C + k] = values[k][i];
-          }
-        }
+      }
+      for (int64_t r = 0; r < rows; r++)
+        std::memcpy(out + (row + r - first) * stride + start, tile + r * kStride, sizeof(float) * columns);
+    }
   }
 }
 

@@ -19,6 +19,16 @@ struct NeonLanes {
   static F all(float x) { return each([=](int) { return vdupq_n_f32(x); }); }
   static F load(const float* p) { return each([=](int q) { return vld1q_f32(p + 4 * q); }); }
   static void store(float* p, F v) { for (int q = 0; q < 4; q++) vst1q_f32(p + 4 * q, v.at[q]); }
+  static void store_columns(float* p, int64_t stride, const F* v) {
+    for (int q = 0; q < 4; q++) {
+      const float32x4x2_t ab = vtrnq_f32(v[0].at[q], v[1].at[q]), cd = vtrnq_f32(v[2].at[q], v[3].at[q]);
+      const float32x4_t rows[4] = {vcombine_f32(vget_low_f32(ab.val[0]), vget_low_f32(cd.val[0])),
+                                   vcombine_f32(vget_low_f32(ab.val[1]), vget_low_f32(cd.val[1])),
+                                   vcombine_f32(vget_high_f32(ab.val[0]), vget_high_f32(cd.val[0])),
+                                   vcombine_f32(vget_high_f32(ab.val[1]), vget_high_f32(cd.val[1]))};
+      for (int i = 0; i < 4; i++) vst1q_f32(p + (4 * q + i) * stride, rows[i]);
+    }
+  }
   static F add(F a, F b) { return each([&](int q) { return vaddq_f32(a.at[q], b.at[q]); }); }
   static F sub(F a, F b) { return each([&](int q) { return vsubq_f32(a.at[q], b.at[q]); }); }
   static F mul(F a, F b) { return each([&](int q) { return vmulq_f32(a.at[q], b.at[q]); }); }

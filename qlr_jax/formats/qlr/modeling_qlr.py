@@ -297,14 +297,19 @@ class Part(Stored):
         part.rows = len(bands) * self.height
         return part.decode(0, part.rows, dtype).view(len(bands), self.height, self.cols)
 
-    def tiles(self, dtype: torch.dtype = torch.float32):
-        """(start, stop, rows start … stop − 1), at most TILE_WEIGHTS weights at a time."""
+    def tiles(self, dtype: torch.dtype = torch.float32, keep: bool = True):
+        """(start, stop, rows start … stop − 1), at most TILE_WEIGHTS weights at a time.
+
+        Args:
+            dtype: of the rows.
+            keep: whether rows are still needed when the next ones come; else they may lie where those before did.
+        """
         step = max(TILE_WEIGHTS // self.cols // self.height, 1) * self.height
+        library = native_products()
         for start in range(0, self.rows, step):
             stop = min(start + step, self.rows)
             with torch.no_grad():
-                library = native_products()
-                rows = library.decoded(self, start, stop, dtype) if library else None
+                rows = library.decoded(self, start, stop, dtype, keep) if library else None
                 if rows is None:
                     rows = self.decode(start, stop, dtype)
             yield start, stop, rows  # outside, because no_grad would apply to the caller too
@@ -1003,7 +1008,7 @@ def multiply(x: torch.Tensor, part: Part) -> torch.Tensor:
     """x (…, cols) times a part's transpose, in x's type: (…, rows)."""
     if x.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         return Product.apply(x, part)  # pyright: ignore[reportReturnType]
-    return torch.cat([nn.functional.linear(x, rows) for _, _, rows in part.tiles(x.dtype)], dim=-1)
+    return torch.cat([nn.functional.linear(x, rows) for _, _, rows in part.tiles(x.dtype, keep=False)], dim=-1)
 
 
 class Product(torch.autograd.Function):
@@ -1018,7 +1023,7 @@ class Product(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: torch.Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         found = gradient.new_zeros(*gradient.shape[:-1], ctx.part.cols, dtype=torch.float32)
-        for start, stop, rows in ctx.part.tiles(gradient.dtype):
+        for start, stop, rows in ctx.part.tiles(gradient.dtype, keep=False):
             found += gradient[..., start:stop] @ rows
         return found.to(gradient.dtype), None
 

@@ -8,7 +8,9 @@ float32, whatever the type of x; values and sums are those of the runtime's own 
 from __future__ import annotations
 
 import ctypes
+import math
 import re
+import threading
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from qlr_jax.native import product
 from qlr_jax.native.product import MOST_TOKENS, Kind, Layer, Type
 
+TILE_WEIGHTS = 2**18  # about as many as the runtime decodes at a time
 TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 
 
@@ -76,16 +79,43 @@ def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
     return None if wrong else y
 
 
-def decoded(part: Any, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """Rows start … stop − 1 of a part, (stop − start, cols); None where its own `decode` has to do it."""
+def decoded(part: Any, start: int, stop: int, dtype: torch.dtype, keep: bool = True) -> torch.Tensor | None:
+    """Rows start … stop − 1 of a part, (stop − start, cols); None where its own `decode` has to do it.
+
+    Args:
+        part: a Part of the runtime.
+        start, stop: which rows.
+        dtype: of the result.
+        keep: whether the result is to outlive the next call; else it lies in memory of this thread that is used again and again,
+            because a fresh megabyte takes longer than what is written to it.
+    """
     if part.codes.device.type != "cpu" or not _plain(part.codes):
         return None
     known = _known(_parts, part, _part)
     if known is None:
         return None
-    rows = torch.empty(stop - start, part.cols)
+    room = torch.empty if keep else _room
+    rows = room((stop - start, part.cols), dtype=torch.float32)
     wrong = product.decode(known, start, stop, rows.data_ptr(), torch.get_num_threads(), team())
-    return None if wrong else rows.to(dtype)
+    if wrong or dtype == torch.float32:
+        return None if wrong else rows
+    return room(rows.shape, dtype=dtype).copy_(rows)
+
+
+class _Rooms(threading.local):
+    def __init__(self) -> None:
+        self.by_type: dict[torch.dtype, torch.Tensor] = {}
+
+
+_rooms = _Rooms()
+
+
+def _room(shape: tuple[int, int], *, dtype: torch.dtype) -> torch.Tensor:
+    size, room = math.prod(shape), _rooms.by_type.get(dtype)
+    if room is None or len(room) < size:
+        with torch.inference_mode(False):  # it may serve a backward pass later
+            room = _rooms.by_type[dtype] = torch.empty(max(size, TILE_WEIGHTS), dtype=dtype)
+    return room[:size].view(shape)
 
 
 def backend() -> str:
