@@ -1,6 +1,8 @@
 """Generation with a cache against recomputing everything; sampling against numpy; text in pieces; scores of continuations."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from qlr_jax.evaluation.cache import empty, extend, prefill, step
 from qlr_jax.evaluation.generation import _steps, bucket
 from qlr_jax.evaluation.sampling import GenerationSettings, choose, truncated
 from qlr_jax.evaluation.scoring import _scored, scores
-from qlr_jax.evaluation.text import pieces
+from qlr_jax.evaluation.text import Piece, pieces
 from qlr_jax.models import Llama, LlamaConfig, RopeScaling, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
 
@@ -225,7 +227,55 @@ class Bytes:
     ],
 )
 def test_text_comes_in_whole_characters_and_never_shows_a_stop_string(text, stop, want):
-    assert list(pieces(([b] for b in text.encode()), Bytes(), list(b"prompt: "), stop)) == want
+    found = list(pieces(([b] for b in text.encode()), Bytes(), list(b"prompt: "), stop))
+    assert [piece.text for piece in found if piece.text] == want
+    assert [piece.finish for piece in found] == [None] * (len(found) - 1) + ["length" if "".join(want) == text else "stop"]
+    assert "".join(piece.text for piece in pieces([text.encode()], Bytes(), [], stop)) == "".join(want)  # all in one part
+
+
+def test_a_stop_string_stays_hidden_where_it_ends_in_half_a_character():
+    found = list(pieces(([b] for b in "abé".encode()), Bytes(), [], ("bé",)))
+    assert "".join(piece.text for piece in found) == "a" and found[-1].finish == "stop"
+
+
+def test_tokens_are_counted_up_to_the_one_that_ended_the_text():
+    part = list(b"one.two")
+    assert list(pieces([part], Bytes(), [], (".t",))) == [Piece("one", 5, "stop")]
+    assert list(pieces([part], Bytes(), [], (), ends=[ord(".")])) == [Piece("one", 4, "stop")]
+    assert list(pieces([part[:2], part[2:]], Bytes(), [], ())) == [Piece("on", 2), Piece("e.two", 7), Piece("", 7, "length")]
+    assert list(pieces([b"caf\xc3"], Bytes(), [], ())) == [Piece("caf", 4), Piece("\ufffd", 4, "length")]
+    assert "".join(piece.text for piece in pieces([b"\xa9."], Bytes(), b"caf\xc3", ())) == "é."  # the prompt's last character
+
+
+@pytest.mark.parametrize("kind", ["metaspace", "byte level"])
+def test_tokens_one_by_one_give_the_text_that_they_give_together(kind):
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    text = " the naïve café — 漢字かな交じり文 🙂🙂 ok\n  end"
+    if kind == "metaspace":
+        names = ["<unk>", *(f"<0x{b:02X}>" for b in range(256)), "▁the", "▁na", "ve", "▁", "▁ok", "end"]
+        whole = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, [], unk_token="<unk>", byte_fallback=True))
+        whole.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        tokenizer, ids, rest = PreTrainedTokenizerFast(tokenizer_object=whole, unk_token="<unk>"), [], text
+        while rest:  # the longest name that fits, else bytes
+            name = max((n for n in names[257:] if rest.startswith(n.replace("▁", " "))), key=len, default="")
+            ids += [names.index(name)] if name else [1 + b for b in rest[0].encode()]
+            rest = rest[len(name) or 1 :]
+    else:
+        tokenizer = load_tokenizer(BUNDLED)
+        ids = tokenizer.encode(text, add_special_tokens=False)
+    assert len(ids) > 20
+    cuts = [cut for cut in range(len(ids)) if not tokenizer.decode(ids[:cut]).endswith("\ufffd")]
+    assert len(cuts) > 12
+    for cut in cuts:
+        prompt, new = ids[:cut], ids[cut:]
+        found = list(pieces([[i] for i in new], tokenizer, prompt, ()))
+        wanted = tokenizer.decode(ids)[len(tokenizer.decode(prompt)) :]
+        assert "".join(piece.text for piece in found) == wanted, cut
+        assert all("\ufffd" not in piece.text for piece in found), cut
 
 
 def test_the_bundled_model_streams_what_it_generates():
@@ -238,6 +288,22 @@ def test_the_bundled_model_streams_what_it_generates():
     assert len(parts) > 1 and "".join(parts) == tokenizer.decode(ids, skip_special_tokens=True)
     whole = "".join(parts)
     assert "".join(stream_text(model, tokenizer, prompt, max_new_tokens=12, stop=[whole[5:7]])) == whole[: whole.index(whole[5:7])]
+
+
+def test_a_text_ends_where_any_file_of_the_folder_says(tiny, tmp_path):
+    """Of chat models config.json may name the end of a text alone, and generation_config.json that of a turn."""
+    from qlr_jax.pipelines.generate import generate as written
+    from qlr_jax.pipelines.generate import open_generator
+
+    folder = shutil.copytree(tiny, tmp_path / "tiny")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9, 4096]}')
+    ends = open_generator(folder).ends
+    assert set(ends) == {load_tokenizer(tiny).eos_token_id, *load_model(tiny).config.eos_ids, 7, 9}
+    tokenizer = load_tokenizer(tiny)
+    free = generate(load_model(tiny), [tokenizer.encode("import os")], max_new_tokens=6, stop=())[0].tolist()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": free[2]}))
+    before = free[: free.index(free[2])]
+    assert "".join(written(folder, "import os", max_new_tokens=6)) == "".join(p.text for p in pieces([before], tokenizer, [], ()))
 
 
 # ------------------------------------------------------------------------------------------------- scores

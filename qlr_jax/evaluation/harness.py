@@ -11,7 +11,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import stream
 from qlr_jax.evaluation.sampling import GenerationSettings
 from qlr_jax.evaluation.scoring import scores
-from qlr_jax.evaluation.text import pieces, stop_position
+from qlr_jax.evaluation.text import decoded_after, stop_position
 from qlr_jax.evaluation.windows import batches
 from qlr_jax.models.llama import Llama
 from qlr_jax.models.vocabulary import check_tokens
@@ -173,7 +173,7 @@ class HarnessModel(TemplateLM):
         for part in stream(self.model, rows, settings, stop=self.stop_ids):
             for i in range(live):
                 ids[i].extend(part[i].tolist())
-                texts[i] = "".join(pieces([ids[i]], self.tokenizer, rows[i], ()))
+                texts[i] = decoded_after(self.tokenizer, rows[i], ids[i])
             if all(
                 stop_position(text, until) < len(text) or self.stop_ids & set(row) for text, row in zip(texts, ids, strict=True)
             ):
