@@ -23,6 +23,7 @@ ROOMS = (
     "qlr_jax.report",
     "qlr_jax.cost",
     "qlr_jax.settings",
+    "qlr_jax.serving",
     "qlr_jax.adaptation",
     "qlr_jax.sensitivity",
     "qlr_jax.evaluation",

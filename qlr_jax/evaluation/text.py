@@ -1,7 +1,7 @@
 """Tokens that come one after another -> text that comes piece by piece, ended by stop strings."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import Any
 
 from qlr_jax.errors import QLRError
@@ -68,7 +68,7 @@ def stream_pieces(
     *,
     stop: Sequence[str] = (),
     ends: Iterable[int] | None = None,
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """As `stream_text`, for a prompt of token ids; with how many tokens have come, and in the last piece why it ended.
 
     Raises:
@@ -94,7 +94,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
 def pieces(
     parts: Iterable[Sequence[int]], tokenizer: Any, prompt: Sequence[int], stop: Sequence[str], ends: Iterable[int] = ()
-) -> Iterator[Piece]:
+) -> Generator[Piece]:
     """Decode tokens as they come; what may be the start of a stop string, or half a character, waits for what follows.
 
     Args:
@@ -105,7 +105,7 @@ def pieces(
         ends: token ids that end it; their own text, if they have one, is not part of it.
 
     Returns:
-        A piece for each part, the last one with its `finish`.
+        A piece for each part, the last one with its `finish`. Closing it lets go of what makes the parts.
     """
     decoder, stop, ends = Decoder(tokenizer, prompt), [word for word in stop if word], frozenset(ends)
     held, count, finish = "", 0, "length"
