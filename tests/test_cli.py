@@ -26,7 +26,7 @@ REPORT = {
         {"name": "a.v_proj", "kind": "v", "spec": "trellis-3"},
     ],
 }
-COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt", "plan")
+COMMANDS = ("demo", "compress", "evaluate", "inspect", "export", "sensitivity", "verify", "generate", "adapt", "plan", "serve")
 PLANNERS = ("allocate", "frontier")  # tests/test_pipelines_allocate.py says more of them
 FOUND = {
     "out": Path("measured"),
@@ -309,6 +309,7 @@ def test_commands_that_compute_prepare_jax_for_it(monkeypatch, tmp_path):
         ["evaluate", "nowhere"],
         ["verify", "nowhere"],
         ["generate", "nowhere", "--prompt", "a"],
+        ["serve", "nowhere", "--port", "0"],
         ["adapt", "o", "d", "--loss", "mse"],
         ["export", "o", "d", "--to", "no"],
     )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import sys
 
-from qlr_jax.cli import making, choosing, using  # isort: skip  in the order in which --help shows their commands
+from qlr_jax.cli import making, choosing, using, serving  # isort: skip  in the order in which --help shows their commands
 from qlr_jax.cli.shell import app
 
-__all__ = ["app", "choosing", "main", "making", "using"]
+__all__ = ["app", "choosing", "main", "making", "serving", "using"]
 
 
 def main() -> None:
