@@ -99,7 +99,7 @@ def decoded(part: Any, start: int, stop: int, dtype: torch.dtype, keep: bool = T
     wrong = product.decode(known, start, stop, rows.data_ptr(), torch.get_num_threads(), team())
     if wrong or dtype == torch.float32:
         return None if wrong else rows
-    return room(rows.shape, dtype=dtype).copy_(rows)
+    return room((stop - start, part.cols), dtype=dtype).copy_(rows)
 
 
 class _Rooms(threading.local):
