@@ -4,6 +4,7 @@
     python benchmarks/torch_runtime.py --threads 1 --clock cpu      the tables of RESULTS.md: three minutes on a busy machine
     python benchmarks/torch_runtime.py --specs trellis-2 e8-2 --tokens 128 --rounds 3
     python benchmarks/torch_runtime.py --device cuda --json torch_runtime.json
+    QLR_NATIVE=0 python benchmarks/torch_runtime.py    without the C++ products
 
 Random codes: any byte stream is a valid code, so nothing is solved and the text that comes out means nothing, but speed and size
 are those of a real model. First a Llama of a few layers, loaded from its folder in bfloat16, then the linear layers alone, in
@@ -214,6 +215,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of names of arguments
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "runtime": runtime.RUNTIME_VERSION}
+    library = runtime.native_products()
+    versions["products"] = library.backend() if library else "torch"
     processor = torch.cuda.get_device_name() if arguments.device == "cuda" else processor_name()
     machine = {
         "device": processor,

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.quantizers import auto  # noqa: E402
 
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
+from qlr_jax.native import product  # noqa: E402
 
 IDS = torch.arange(24)[None] % 7 + 40
 TEXTS = ("def f(x): return x", "import os")
@@ -84,6 +85,15 @@ def test_a_pipeline_has_nothing_to_complain_of(out, trust, caplog, monkeypatch):
         pipe = transformers.pipeline("text-generation", str(out), trust_remote_code=trust)
         found = pipe("def f", max_new_tokens=3, do_sample=False)[0]["generated_text"]
     assert found.startswith("def f") and not [r for r in caplog.records if "not supported" in r.getMessage()]
+
+
+def test_a_model_says_what_multiplies_and_writes_the_same_either_way(out, monkeypatch):
+    model = get(out)
+    written = model.generate(IDS, max_new_tokens=6, do_sample=False)
+    assert model.qlr_backend == (f"native ({product.instruction_set()})" if product.library() else "torch")
+    monkeypatch.setattr(runtime, "native_products", lambda: None)
+    assert model.qlr_backend == "torch"
+    assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), written)
 
 
 def test_lm_eval_runs_as_a_command(out, tmp_path):

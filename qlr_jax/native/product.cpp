@@ -151,14 +151,14 @@ const char* refused(const Part& part) {
 // Threads of our own, which sleep while nothing is to be done; for callers that bring none.
 class Crew {
  public:
-  void run(Task task, void* data, int threads) {
+  void run(const std::function<void()>& task, int threads) {
     std::unique_lock<std::mutex> turn(turns_);  // one caller at a time
     std::unique_lock<std::mutex> lock(mutex_);
-    while ((int)members_.size() < threads - 1) members_.emplace_back([this, i = (int)members_.size()] { work(i); }), members_.back().detach();
-    task_ = task, data_ = data, wanted_ = threads - 1, left_ = threads - 1, round_++;
+    for (; members_ < threads - 1; members_++) std::thread([this, own = members_] { work(own); }).detach();
+    task_ = &task, wanted_ = left_ = threads - 1, round_++;
     begin_.notify_all();
     lock.unlock();
-    task(data);
+    task();
     lock.lock();
     done_.wait(lock, [this] { return left_ == 0; });
   }
@@ -169,40 +169,56 @@ class Crew {
     for (uint64_t seen = 0;;) {
       begin_.wait(lock, [&] { return round_ != seen && own < wanted_; });
       seen = round_;
-      const Task task = task_;
-      void* data = data_;
+      const std::function<void()>& task = *task_;
       lock.unlock();
-      task(data);
+      task();
       lock.lock();
       if (--left_ == 0) done_.notify_all();
     }
   }
   std::mutex turns_, mutex_;
   std::condition_variable begin_, done_;
-  std::vector<std::thread> members_;
-  Task task_ = nullptr;
-  void* data_ = nullptr;
-  int wanted_ = 0, left_ = 0;
+  const std::function<void()>* task_ = nullptr;
+  int members_ = 0, wanted_ = 0, left_ = 0;
   uint64_t round_ = 0;
 };
 
-// each(i) for i < count, over so many threads.
-void spread(int64_t count, int threads, Team team, const std::function<void(int64_t)>& each) {
-  struct Pieces {
-    std::atomic<int64_t> next{0};
-    int64_t count;
-    const std::function<void(int64_t)>* each;
-  } pieces;
-  pieces.count = count, pieces.each = &each;
-  const Task task = [](void* data) {
-    auto& own = *(Pieces*)data;
-    for (int64_t i; (i = own.next.fetch_add(1)) < own.count;) (*own.each)(i);
-  };
-  threads = (int)std::min<int64_t>(threads, count);
-  if (threads < 2) return task(&pieces);
-  if (team) return team(task, &pieces, (unsigned)threads, 0);
+void by_our_own(const std::function<void()>& task, int threads) {
   static Crew* crew = new Crew;  // never destroyed: its threads may outlive the end of the program's own objects
-  crew->run(task, &pieces, threads);
+  crew->run(task, threads);
+}
+
+// Pieces that are handed out one by one. The caller's thread takes part, so that it waits only for pieces that another thread has
+// begun, never for a thread to come free.
+struct Pieces {
+  const std::function<void(int64_t)>& each;  // of the caller, who waits as long as there is a piece to call it for
+  const int64_t count;
+  std::atomic<int64_t> next{0};
+  std::mutex mutex;
+  std::condition_variable all_done;
+  int64_t done = 0;
+
+  void run() {
+    int64_t finished = 0;
+    for (int64_t i; (i = next.fetch_add(1)) < count; finished++) each(i);
+    if (finished == 0) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    done += finished;
+    if (done == count) all_done.notify_all();
+  }
+};
+
+// each(i) for i < count, over so many threads.
+void spread(int64_t count, int threads, const Team& team, const std::function<void(int64_t)>& each) {
+  threads = (int)std::min<int64_t>(threads, count);
+  if (threads < 2) {
+    for (int64_t i = 0; i < count; i++) each(i);
+    return;
+  }
+  const auto pieces = std::shared_ptr<Pieces>(new Pieces{each, count});
+  team([pieces] { pieces->run(); }, threads);
+  std::unique_lock<std::mutex> lock(pieces->mutex);
+  pieces->all_done.wait(lock, [&] { return pieces->done == pieces->count; });
 }
 
 // ------------------------------------------------------------------ a layer
@@ -321,7 +337,7 @@ const Routines* routines_of(const char* name) {
 const Routines* widest_routines() { return choices().back(); }
 
 const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, void* y, int threads,
-                           Team team) {
+                           const Team& team) {
   for (const Part* part : {&layer.backbone, &layer.left, &layer.right})
     if (const char* wrong = refused(*part)) return wrong;
   thread_local std::vector<uint8_t> tails[3];
@@ -373,7 +389,8 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
   return nullptr;
 }
 
-const char* decode_part(const Routines& by, const Part& given, int64_t first, int64_t last, float* out, int threads, Team team) {
+const char* decode_part(const Routines& by, const Part& given, int64_t first, int64_t last, float* out, int threads,
+                        const Team& team) {
   if (const char* wrong = refused(given)) return wrong;
   if (given.kind == kNone || first < 0 || last > given.rows || first % given.height) return "rows that the part has, by tiles";
   thread_local std::vector<uint8_t> tail;
@@ -394,19 +411,29 @@ const char* decode_part(const Routines& by, const Part& given, int64_t first, in
 namespace {
 const qlr::Routines* named(const char* set) { return set ? qlr::routines_of(set) : qlr::widest_routines(); }
 constexpr char kNoSet[] = "an instruction set that this machine has";
+
+// OpenMP's GOMP_parallel(task, data, threads, flags), of the library that the caller has loaded; null: threads of our own.
+using Gomp = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+qlr::Team team_of(Gomp gomp) {
+  if (!gomp) return qlr::by_our_own;
+  return [gomp](const std::function<void()>& task, int threads) {
+    gomp([](void* own) { (*(const std::function<void()>*)own)(); }, (void*)&task, (unsigned)threads, 0);
+  };
+}
 }  // namespace
 
 // `set`: an instruction set by name, null for the widest. Null, or what is needed in place of what was given.
 QLR_EXPORT const char* qlr_multiply(const char* set, const qlr::Layer* layer, const void* x, int64_t tokens, int type, void* y,
-                                    int threads, qlr::Team team) {
+                                    int threads, Gomp gomp) {
   const qlr::Routines* by = named(set);
-  return by ? qlr::multiply_layer(*by, *layer, x, tokens, type, y, threads, team) : kNoSet;
+  return by ? qlr::multiply_layer(*by, *layer, x, tokens, type, y, threads, team_of(gomp)) : kNoSet;
 }
 
 QLR_EXPORT const char* qlr_decode(const char* set, const qlr::Part* part, int64_t first, int64_t last, float* out, int threads,
-                                  qlr::Team team) {
+                                  Gomp gomp) {
   const qlr::Routines* by = named(set);
-  return by ? qlr::decode_part(*by, *part, first, last, out, threads, team) : kNoSet;
+  return by ? qlr::decode_part(*by, *part, first, last, out, threads, team_of(gomp)) : kNoSet;
 }
 
 // What a caller's structures have to measure.

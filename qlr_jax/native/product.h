@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 namespace qlr {
 
@@ -85,14 +86,14 @@ const Routines* widest_routines();
 
 extern const Routines portable_routines, avx2_routines, avx512_routines, neon_routines;
 
-// Runs task(data) on so many threads, the caller's among them, and returns when all are done (as OpenMP's GOMP_parallel).
-using Task = void (*)(void*);
-using Team = void (*)(Task task, void* data, unsigned threads, unsigned flags);
+// Runs a task on the caller's thread and, at any time or never, on so many others less one; a task that has begun may outlast it.
+using Team = std::function<void(const std::function<void()>& task, int threads)>;
 
-// x (tokens, inputs) -> y (tokens, outputs), both of `type`; null, or what is wrong. `team`: null for threads of our own.
-const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, void* y, int threads, Team team);
+// x (tokens, inputs) -> y (tokens, outputs), both of `type`; null, or what is needed in place of what was given.
+const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, void* y, int threads,
+                           const Team& team);
 
 // The rows of a part: float32 (last - first, cols); `first` is a multiple of its height.
-const char* decode_part(const Routines&, const Part&, int64_t first, int64_t last, float* out, int threads, Team team);
+const char* decode_part(const Routines&, const Part&, int64_t first, int64_t last, float* out, int threads, const Team& team);
 
 }  // namespace qlr

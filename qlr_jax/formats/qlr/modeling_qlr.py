@@ -135,7 +135,7 @@ def _native_products():
         from qlr_jax.formats.qlr import native_products as found
     except ImportError:
         return None
-    return found if found.backend() else None
+    return found if found.INTERFACE == 1 and found.backend() else None
 
 
 # ---------------------------------------------------------------------------------------------------- rotations

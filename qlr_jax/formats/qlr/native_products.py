@@ -22,6 +22,7 @@ import torch
 from qlr_jax.native import product
 from qlr_jax.native.product import MOST_TOKENS, Kind, Layer, Type
 
+INTERFACE = 1  # of `multiplied`, `decoded` and `backend`: a folder's runtime may be older or newer than this
 TILE_WEIGHTS = 2**18  # about as many as the runtime decodes at a time
 TYPES = {torch.float32: Type.FLOAT32, torch.bfloat16: Type.BFLOAT16, torch.float16: Type.FLOAT16}
 
