@@ -56,7 +56,7 @@ def stream(
     rows = _prompts(model, tokens, settings.max_new_tokens)
     if chunk < 1:
         raise QLRError(f"chunk is {chunk}; give at least 1 token")
-    return _stream(model.densified(), rows, settings, _stop_tokens(model, stop), chunk)
+    return _stream(model.for_generation(), rows, settings, _stop_tokens(model, stop), chunk)
 
 
 def generate(
@@ -72,7 +72,7 @@ def generate(
         x_{t+1} ~ p(· | x_1 … x_t), or the likeliest token where the temperature is 0
 
     Keys and values are cached, in arrays of a fixed size: prompts of one power of two share a compilation, and so do all
-    settings of the sampling. Packed weights are decoded once.
+    settings of the sampling. Packed weights are multiplied by as they are where C++ does it (`core.products`), else decoded once.
 
     Args:
         model: what `qlr.load` or `load_model` gave.

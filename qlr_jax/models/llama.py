@@ -12,6 +12,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.products import knows as has_products
+from qlr_jax.core.products import packed_matmul
 from qlr_jax.models.attention import HIGHEST, attend, causal_attention
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.names import EMBEDDING, HEAD
@@ -47,6 +50,17 @@ def exact_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[
     return jnp.einsum("...n,mn->...m", x, w, precision=HIGHEST, preferred_element_type=jnp.float32)
 
 
+def packed_product(x: Float[Array, "*batch n"], w: Any) -> Float[Array, "*batch m"]:
+    """As `exact_product`, with a packed w from its codes (`core.products`): for a model that is not differentiated."""
+    return packed_matmul(x, w) if isinstance(w, QLRMatrix) else exact_product(x, w)
+
+
+def product_of(product: Product, x: Float[Array, "*batch n"], weight: Any) -> Float[Array, "*batch m"]:
+    """x Wᵀ by `product`, which gets W decoded, in x's type, unless it is `packed_product`."""
+    packed = product is packed_product and isinstance(weight, QLRMatrix)
+    return product(x, weight if packed else dense(weight, x.dtype))
+
+
 def unpacked(weight: Any) -> Any:
     """A weight as an array: what is packed or on disk (anything with `.dense()`) is decoded or read, an array stays as it is."""
     return weight.dense() if hasattr(weight, "dense") else weight
@@ -75,7 +89,7 @@ class Linear(nnx.Module):
         self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Float[Array, "*batch n"]) -> Float[Array, "*batch m"]:
-        y = self.product(x, dense(self.weight.get_value(), x.dtype))
+        y = product_of(self.product, x, self.weight.get_value())
         if self.bias is not None:
             y = y + self.bias.get_value().astype(y.dtype)
         return y.astype(x.dtype)
@@ -200,6 +214,20 @@ class Block(nnx.Module):
         """The linear layers by their local names, in the order q, k, v, o, gate, up, down."""
         return {site.path: attrgetter(site.path)(self) for site in SITES}
 
+    def for_generation(self) -> "Llama":
+        """A copy to generate with: packed weights that C++ multiplies by stay packed, those that it does not know are decoded."""
+        copy, dtype = shallow_copy(self), self.model.norm.weight.get_value().dtype
+        for param in copy.tensors().values():
+            value = param.get_value()
+            if hasattr(value, "dense") and not (isinstance(value, QLRMatrix) and has_products(value)):
+                param.set_value(dense(value, dtype))
+        copy.product = packed_product
+        for linear in copy.linears().values():
+            linear.product = packed_product
+        if copy.lm_head is not None:
+            copy.lm_head.product = packed_product
+        return copy
+
     def tensors(self) -> dict[str, nnx.Param]:
         """Every parameter by its local tensor name: linear layers, then norms."""
         out = {}
@@ -233,7 +261,7 @@ class Top(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch time n"]) -> Float[Array, "batch time vocab"]:
         x = self.norm(x)
-        return self.product(x, dense(self.weight.get_value(), x.dtype))
+        return product_of(self.product, x, self.weight.get_value())
 
     def unpacked(self) -> "Top":
         """With its weights in memory: those that are packed are decoded now, and not at every call."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache
 
@@ -21,6 +22,39 @@ class Type(IntEnum):
     """Of inputs and outputs."""
 
     FLOAT32, BFLOAT16, FLOAT16 = range(3)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the arrays of a part lie in memory.
+
+    Attributes:
+        kind: which arrays there are, and what their codes mean.
+        bits: of a code; of a trellis, of a state.
+        count: bytes of a row, or of a trellis sequence.
+        group: weights of a row that share a scale; 0: all of it, or there is no scale.
+        height: rows of a trellis sequence.
+        gain: what values are multiplied by.
+        zero: the zero point where none is stored.
+        levels: values of the codes of `LEVELS`, at most 16.
+    """
+
+    kind: Kind
+    bits: int = 0
+    count: int = 0
+    group: int = 0
+    height: int = 1
+    gain: float = 1.0
+    zero: float = 0.0
+    levels: tuple[float, ...] = ()
+
+    def numbers(self, rows: int, cols: int) -> list[int]:
+        """As the custom calls take them."""
+        return [int(self.kind), self.bits, self.group, self.height, rows, cols, self.count]
+
+    def floats(self) -> list[float]:
+        """As the custom calls take them."""
+        return [self.gain, 0.0, self.zero, *self.levels, *[0.0] * (16 - len(self.levels))]
 
 
 _int, _long, _at, _float = ctypes.c_int32, ctypes.c_int64, ctypes.c_void_p, ctypes.c_float

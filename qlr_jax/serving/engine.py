@@ -80,7 +80,7 @@ class Engine:
     """A model, its tokenizer and one worker. `with engine:` lets it work.
 
     Args:
-        model: packed weights are decoded once.
+        model: packed weights that C++ has no product for are decoded once.
         tokenizer: of this model.
         ends: tokens that end a text; the model's end-of-text tokens where not given.
         queue: requests that may wait beside the one that is generated.
@@ -99,7 +99,7 @@ class Engine:
         if context is not None and context < 2:
             raise QLRError(f"a context of {context} is asked for; give at least 2 positions, one for the prompt and one after it")
         self.context = most if context is None else min(context, most)
-        self.model, self.ends = model.densified(), model.config.eos_ids if ends is None else tuple(ends)
+        self.model, self.ends = model.for_generation(), model.config.eos_ids if ends is None else tuple(ends)
         self._tokenizer = _OneAtATime(tokenizer)
         self._queue, self._waiting, self._running = queue, deque[Ticket](), None
         self._change, self._closed, self._seconds = threading.Condition(), False, 1.0

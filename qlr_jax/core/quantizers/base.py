@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlr_jax.core.typing import Array
+from qlr_jax.native.product import Format
 
 Arrays = Mapping[str, Array]
 QParams = tuple[Array, ...]  # scale, and zero point where there is one
@@ -204,6 +205,10 @@ class Quantizer(ABC):
             arrays: by the names of `stored`.
             rows, cols: of the matrix, without padding.
         """
+
+    def native_format(self, rows: int, cols: int) -> Format | None:
+        """How the library of qlr_jax.native reads the stored arrays of a matrix; None where it cannot."""
+        return None
 
     @property
     def scales(self) -> str | None:

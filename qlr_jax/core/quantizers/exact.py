@@ -11,6 +11,7 @@ import numpy as np
 
 from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, Traced
 from qlr_jax.core.typing import Array
+from qlr_jax.native.product import Format, Kind
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,9 @@ class BFloat16(Quantizer):
     ) -> tuple[Array, Array]:
         codes = x.astype(jnp.bfloat16)
         return codes.astype(jnp.float32), codes
+
+    def native_format(self, rows: int, cols: int) -> Format:
+        return Format(Kind.BFLOAT16, count=2 * cols)
 
     def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         return {"codes": np.ascontiguousarray(np.asarray(codes))}
@@ -87,6 +91,9 @@ class Nothing(Quantizer):
         self, x: Array, qparams: QParams, traced: Traced, transposed: bool, warm: Array | None = None
     ) -> tuple[Array, Array]:
         return jnp.zeros_like(x), jnp.zeros(x.shape, jnp.uint8)
+
+    def native_format(self, rows: int, cols: int) -> Format:
+        return Format(Kind.NONE)
 
     def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         return {}

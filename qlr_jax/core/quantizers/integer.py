@@ -12,6 +12,7 @@ from qlr_jax.core.quantizers.base import Arrays, QParams
 from qlr_jax.core.quantizers.scalar import ScalarGrid, check_group, divided, grid_name, group_count, parse_grid_name
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
+from qlr_jax.native.product import Format, Kind
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,9 @@ class Integer(ScalarGrid):
 
     def from_codes(self, codes: Array, scale: Array, zero: Array) -> Array:
         return (codes.astype(jnp.float32) - zero) * scale
+
+    def native_format(self, rows: int, cols: int) -> Format | None:
+        return self.grouped_format(Kind.INTEGER, cols, zero=self._middle)
 
     def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         zeros = {"zeros": np.asarray(qparams[1]).astype(np.uint8)} if self.asymmetric else {}

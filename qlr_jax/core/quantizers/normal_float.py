@@ -13,6 +13,7 @@ from qlr_jax.core.quantizers.base import QParams
 from qlr_jax.core.quantizers.scalar import ScalarGrid, check_group, divided, grid_name, nearest_level, parse_grid_name
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
+from qlr_jax.native.product import Format, Kind
 
 
 @lru_cache
@@ -78,6 +79,9 @@ class NormalFloat(ScalarGrid):
     def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """Half of the widest gap, (rows, cols): what rounding to nearest can miss inside the grid."""
         return self.broadcast_qparams(qparams, cols)[0] * float(np.diff(levels(self.width)).max() / 2)
+
+    def native_format(self, rows: int, cols: int) -> Format | None:
+        return self.grouped_format(Kind.LEVELS, cols, levels=tuple(levels(self.width).tolist()))
 
     def to_codes(self, x: Array, scale: Array) -> Array:
         return nearest_level(divided(x, scale), levels(self.width))

@@ -15,6 +15,7 @@ import numpy as np
 from qlr_jax.core.quantizers.base import root_mean_square
 from qlr_jax.core.quantizers.scalar import ScalarGrid, divided, nearest_level
 from qlr_jax.core.typing import Array
+from qlr_jax.native.product import Format, Kind
 
 MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)  # of codes 0 to 7; bit 3 is the sign
 VALUES = np.concatenate([MAGNITUDES, -MAGNITUDES])
@@ -65,6 +66,9 @@ class NVFP4(ScalarGrid):
 
     def cast_scales(self, scales: Array) -> Array:
         return scales.clip(-LARGEST, LARGEST).astype(self.scale_dtype)  # beyond its range e4m3 has NaN
+
+    def native_format(self, rows: int, cols: int) -> Format | None:
+        return self.grouped_format(Kind.LEVELS, cols, levels=tuple(VALUES.tolist()))
 
     def to_codes(self, x: Array, scale: Array) -> Array:
         scaled = divided(x, scale)

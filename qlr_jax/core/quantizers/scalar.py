@@ -15,6 +15,7 @@ from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers.base import Arrays, QParams, Quantizer, Traced
 from qlr_jax.core.typing import Array
 from qlr_jax.errors import QLRError
+from qlr_jax.native.product import Format, Kind
 
 _NAME = re.compile(r"[a-z0-9]+-(?P<width>[0-9]+)(?:g(?P<group>[0-9]+))?(?P<asymmetric>a)?")
 
@@ -116,6 +117,18 @@ class ScalarGrid(Quantizer):
 
     def stored_qparams(self, arrays: Arrays) -> QParams:
         return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
+
+    def grouped_format(self, kind: Kind, cols: int, **others: Any) -> Format | None:
+        """`native_format` of codes in a stream a row.
+
+        Args:
+            kind: of the codes.
+            cols: of the matrix.
+            others: fields of `Format`.
+        """
+        if self.group % 16:
+            return None
+        return Format(kind, self.width, stream_bytes(cols, self.width), self.group, **others)
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         codes = unpack_stream(arrays["codes"], self.width, cols)

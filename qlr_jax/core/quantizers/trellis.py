@@ -25,6 +25,7 @@ from qlr_jax.core.quantizers.base import DEFAULT_STATE_BITS, Arrays, QParams, Qu
 from qlr_jax.core.quantizers.search import LENGTH, MOST_BITS, code_values, search, search_jit
 from qlr_jax.core.typing import Array, Float, Int
 from qlr_jax.errors import QLRError
+from qlr_jax.native.product import Format, Kind
 
 TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
 FACTOR_ROWS = 4  # at most, in a factor
@@ -196,6 +197,10 @@ class Trellis(Quantizer):
         host = np.asarray(stream)
         found: Any = np.concatenate([of(host[part]) for part in slabs((down, across, LENGTH))])[:rows, :cols]
         return found if host is stream else jnp.asarray(found)
+
+    def native_format(self, rows: int, cols: int) -> Format:
+        gain = float(np.float32(self.gain) / np.float32(147.8))
+        return Format(Kind.TRELLIS, self.state_bits, int(LENGTH * self.rate) // 8, height=self.tile_rows, gain=gain)
 
     @property
     def search_cost(self) -> SearchCost:

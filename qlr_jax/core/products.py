@@ -1,0 +1,141 @@
+"""x Ŵᵀ with a packed matrix: from its codes where the C++ library is built, else by decoding it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from qlr_jax.core import hadamard
+from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.typing import Array, Float
+from qlr_jax.errors import QLRError
+from qlr_jax.native import product
+from qlr_jax.native.product import MOST_TOKENS, Format, Kind
+
+PARTS = ("backbone", "left", "right")
+ARRAYS = ("codes", "scales", "zeros")  # of a part
+OTHERS = ("component_scale", "scale", "row_scales", "output_signs", "input_signs")
+Implementation = Literal["xla", "native"]
+
+
+def packed_matmul(x: Float[Array, "*batch n"], matrix: QLRMatrix, implementation: Implementation | None = None) -> Array:
+    """y = x Ŵᵀ, Ŵ = g · Uᵀ (Q + L diag(s) R) V, in float32.
+
+    Args:
+        x: (*b, n).
+        matrix: Ŵ (m, n).
+        implementation: "xla" decodes Ŵ and multiplies; "native" takes at most `MOST_TOKENS` rows of x straight from the codes, and
+            for more decodes in C++, on a CPU; None: native on a CPU where it is built and knows the quantizers, else xla.
+
+    Returns:
+        (*b, m).
+
+    Raises:
+        QLRError: an implementation that is not there, or native for quantizers that it does not know.
+
+    Example:
+        >>> import qlr_jax as qlr
+        >>> matrix = qlr.solve(np.eye(32, dtype=np.float32), None, "int-4g32").value
+        >>> y = packed_matmul(jnp.ones((1, 32)), matrix)
+        >>> bool(jnp.allclose(y, matrix.dense().sum(1), atol=1e-5))
+        True
+    """
+    if implementation not in (None, "xla", "native"):
+        raise QLRError(f"implementation {implementation!r} is not known; give xla, native, or None")
+    formats = _formats(matrix) if implementation != "xla" and has_native() else None
+    if implementation == "native" and formats is None:
+        why = f"does not know {matrix.layout.spec}" if has_native() else "is not built here"
+        raise QLRError(f"the native product {why}; give implementation xla or None")
+    if formats is None:
+        return _in_xla(x, matrix)
+    arrays = {name: jnp.asarray(array) for name, array in matrix.arrays.items()}  # as one pytree, whatever they were
+    given = (x.astype(jnp.float32), QLRMatrix(arrays, matrix.layout))
+    return lax.platform_dependent(*given, cpu=lambda x, m: _in_cpp(x, m, formats), default=_in_xla)
+
+
+@lru_cache
+def has_native() -> bool:
+    """Whether products on a CPU can run in C++."""
+    library = product.library()
+    if library is None:
+        return False
+    for name in ("qlr_product", "qlr_decode"):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, f"{name}_call")), platform="cpu")
+    return True
+
+
+def knows(matrix: QLRMatrix) -> bool:
+    """Whether products with it run in C++ on a CPU."""
+    return has_native() and _formats(matrix) is not None
+
+
+def _formats(matrix: QLRMatrix) -> list[tuple[Format, int, int]] | None:
+    """(format, rows, cols) of every part; None where there is one that the library does not know."""
+    (m, n), spec, bits = matrix.shape, matrix.spec, matrix.layout.state_bits
+    own = [(spec.quantizer(bits, matrix.shape), m, n)]
+    if spec.rank:
+        left, right = spec.factor_quantizers(bits)
+        own += [(left, spec.rank, m), (right, spec.rank, n)]
+    found = [(quantizer.native_format(rows, cols), rows, cols) for quantizer, rows, cols in own]
+    known = [(form, rows, cols) for form, rows, cols in found if form is not None]
+    return known + [(Format(Kind.NONE), 0, 0)] * (3 - len(known)) if len(known) == len(found) else None
+
+
+def _in_xla(x: Array, matrix: QLRMatrix) -> Array:
+    return jnp.matmul(x.astype(jnp.float32), matrix.dense().T, precision="highest")
+
+
+def _in_cpp(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, int, int]]) -> Array:
+    if x.size // x.shape[-1] > MOST_TOKENS:
+        return _by_decoding(x, matrix, formats)
+    (m, n), layout, spec = matrix.shape, matrix.layout, matrix.spec
+    blocks = [hadamard.block_size(size, layout.rotation_block) for size in (n, m)]
+    numbers = [m, n, spec.rank, layout.seed, spec.rotated or spec.by_rows, spec.rotated, *blocks]
+    arrays = [array for name in PARTS for array in _arrays(matrix, name)]
+    arrays += [matrix.arrays.get(name, _nothing()) for name in OTHERS]
+    call = jax.ffi.ffi_call("qlr_product", jax.ShapeDtypeStruct((*x.shape[:-1], m), jnp.float32))
+    parts = [number for form, rows, cols in formats for number in form.numbers(rows, cols)]
+    floats = [value for form, _, _ in formats for value in form.floats()]
+    return call(x, *arrays, numbers=_longs(numbers), parts=_longs(parts), floats=np.array(floats, np.float32))
+
+
+def _by_decoding(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, int, int]]) -> Array:
+    """The same for many rows of x: Q, L and R are decoded, and dense products take them in the rotated basis."""
+    spec = matrix.spec
+    (u, u_block), (v, v_block) = matrix.rotations
+    turned = hadamard.rotate(x, v, v_block) if spec.rotated or spec.by_rows else x
+
+    def part(index: int) -> Array:
+        form, rows, cols = formats[index]
+        call = jax.ffi.ffi_call("qlr_decode", jax.ShapeDtypeStruct((rows, cols), jnp.float32))
+        return call(*_arrays(matrix, PARTS[index]), numbers=_longs(form.numbers(rows, cols)), floats=np.float32(form.floats()))
+
+    def times(x: Array, weight: Array) -> Array:
+        return jnp.matmul(x, weight, precision="highest")
+
+    y = jnp.zeros((*x.shape[:-1], matrix.shape[0])) if formats[0][0].kind == Kind.NONE else times(turned, part(0).T)
+    if spec.rank:
+        z = times(turned, part(2).T)
+        y = y + times(z * matrix.arrays["component_scale"].astype(jnp.float32) if spec.component_scales else z, part(1))
+    y = y * matrix.arrays["scale"][0] if "scale" in matrix.arrays else y
+    y = y * matrix.arrays["row_scales"].astype(jnp.float32) if spec.by_rows else y
+    return hadamard.unrotate(y, u, u_block) if spec.rotated else y
+
+
+def _arrays(matrix: QLRMatrix, part: str) -> list[Any]:
+    own = matrix.part(part)
+    return [own.get(name, _nothing()) for name in ARRAYS]
+
+
+def _nothing() -> Array:
+    return jnp.zeros((0,), jnp.float16)
+
+
+def _longs(numbers: Sequence[int]) -> np.ndarray:
+    return np.array([int(number) for number in numbers], np.int64)
