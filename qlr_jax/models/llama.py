@@ -215,7 +215,9 @@ class Block(nnx.Module):
         return {site.path: attrgetter(site.path)(self) for site in SITES}
 
     def for_generation(self) -> "Llama":
-        """A copy to generate with: packed weights that C++ multiplies by stay packed, those that it does not know are decoded."""
+        """A copy to generate with: packed weights that C++ multiplies by stay packed, all others are decoded once."""
+        if jax.default_backend() != "cpu":
+            return self.densified()
         copy, dtype = shallow_copy(self), self.model.norm.weight.get_value().dtype
         for param in copy.tensors().values():
             value = param.get_value()

@@ -1,6 +1,8 @@
 // Which instruction set, what follows from a part's sizes, and a whole layer over the threads of a caller.
 #include "product.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -184,7 +186,10 @@ class Crew {
 };
 
 void by_our_own(const std::function<void()>& task, int threads) {
-  static Crew* crew = new Crew;  // never destroyed: its threads may outlive the end of the program's own objects
+  static Crew* crew = [] {
+    pthread_atfork(nullptr, nullptr, [] { crew = new Crew; });  // a child has none of its parent's threads
+    return new Crew;
+  }();  // never destroyed: its threads may outlive the end of the program's own objects
   crew->run(task, threads);
 }
 
