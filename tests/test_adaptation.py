@@ -32,7 +32,7 @@ from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig
 from qlr_jax.models.forward import through
-from qlr_jax.models.llama import exact_product
+from qlr_jax.models.products import exact_product
 
 LAYER = "model.layers.0."
 SMALL = {

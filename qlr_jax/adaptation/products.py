@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from qlr_jax.core.typing import Array, Float
-from qlr_jax.models.llama import exact_product
+from qlr_jax.models.products import exact_product
 
 
 def _einsum(pattern: str, a: Array, b: Array) -> Array:

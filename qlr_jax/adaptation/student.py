@@ -24,7 +24,8 @@ from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import Llama, dense, shallow_copy
+from qlr_jax.models.llama import Llama, shallow_copy
+from qlr_jax.models.products import dense
 
 ParameterTree = dict[str, dict[str, Array]]
 """Name of a matrix, norm or embedding -> its arrays by name; one tree has what is trained and what is not."""

@@ -10,7 +10,8 @@ import jax
 
 from qlr_jax.adaptation.student import ParameterTree, Student, StudentMatrix, backbone, embedding, factors
 from qlr_jax.core.typing import Array, Float, Int
-from qlr_jax.models.llama import Llama, Product, shallow_copy
+from qlr_jax.models.llama import Llama, shallow_copy
+from qlr_jax.models.products import Product
 
 
 def student_forward(

@@ -11,7 +11,8 @@ from jaxtyping import Array, Float
 
 from qlr_jax.calibration.finite import SHARE, finite_rows
 from qlr_jax.errors import QLRError
-from qlr_jax.models.llama import HIGHEST, Block, Rope
+from qlr_jax.models.attention import HIGHEST
+from qlr_jax.models.llama import Block, Rope
 
 Moments = dict[str, tuple[np.ndarray, np.ndarray]]
 """Input's local name -> (E[x̂ x̂ᵀ], E[x x̂ᵀ])."""

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from qlr_jax.models.llama import HIGHEST
+from qlr_jax.models.attention import HIGHEST
 
 BLOCK, BLOCKS = 128, 4  # columns of a block at least, and blocks at most: every block is a product of its own
 

@@ -114,7 +114,9 @@ def _by_decoding(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, in
     def part(index: int) -> Array:
         form, rows, cols = formats[index]
         call = jax.ffi.ffi_call("qlr_decode", jax.ShapeDtypeStruct((rows, cols), jnp.float32))
-        return call(*_arrays(matrix, PARTS[index]), numbers=_longs(form.numbers(rows, cols)), floats=np.float32(form.floats()))
+        return call(
+            *_arrays(matrix, PARTS[index]), numbers=_longs(form.numbers(rows, cols)), floats=np.array(form.floats(), np.float32)
+        )
 
     def times(x: Array, weight: Array) -> Array:
         return jnp.matmul(x, weight, precision="highest")

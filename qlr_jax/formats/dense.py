@@ -12,7 +12,7 @@ from qlr_jax.formats.card import CARD, card_text
 from qlr_jax.formats.checksums import write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.formats.qlr.packed import load, read_config
-from qlr_jax.models.llama import unpacked
+from qlr_jax.models.products import unpacked
 from qlr_jax.paths import local, output_folder
 
 TYPES = ("bfloat16", "float16", "float32")

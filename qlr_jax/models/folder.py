@@ -21,9 +21,10 @@ from qlr_jax.models.float8 import dequantized
 from qlr_jax.models.gguf.file import find_gguf, read_gguf
 from qlr_jax.models.gguf.tensors import gguf_readers
 from qlr_jax.models.gguf.tokenizer import write_companions
-from qlr_jax.models.llama import Llama, unpacked
+from qlr_jax.models.llama import Llama
 from qlr_jax.models.names import tensor_names
 from qlr_jax.models.parity import differs
+from qlr_jax.models.products import unpacked
 from qlr_jax.models.rope import rope_note
 from qlr_jax.paths import local
 

@@ -14,10 +14,10 @@ from jaxtyping import Array, Float, Int
 
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.products import knows as has_products
-from qlr_jax.core.products import packed_matmul
-from qlr_jax.models.attention import HIGHEST, attend, causal_attention
+from qlr_jax.models.attention import attend, causal_attention
 from qlr_jax.models.config import LlamaConfig
 from qlr_jax.models.names import EMBEDDING, HEAD
+from qlr_jax.models.products import Product, dense, exact_product, packed_product, product_of, unpacked
 from qlr_jax.models.sites import SITES
 from qlr_jax.models.vocabulary import check_tokens
 
@@ -34,41 +34,12 @@ Cache = Callable[[Array, Array], tuple[Array, Array, Array]]
 """Called with one attention's new keys and values (batch, kv heads, time, d), keys rotated; returns all keys and all values
 (batch, kv heads, keys, d), key s at position s, and the positions of the queries (batch, time)."""
 
-Product = Callable[[Array, Array], Array]
-"""(x (..., n), w (m, n)) -> x wᵀ (..., m) in float32."""
-
 Module = TypeVar("Module", bound=nnx.Module)
 
 
 def shallow_copy(module: Module) -> Module:
     """The module with parameters of its own: what is set in the copy leaves the original as it is. Arrays are shared."""
     return jax.tree.map(lambda leaf: leaf, module)
-
-
-def exact_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[Array, "*batch m"]:
-    """x wᵀ at the highest precision, accumulated in float32; what every linear layer uses by default."""
-    return jnp.einsum("...n,mn->...m", x, w, precision=HIGHEST, preferred_element_type=jnp.float32)
-
-
-def packed_product(x: Float[Array, "*batch n"], w: Any) -> Float[Array, "*batch m"]:
-    """As `exact_product`, with a packed w from its codes (`core.products`): for a model that is not differentiated."""
-    return packed_matmul(x, w) if isinstance(w, QLRMatrix) else exact_product(x, w)
-
-
-def product_of(product: Product, x: Float[Array, "*batch n"], weight: Any) -> Float[Array, "*batch m"]:
-    """x Wᵀ by `product`, which gets W decoded, in x's type, unless it is `packed_product`."""
-    packed = product is packed_product and isinstance(weight, QLRMatrix)
-    return product(x, weight if packed else dense(weight, x.dtype))
-
-
-def unpacked(weight: Any) -> Any:
-    """A weight as an array: what is packed or on disk (anything with `.dense()`) is decoded or read, an array stays as it is."""
-    return weight.dense() if hasattr(weight, "dense") else weight
-
-
-def dense(weight: Any, dtype: Any) -> Array:
-    """`unpacked`, then cast to `dtype`."""
-    return unpacked(weight).astype(dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -214,22 +185,6 @@ class Block(nnx.Module):
         """The linear layers by their local names, in the order q, k, v, o, gate, up, down."""
         return {site.path: attrgetter(site.path)(self) for site in SITES}
 
-    def for_generation(self) -> "Llama":
-        """A copy to generate with: packed weights that C++ multiplies by stay packed, all others are decoded once."""
-        if jax.default_backend() != "cpu":
-            return self.densified()
-        copy, dtype = shallow_copy(self), self.model.norm.weight.get_value().dtype
-        for param in copy.tensors().values():
-            value = param.get_value()
-            if hasattr(value, "dense") and not (isinstance(value, QLRMatrix) and has_products(value)):
-                param.set_value(dense(value, dtype))
-        copy.product = packed_product
-        for linear in copy.linears().values():
-            linear.product = packed_product
-        if copy.lm_head is not None:
-            copy.lm_head.product = packed_product
-        return copy
-
     def tensors(self) -> dict[str, nnx.Param]:
         """Every parameter by its local tensor name: linear layers, then norms."""
         out = {}
@@ -367,6 +322,22 @@ class Llama(nnx.Module):
         for param in copy.tensors().values():
             if hasattr(param.get_value(), "dense"):
                 param.set_value(dense(param.get_value(), dtype))
+        return copy
+
+    def for_generation(self) -> "Llama":
+        """A copy to generate with: packed weights that C++ multiplies by stay packed, all others are decoded once."""
+        if jax.default_backend() != "cpu":
+            return self.densified()
+        copy, dtype = shallow_copy(self), self.model.norm.weight.get_value().dtype
+        for param in copy.tensors().values():
+            value = param.get_value()
+            if hasattr(value, "dense") and not (isinstance(value, QLRMatrix) and has_products(value)):
+                param.set_value(dense(value, dtype))
+        copy.product = packed_product
+        for linear in copy.linears().values():
+            linear.product = packed_product
+        if copy.lm_head is not None:
+            copy.lm_head.product = packed_product
         return copy
 
     def tensors(self) -> dict[str, nnx.Param]:

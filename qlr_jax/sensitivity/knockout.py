@@ -8,7 +8,7 @@ import numpy as np
 
 from qlr_jax.evaluation import Reference, divergence
 from qlr_jax.models import Llama
-from qlr_jax.models.llama import unpacked
+from qlr_jax.models.products import unpacked
 
 
 def knockout(

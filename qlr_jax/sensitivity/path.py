@@ -14,7 +14,8 @@ from qlr_jax.core.typing import Array
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
 from qlr_jax.models.forward import by_parts
-from qlr_jax.models.llama import Block, Rope, Top, exact_product, shallow_copy
+from qlr_jax.models.llama import Block, Rope, Top, shallow_copy
+from qlr_jax.models.products import exact_product
 
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 

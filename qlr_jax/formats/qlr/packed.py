@@ -27,7 +27,7 @@ from qlr_jax.models.checkpoint import open_tensors
 from qlr_jax.models.config import carried, read_config_json
 from qlr_jax.models.families import FAMILIES
 from qlr_jax.models.folder import check_names
-from qlr_jax.models.llama import unpacked
+from qlr_jax.models.products import unpacked
 from qlr_jax.paths import local
 
 FORMAT_VERSION = 1
