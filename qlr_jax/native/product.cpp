@@ -317,15 +317,6 @@ void by_signs(float* x, int64_t size, const uint16_t* trained, int32_t seed, uin
   }
 }
 
-float total_of(const float* x, int64_t size) {
-  double found[8] = {};  // side by side, or each addition would wait for the one before
-  int64_t i = 0;
-  for (; i + 8 <= size; i += 8)
-    for (int k = 0; k < 8; k++) found[k] += x[i + k];
-  for (; i < size; i++) found[0] += x[i];
-  return (float)(((found[0] + found[1]) + (found[2] + found[3])) + ((found[4] + found[5]) + (found[6] + found[7])));
-}
-
 void turn(const Routines& by, float* x, int64_t size, int block, std::vector<float>& room) {
   if ((int64_t)room.size() < block) room.resize(block);
   by.rotate(x, size, block, hartley_of(block / (block & -block)), room.data());
@@ -367,14 +358,13 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
       turn(by, v, layer.inputs, layer.input_block, room);
     }
     std::memset(w, 0, sizeof(float) * high);
-    const float total = total_of(v, layer.inputs);
     spread(pieces + inner_pieces, threads, team, [&](int64_t i) {
       if (i < inner_pieces) {
         const int64_t first = i * inner_step;
-        by.multiply(right, of_right, v, total, first, std::min(first + inner_step, right.rows), z + first);
+        by.multiply(right, of_right, v, first, std::min(first + inner_step, right.rows), z + first);
       } else {
         const int64_t first = (i - inner_pieces) * step;
-        by.multiply(backbone, of_backbone, v, total, first, std::min(first + step, backbone.rows), w + first);
+        by.multiply(backbone, of_backbone, v, first, std::min(first + step, backbone.rows), w + first);
       }
     });
     if (layer.rank) {

@@ -70,9 +70,8 @@ struct Layout {
 // The routines of one instruction set. Each gives what the portable ones give, to the bit.
 struct Routines {
   const char* name;
-  // y[r - first] = Σ_c part[r, c] x[c] for rows first … last − 1 (multiples of `Part::height`); x has zeros beyond the columns, and
-  // `total` is the sum of all of it
-  void (*multiply)(const Part&, const Layout&, const float* x, float total, int64_t first, int64_t last, float* y);
+  // y[r - first] = Σ_c part[r, c] x[c] for rows first … last − 1 (multiples of `Part::height`); x has zeros beyond the columns
+  void (*multiply)(const Part&, const Layout&, const float* x, int64_t first, int64_t last, float* y);
   // y[c] += Σ_r z[r] part[r, c] for all columns
   void (*add)(const Part&, const Layout&, const float* z, float* y);
   // the rows of a part: out[r − first][c], with `stride` floats a row

@@ -115,11 +115,10 @@ template <class S> typename S::I sequence_words(const typename S::Source& source
 // ------------------------------------------------------------------ a trellis backbone: rows in the lanes
 
 template <class S, int G, int C, bool Near>
-QLR_APART void bands(const Part& part, const Layout& layout, const float* x, float total, int64_t first, int64_t last, float* y) {
+QLR_APART void bands(const Part& part, const Layout& layout, const float* x, int64_t first, int64_t last, float* y) {
   using F = typename S::F;
   const int width = kSequence / part.height;
   const int64_t across = (part.cols + width - 1) / width;
-  const float middle = kMiddle * total;
   for (int64_t band = first; band < last; band++) {
     const uint8_t* s = part.codes + band * across * part.count;
     F sums[G];
@@ -129,11 +128,14 @@ QLR_APART void bands(const Part& part, const Layout& layout, const float* x, flo
       for (int q = 0; q < width / C; q++) {
         const float* own = x + j * width + q * C;
         F by[C];
-        for (int k = 0; k < C; k++) by[k] = S::all(own[k]);
+        float middle = 0;
+        for (int k = 0; k < C; k++) by[k] = S::all(own[k]), middle += own[k];
+        const F taken = S::all(kMiddle * middle);  // as it comes: at the end, sums would have grown by what cancels
 QLR_UNROLL
         for (int g = 0; g < G; g++) {
           const Words& w = layout.words[q * G + g];
           const typename S::I word = !Near ? sequence_words<S>(source, w) : g ? S::inner_words(source, w) : S::words(source, w);
+          sums[g] = S::sub(sums[g], taken);
 QLR_UNROLL
           for (int k = 0; k < C; k++)
             sums[g] = S::fma(S::bytes_of_hash(S::shifted(word, w.shift[k], layout.mask)), by[k], sums[g]);
@@ -142,16 +144,16 @@ QLR_UNROLL
     }
     for (int g = 0; g < G; g++) {
       float* own = y + (band - first) * part.height + 16 * g;
-      S::store(own, S::mul(S::sub(sums[g], S::all(middle)), S::all(part.gains[0])));
+      S::store(own, S::mul(sums[g], S::all(part.gains[0])));
     }
   }
 }
 
 template <class S, int G>
-void chunked(const Part& p, const Layout& l, const float* x, float total, int64_t first, int64_t last, float* y) {
+void chunked(const Part& p, const Layout& l, const float* x, int64_t first, int64_t last, float* y) {
   auto* by = l.near ? (l.chunk == 4 ? bands<S, G, 4, true> : bands<S, G, 2, true>)
                     : (l.chunk == 4 ? bands<S, G, 4, false> : bands<S, G, 2, false>);
-  by(p, l, x, total, first, last, y);
+  by(p, l, x, first, last, y);
 }
 
 // ------------------------------------------------------------------ everything else: columns of one row in the lanes
@@ -255,13 +257,12 @@ template <class Do> void by_kind(int kind, Do what) {
   }
 }
 
-template <class S>
-void multiply(const Part& part, const Layout& layout, const float* x, float total, int64_t first, int64_t last, float* y) {
+template <class S> void multiply(const Part& part, const Layout& layout, const float* x, int64_t first, int64_t last, float* y) {
   if (part.kind == kTrellis && part.height >= 16) {
     first /= part.height, last = (last + part.height - 1) / part.height;
-    if (part.height == 64) return chunked<S, 4>(part, layout, x, total, first, last, y);
-    if (part.height == 32) return chunked<S, 2>(part, layout, x, total, first, last, y);
-    return chunked<S, 1>(part, layout, x, total, first, last, y);
+    if (part.height == 64) return chunked<S, 4>(part, layout, x, first, last, y);
+    if (part.height == 32) return chunked<S, 2>(part, layout, x, first, last, y);
+    return chunked<S, 1>(part, layout, x, first, last, y);
   }
   by_kind(part.kind, [&](auto k) { multiply_rows<S, decltype(k)::value>(part, layout, x, first, last, y); });
 }
