@@ -148,6 +148,18 @@ def test_what_it_has_no_product_for_goes_the_runtimes_own_way(alone):
     assert native_products.multiplied(linear, torch.randn(1, 96, dtype=torch.float64)) is None
 
 
+@there
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_derivatives_and_transforms_see_all_of_it(tokens, alone):
+    linear, x, way = filled("trellis-2+r4@trellis-4", (64, 96)), torch.randn(tokens, 96), torch.randn(tokens, 96)
+    want = alone(linear, way)
+    with torch.autograd.forward_ad.dual_level():
+        _, found = torch.autograd.forward_ad.unpack_dual(linear(torch.autograd.forward_ad.make_dual(x, way)))
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.jvp(linear, (x,), (way,))[1], want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.func.vmap(linear)(way), want, rtol=1e-4, atol=1e-5)
+
+
 def test_the_library_says_what_it_lacks():
     if product.library() is None:
         assert product.instruction_set() == ""

@@ -18,6 +18,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from qlr_jax.native import product
 from qlr_jax.native.product import MOST_TOKENS, Kind, Layer, Type
@@ -68,8 +70,10 @@ def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
         linear: a QLRLinear.
         x: (…, in).
     """
+    if not _plain(x) or x.dtype not in TYPES or x.device.type != "cpu":
+        return None
     tokens = x.numel() // linear.in_features
-    if not 0 < tokens <= MOST_TOKENS or x.dtype not in TYPES or x.device.type != "cpu" or not _plain(x):
+    if not 0 < tokens <= MOST_TOKENS:
         return None
     layer = _known(_layers, linear, _layer)
     if layer is None:
@@ -125,7 +129,15 @@ def backend() -> str:
 
 
 def _plain(x: torch.Tensor) -> bool:
-    return type(x) in (torch.Tensor, torch.nn.Parameter) and not (x.requires_grad and torch.is_grad_enabled())
+    """Whether nobody watches what is done with x: neither derivatives nor a trace would have the library's part in them."""
+    return (
+        type(x) in (torch.Tensor, torch.nn.Parameter)
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _get_current_dispatch_mode() is None
+    )
 
 
 def _known(known: WeakKeyDictionary[Any, Known], module: torch.nn.Module, make: Callable[[Any, Known], Any]) -> Any:
