@@ -25,7 +25,7 @@ Implementation = Literal["xla", "native"]
 
 
 def packed_matmul(x: Float[Array, "*batch n"], matrix: QLRMatrix, implementation: Implementation | None = None) -> Array:
-    """y = x Ŵᵀ, Ŵ = g · Uᵀ (Q + L diag(s) R) V, in float32.
+    """y = x Ŵᵀ, Ŵ = g · Uᵀ (Q + L diag(s) R) V, in float32. For inference: JAX raises where the native product is differentiated.
 
     Args:
         x: (*b, n).

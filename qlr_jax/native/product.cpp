@@ -1,6 +1,8 @@
 // Which instruction set, what follows from a part's sizes, and a whole layer over the threads of a caller.
 #include "product.h"
 
+#include "product_kernels.h"
+
 #include <pthread.h>
 
 #include <algorithm>
@@ -250,15 +252,6 @@ int64_t columns_read(const Part& part) {
   return up(part.cols, part.kind == kTrellis ? std::max(16, kSequence / std::max(part.height, 1)) : 16);
 }
 
-float half_of(uint16_t h) {
-  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, rest = h & 1023;
-  if (exponent == 0) return (sign ? -1.f : 1.f) * (float)rest * (1.f / 16777216.f);
-  const uint32_t word = exponent == 31 ? sign | 0x7f800000u | rest << 13 : sign | (exponent + 112) << 23 | rest << 13;
-  float x;
-  std::memcpy(&x, &word, 4);
-  return x;
-}
-
 uint16_t half_from(float x) {  // to the nearest, ties to even
   uint32_t word;
   std::memcpy(&word, &x, 4);
@@ -283,7 +276,7 @@ void load(const void* x, int type, int64_t from, int64_t count, float* out) {
   if (type == kFloat32) {
     std::memcpy(out, (const float*)x + from, sizeof(float) * count);
   } else if (type == kFloat16) {
-    for (int64_t i = 0; i < count; i++) out[i] = half_of(((const uint16_t*)x)[from + i]);
+    for (int64_t i = 0; i < count; i++) out[i] = Plain::half(((const uint16_t*)x)[from + i]);
   } else {
     for (int64_t i = 0; i < count; i++) {
       const uint32_t word = (uint32_t)((const uint16_t*)x)[from + i] << 16;
@@ -301,7 +294,7 @@ void store(const float* y, int type, int64_t to, int64_t count, void* out) {
 // x *= the signs of a rotation: trained ones, or those that a hash of the seed gives (core/hadamard.py).
 void by_signs(float* x, int64_t size, const uint16_t* trained, int32_t seed, uint32_t salt) {
   if (trained) {
-    for (int64_t i = 0; i < size; i++) x[i] *= half_of(trained[i]);
+    for (int64_t i = 0; i < size; i++) x[i] *= Plain::half(trained[i]);
     return;
   }
   const uint32_t offset = ((uint32_t)seed * 2 + salt) * 0x85EBCA6Bu + 0x27D4EB2Fu;
@@ -368,13 +361,13 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
       }
     });
     if (layer.rank) {
-      for (int r = 0; layer.component_scale && r < layer.rank; r++) z[r] *= half_of(layer.component_scale[r]);
+      for (int r = 0; layer.component_scale && r < layer.rank; r++) z[r] *= Plain::half(layer.component_scale[r]);
       by.add(left, of_left, z, w);
     }
     if (layer.scale)
       for (int64_t i = 0; i < layer.outputs; i++) w[i] *= *layer.scale;
     if (layer.row_scales)
-      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= half_of(layer.row_scales[i]);
+      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= Plain::half(layer.row_scales[i]);
     if (layer.turned_outputs) {
       turn(by, w, layer.outputs, layer.output_block, room);
       by_signs(w, layer.outputs, layer.output_signs, layer.seed, 1);

@@ -28,7 +28,6 @@ struct Avx2Lanes {
   static void store_columns(float* p, int64_t stride, const F* v) {
     store_eight(p, stride, v[0].a, v[1].a, v[2].a, v[3].a), store_eight(p + 8 * stride, stride, v[0].b, v[1].b, v[2].b, v[3].b);
   }
-  static F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
   static F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
   static F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
   static F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }

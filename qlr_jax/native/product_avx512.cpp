@@ -30,7 +30,6 @@ struct Avx512Lanes {
     for (int k = 0; k < 4; k++) halves[k] = {_mm512_castps512_ps256(v[k]), _mm512_extractf32x8_ps(v[k], 1)};
     Avx2Lanes::store_columns(p, stride, halves);
   }
-  static F add(F x, F y) { return _mm512_add_ps(x, y); }
   static F sub(F x, F y) { return _mm512_sub_ps(x, y); }
   static F mul(F x, F y) { return _mm512_mul_ps(x, y); }
   static F fma(F x, F y, F z) { return _mm512_fmadd_ps(x, y, z); }

@@ -40,7 +40,6 @@ struct Plain {
     for (int i = 0; i < 16; i++)
       for (int k = 0; k < 4; k++) p[i * stride + k] = v[k].at[i];
   }
-  static F add(F a, F b) { return each([&](int i) { return a.at[i] + b.at[i]; }); }
   static F sub(F a, F b) { return each([&](int i) { return a.at[i] - b.at[i]; }); }
   static F mul(F a, F b) { return each([&](int i) { return a.at[i] * b.at[i]; }); }
   static F fma(F a, F b, F c) { return each([&](int i) { return __builtin_fmaf(a.at[i], b.at[i], c.at[i]); }); }
@@ -244,16 +243,16 @@ QLR_APART void decode_rows(const Part& part, const Layout& layout, int64_t first
   }
 }
 
-template <int K> struct Kind_ { static constexpr int value = K; };
+template <int K> struct Constant { static constexpr int value = K; };
 
 // what(kind), known to the compiler
 template <class Do> void by_kind(int kind, Do what) {
   switch (kind) {
-    case kTrellis: return what(Kind_<kTrellis>{});
-    case kInteger: return what(Kind_<kInteger>{});
-    case kLevels: return what(Kind_<kLevels>{});
-    case kLattice: return what(Kind_<kLattice>{});
-    default: return what(Kind_<kBfloat16>{});
+    case kTrellis: return what(Constant<kTrellis>{});
+    case kInteger: return what(Constant<kInteger>{});
+    case kLevels: return what(Constant<kLevels>{});
+    case kLattice: return what(Constant<kLattice>{});
+    default: return what(Constant<kBfloat16>{});
   }
 }
 

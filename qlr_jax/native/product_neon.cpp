@@ -29,7 +29,6 @@ struct NeonLanes {
       for (int i = 0; i < 4; i++) vst1q_f32(p + (4 * q + i) * stride, rows[i]);
     }
   }
-  static F add(F a, F b) { return each([&](int q) { return vaddq_f32(a.at[q], b.at[q]); }); }
   static F sub(F a, F b) { return each([&](int q) { return vsubq_f32(a.at[q], b.at[q]); }); }
   static F mul(F a, F b) { return each([&](int q) { return vmulq_f32(a.at[q], b.at[q]); }); }
   static F fma(F a, F b, F c) { return each([&](int q) { return vfmaq_f32(c.at[q], a.at[q], b.at[q]); }); }

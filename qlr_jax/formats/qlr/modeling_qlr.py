@@ -281,6 +281,10 @@ class Part(Stored):
         """
         raise NotImplementedError
 
+    def native(self) -> dict | None:
+        """How qlr-jax's C++ library reads what is stored: fields of `Part` in qlr_jax/native/product.py; None where it cannot."""
+        return None
+
     def taken(self, bands: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Some bands of `height` rows, wherever they lie.
 
@@ -326,6 +330,9 @@ class BFloat16Part(Part):
         super().__init__(rows, cols)
         self.store("codes", (rows, cols), torch.bfloat16)
 
+    def native(self):
+        return {"kind": "BFLOAT16", "count": 2 * self.cols}
+
     def decode(self, start, stop, dtype):
         return self.codes[start:stop].to(dtype)
 
@@ -341,6 +348,12 @@ class GroupedPart(Part):
         self.groups = -(-cols // group) if group else 1
         self.store("codes", (rows, -(-cols * bits // 8)), torch.uint8)
         self.store("scales", (rows, self.groups), scale_dtype)
+
+    def native(self):
+        if self.group % 16:
+            return None
+        scales = "small_scales" if self.scales.dtype == torch.float8_e4m3fn else "scales"
+        return {"bits": self.bits, "group": self.group, "count": self.codes.shape[1], scales: self.scales}
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """The codes of rows start … stop − 1: uint8 (stop − start, cols)."""
@@ -413,15 +426,16 @@ class IntegerPart(GroupedPart):
     def __init__(self, rows: int, cols: int, bits: int, group: int, asymmetric: bool):
         super().__init__(rows, cols, bits, group)
         self.asymmetric = asymmetric
+        self.middle = 0.5 if bits == 1 else float(2 ** (bits - 1))  # the zero point where none is stored
         if asymmetric:
             self.store("zeros", (rows, self.groups), torch.uint8)
 
-    def middle(self) -> float:
-        """The zero point where none is stored."""
-        return 0.5 if self.bits == 1 else float(2 ** (self.bits - 1))
+    def native(self):
+        found = super().native()
+        return found and found | {"kind": "INTEGER", "zero": self.middle, "zeros": self._buffers.get("zeros")}
 
     def decode(self, start, stop, dtype):
-        zeros = self.zeros[start:stop, :, None].float() if self.asymmetric else self.middle()
+        zeros = self.zeros[start:stop, :, None].float() if self.asymmetric else self.middle
         return self.scaled(self.read(start, stop).float(), start, stop, zeros).to(dtype)
 
 
@@ -431,6 +445,10 @@ class LevelPart(GroupedPart):
     def __init__(self, rows: int, cols: int, bits: int, group: int, levels: list[float], scale_dtype: torch.dtype = torch.float16):
         super().__init__(rows, cols, bits, group, scale_dtype)
         self.levels = levels
+
+    def native(self):
+        found = super().native()
+        return found and found | {"kind": "LEVELS", "levels": torch.tensor(self.levels + [0.0] * (16 - len(self.levels)))}
 
     def decode(self, start, stop, dtype):
         codes = self.read(start, stop).int()
@@ -468,14 +486,11 @@ class LatticePart(Part):
         self.bits = bits
         self.store("codes", (rows, -(-cols // 8), bits), torch.uint8)
 
-    def gains(self) -> tuple[float, float]:
-        """What the quarters of both stages are multiplied by."""
+    def native(self):
         gain, inner = LATTICE["scales"][str(self.bits)]
-        return gain / 4, gain * inner / 4
-
-    def tables(self) -> list[torch.Tensor]:
-        """Points of the first stage and roots, on the processor, eight int8 an int64."""
-        return [lattice_words(roots, torch.device("cpu")) for roots in (False, True)]
+        points, roots = (lattice_words(small, torch.device("cpu")) for small in (False, True))
+        sizes = {"bits": self.bits, "count": self.codes.shape[1] * self.bits}
+        return {"kind": "LATTICE", **sizes, "gains": (gain / 4, gain * inner / 4), "points": points, "roots": roots}
 
     def decode(self, start, stop, dtype):
         return decode_lattice(self.codes[start:stop], [stop - start, self.cols], dtype)
@@ -570,9 +585,9 @@ class TrellisPart(Part):
         self.across = -(-cols // self.width)
         self.store("codes", (-(-rows // height), self.across, int(LENGTH * rate) // 8), torch.uint8)
 
-    def gain(self) -> float:
-        """What a state's hash is multiplied by."""
-        return state_gain(self.codes.shape[2])
+    def native(self):
+        count = self.codes.shape[2]
+        return {"kind": "TRELLIS", "bits": self.state_bits, "count": count, "gains": (state_gain(count), 0.0)}
 
     def decode(self, start, stop, dtype):
         codes = self.codes[start // self.height : -(-stop // self.height)]

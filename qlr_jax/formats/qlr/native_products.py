@@ -133,7 +133,7 @@ def _plain(x: torch.Tensor) -> bool:
     return (
         type(x) in (torch.Tensor, torch.nn.Parameter)
         and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
         and _get_current_dispatch_mode() is None
@@ -164,34 +164,15 @@ def _layer(linear: Any, known: Known) -> Layer | None:
 
 
 def _part(part: Any, known: Known) -> product.Part | None:
-    made = product.Part()
-    made.rows, made.cols, made.height = part.rows, part.cols, part.height
-    made.codes = known.at(part.codes)
-    kind = type(part).__name__  # a folder's own copy of the runtime has classes of its own
-    if kind == "TrellisPart":
-        made.kind, made.bits, made.count = Kind.TRELLIS, part.state_bits, part.codes.shape[2]
-        made.gains[0] = part.gain()
-    elif kind in ("IntegerPart", "LevelPart"):
-        made.kind = Kind.INTEGER if kind == "IntegerPart" else Kind.LEVELS
-        made.bits, made.group, made.count = part.bits, part.group, part.codes.shape[1]
-        if part.group % 16:
-            return None
-        scales = "small_scales" if part.scales.dtype == torch.float8_e4m3fn else "scales"
-        setattr(made, scales, known.at(part.scales))
-        if made.kind == Kind.INTEGER:
-            made.zero, made.zeros = part.middle(), known.at(part._buffers.get("zeros"))
-        else:
-            levels = torch.zeros(16)
-            levels[: len(part.levels)] = torch.tensor(part.levels)
-            made.levels = known.at(levels)
-    elif kind == "LatticePart":
-        made.kind, made.bits, made.count = Kind.LATTICE, part.bits, part.codes.shape[1] * part.bits
-        made.gains[:] = part.gains()
-        made.points, made.roots = (known.at(table) for table in part.tables())
-    elif kind == "BFloat16Part":
-        made.kind, made.count = Kind.BFLOAT16, 2 * part.cols
-    else:
+    fields = part.native()
+    if fields is None:
         return None
+    made = product.Part(rows=part.rows, cols=part.cols, height=part.height, codes=known.at(part.codes))
+    for name, value in fields.items():
+        if name == "kind":
+            made.kind = Kind[value]
+        else:
+            setattr(made, name, known.at(value) if isinstance(value, torch.Tensor) else value)
     return made
 
 
