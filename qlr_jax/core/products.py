@@ -30,8 +30,8 @@ def packed_matmul(x: Float[Array, "*batch n"], matrix: QLRMatrix, implementation
     Args:
         x: (*b, n).
         matrix: Ŵ (m, n).
-        implementation: "xla" decodes Ŵ and multiplies; "native" takes at most `MOST_TOKENS` rows of x straight from the codes, and
-            for more decodes in C++, on a CPU; None: native on a CPU where it is built and knows the quantizers, else xla.
+        implementation: "xla" decodes Ŵ and multiplies; "native" is one call in C++ for at most `MOST_TOKENS` rows of x, and
+            for more decodes there, on a CPU; None: native on a CPU where it is built and knows the quantizers, else xla.
 
     Returns:
         (*b, m).

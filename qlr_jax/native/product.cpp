@@ -230,7 +230,9 @@ void spread(int64_t count, int threads, const Team& team, const std::function<vo
 
 // ------------------------------------------------------------------ a layer
 
-constexpr int64_t kPiece = 1 << 16;  // weights that one thread takes at a time
+constexpr int64_t kPiece = 1 << 16;    // weights that one thread takes at a time
+constexpr int64_t kFew = 8;            // tokens, for which rows are not decoded into memory
+constexpr int64_t kBetween = 1 << 22;  // numbers that are kept between two parts, about
 
 int64_t up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
@@ -310,10 +312,38 @@ void by_signs(float* x, int64_t size, const uint16_t* trained, int32_t seed, uin
   }
 }
 
-void turn(const Routines& by, float* x, int64_t size, int block, std::vector<float>& room) {
+void turn(const Routines& by, float* x, int64_t size, int block) {
+  thread_local std::vector<float> room;
   if ((int64_t)room.size() < block) room.resize(block);
   by.rotate(x, size, block, hartley_of(block / (block & -block)), room.data());
 }
+
+// The rows of a part times some tokens, in pieces: few tokens from the codes, more from rows that are decoded once for all of them.
+struct Rows {
+  const Routines& by;
+  const Part& part;
+  int64_t rows;  // 0: there is no such part
+  const float* x;
+  int64_t wide;
+  float* y;
+  int64_t high, tokens;
+
+  int64_t step() const { return std::max<int64_t>(1, kPiece / std::max<int64_t>(part.cols, 1) / part.height) * part.height; }
+  int64_t pieces() const { return rows ? (rows + step() - 1) / step() : 0; }
+  void multiply(int64_t piece) const {
+    const int64_t first = piece * step(), last = std::min(first + step(), rows);
+    const Layout& layout = layout_of(part);
+    if (tokens <= kFew) {
+      for (int64_t t = 0; t < tokens; t++) by.multiply(part, layout, x + t * wide, first, last, y + t * high + first);
+      return;
+    }
+    thread_local std::vector<float> decoded;
+    const int64_t stride = up(part.cols, 16);
+    decoded.assign((last - first) * stride, 0.f);
+    by.decode(part, layout, first, last, decoded.data(), stride);
+    by.dense(decoded.data(), last - first, stride, x, tokens, wide, y + first, high);
+  }
+};
 
 }  // namespace
 
@@ -330,49 +360,44 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
   for (const Part* part : {&layer.backbone, &layer.left, &layer.right})
     if (const char* wrong = refused(*part)) return wrong;
   thread_local std::vector<uint8_t> tails[3];
-  thread_local std::vector<float> in, out, inner, room;
+  thread_local std::vector<float> in, out, inner;
   const Part backbone = with_tail(layer.backbone, tails[0]), left = with_tail(layer.left, tails[1]);
   const Part right = with_tail(layer.right, tails[2]);
-  static const Layout none = {};
-  const Layout& of_backbone = backbone.kind ? layout_of(backbone) : none;
-  const Layout &of_left = layer.rank ? layout_of(left) : none, &of_right = layer.rank ? layout_of(right) : none;
-  const int64_t wide = std::max({up(layer.inputs, 16), columns_read(backbone), columns_read(right)});
-  const int64_t high = up(layer.outputs, 64) + 256;
-  in.assign(wide, 0.f), out.assign(high, 0.f), inner.assign(up(std::max(layer.rank, 1), 16), 0.f);
-  auto step_of = [](const Part& part) { return std::max<int64_t>(1, kPiece / std::max<int64_t>(part.cols, 1) / part.height) * part.height; };
-  const int64_t step = backbone.kind ? step_of(backbone) : 1, pieces = backbone.kind ? (backbone.rows + step - 1) / step : 0;
-  const int64_t inner_step = layer.rank ? step_of(right) : 1, inner_pieces = layer.rank ? (right.rows + inner_step - 1) / inner_step : 0;
-  float *v = in.data(), *w = out.data(), *z = inner.data();  // the threads' own vectors are others
-
-  for (int64_t token = 0; token < tokens; token++) {
-    load(x, type, token * layer.inputs, layer.inputs, v);
-    if (layer.turned_inputs) {
-      by_signs(v, layer.inputs, layer.input_signs, layer.seed, 0);
-      turn(by, v, layer.inputs, layer.input_block, room);
-    }
-    std::memset(w, 0, sizeof(float) * high);
-    spread(pieces + inner_pieces, threads, team, [&](int64_t i) {
-      if (i < inner_pieces) {
-        const int64_t first = i * inner_step;
-        by.multiply(right, of_right, v, first, std::min(first + inner_step, right.rows), z + first);
-      } else {
-        const int64_t first = (i - inner_pieces) * step;
-        by.multiply(backbone, of_backbone, v, first, std::min(first + step, backbone.rows), w + first);
-      }
+  const int64_t wide = up(std::max({layer.inputs, columns_read(backbone), columns_read(right)}), 16);
+  const int64_t high = up(layer.outputs, 64) + 256, deep = up(std::max(layer.rank, 1), 16);
+  // some tokens at a time: all that is between two parts lies in memory once for each
+  const int64_t most = tokens > kFew ? std::max<int64_t>(kFew, kBetween / (wide + high)) : kFew;
+  for (int64_t start = 0; start < tokens; start += most) {
+    const int64_t count = std::min(most, tokens - start);
+    in.assign(count * wide, 0.f), out.assign(count * high, 0.f), inner.assign(count * deep, 0.f);
+    float *v = in.data(), *w = out.data(), *z = inner.data();  // the threads' own vectors are others
+    spread(count, threads, team, [&](int64_t t) {
+      float* own = v + t * wide;
+      load(x, type, (start + t) * layer.inputs, layer.inputs, own);
+      if (!layer.turned_inputs) return;
+      by_signs(own, layer.inputs, layer.input_signs, layer.seed, 0);
+      turn(by, own, layer.inputs, layer.input_block);
     });
-    if (layer.rank) {
-      for (int r = 0; layer.component_scale && r < layer.rank; r++) z[r] *= Plain::half(layer.component_scale[r]);
-      by.add(left, of_left, z, w);
-    }
-    if (layer.scale)
-      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= *layer.scale;
-    if (layer.row_scales)
-      for (int64_t i = 0; i < layer.outputs; i++) w[i] *= Plain::half(layer.row_scales[i]);
-    if (layer.turned_outputs) {
-      turn(by, w, layer.outputs, layer.output_block, room);
-      by_signs(w, layer.outputs, layer.output_signs, layer.seed, 1);
-    }
-    store(w, type, token * layer.outputs, layer.outputs, y);
+    const Rows rows[] = {{by, right, layer.rank ? right.rows : 0, v, wide, z, deep, count},
+                         {by, backbone, backbone.kind ? backbone.rows : 0, v, wide, w, high, count}};
+    const int64_t first = rows[0].pieces();
+    spread(first + rows[1].pieces(), threads, team, [&](int64_t i) { i < first ? rows[0].multiply(i) : rows[1].multiply(i - first); });
+    spread(count, threads, team, [&](int64_t t) {
+      float *own = w + t * high, *of = z + t * deep;
+      if (layer.rank) {
+        for (int r = 0; layer.component_scale && r < layer.rank; r++) of[r] *= Plain::half(layer.component_scale[r]);
+        by.add(left, layout_of(left), of, own);
+      }
+      if (layer.scale)
+        for (int64_t i = 0; i < layer.outputs; i++) own[i] *= *layer.scale;
+      if (layer.row_scales)
+        for (int64_t i = 0; i < layer.outputs; i++) own[i] *= Plain::half(layer.row_scales[i]);
+      if (layer.turned_outputs) {
+        turn(by, own, layer.outputs, layer.output_block);
+        by_signs(own, layer.outputs, layer.output_signs, layer.seed, 1);
+      }
+      store(own, type, (start + t) * layer.outputs, layer.outputs, y);
+    });
   }
   return nullptr;
 }

@@ -76,6 +76,8 @@ struct Routines {
   void (*add)(const Part&, const Layout&, const float* z, float* y);
   // the rows of a part: out[r − first][c], with `stride` floats a row
   void (*decode)(const Part&, const Layout&, int64_t first, int64_t last, float* out, int64_t stride);
+  // y[t * high + r] = Σ_c rows[r * stride + c] x[t * wide + c] for all rows and tokens; c < stride, a multiple of 16
+  void (*dense)(const float* rows, int64_t count, int64_t stride, const float* x, int64_t tokens, int64_t wide, float* y, int64_t high);
   // x in blocks of 2^k · odd: Walsh-Hadamard ⊗ Hartley, in place
   void (*rotate)(float* x, int64_t size, int block, const float* hartley, float* room);
 };

@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from qlr_jax import native
 
-MOST_TOKENS = 8  # of a product: for more, rows are decoded once and a dense product takes them
+MOST_TOKENS = 64  # of a product: for more, a library of dense products does better on rows that are decoded once
 
 
 class Kind(IntEnum):

@@ -7,6 +7,7 @@ namespace qlr {
 namespace {
 
 struct Avx2Lanes {
+  static constexpr int kRows = 2, kTokens = 3;
   struct F { __m256 a, b; };
   struct I { __m256i a, b; };
   struct Source { const uint8_t* bytes; int64_t count; };

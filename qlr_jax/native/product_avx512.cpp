@@ -15,6 +15,7 @@
 namespace qlr {
 namespace {
 struct Avx512Lanes {
+  static constexpr int kRows = 4, kTokens = 5;
   using F = __m512;
   using I = __m512i;
   struct Source { const uint8_t* bytes; int64_t count; __m512i all; };  // `all`: where it has at most 64 bytes
@@ -66,7 +67,7 @@ struct Avx512Lanes {
 };
 }  // namespace
 
-const Routines avx512_routines = {"avx512", multiply<Avx512Lanes>, add<Avx512Lanes>, decode<Avx512Lanes>, rotate};
+const Routines avx512_routines = {"avx512", multiply<Avx512Lanes>, add<Avx512Lanes>, decode<Avx512Lanes>, dense<Avx512Lanes>, rotate};
 }  // namespace qlr
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -27,6 +27,7 @@ constexpr float kMiddle = 510.f;                                      // of the 
 
 // Plain C++: what the others have to equal.
 struct Plain {
+  static constexpr int kRows = 2, kTokens = 2;  // of a block of `dense`: what registers hold
   struct F { float at[16]; };
   struct I { uint32_t at[16]; };
   template <class M> static F each(M make) { F v; for (int i = 0; i < 16; i++) v.at[i] = make(i); return v; }
@@ -319,6 +320,45 @@ template <class S> void decode(const Part& part, const Layout& layout, int64_t f
     return by(part, layout, first, last, out, stride);
   }
   by_kind(part.kind, [&](auto k) { decode_rows<S, decltype(k)::value>(part, layout, first, last, out, stride); });
+}
+
+// ------------------------------------------------------------------ decoded rows times many tokens
+
+// y[t * high + r] = Σ_c rows[r * stride + c] x[t * wide + c] for R rows and T tokens; c < stride, a multiple of 16.
+template <class S, int R, int T>
+inline void block(const float* rows, int64_t stride, const float* x, int64_t wide, float* y, int64_t high) {
+  typename S::F sums[R][T], own[T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) sums[r][t] = S::zero();
+  for (int64_t c = 0; c < stride; c += 16) {
+QLR_UNROLL
+    for (int t = 0; t < T; t++) own[t] = S::load(x + t * wide + c);
+QLR_UNROLL
+    for (int r = 0; r < R; r++) {
+      const typename S::F row = S::load(rows + r * stride + c);
+QLR_UNROLL
+      for (int t = 0; t < T; t++) sums[r][t] = S::fma(row, own[t], sums[r][t]);
+    }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) y[t * high + r] = sum<S>(sums[r][t]);
+}
+
+template <class S>
+QLR_APART void dense(const float* rows, int64_t count, int64_t stride, const float* x, int64_t tokens, int64_t wide, float* y,
+                     int64_t high) {
+  constexpr int R = S::kRows, T = S::kTokens;
+  for (int64_t t = 0; t < tokens;) {
+    const bool whole = t + T <= tokens;
+    const float* own = x + t * wide;
+    float* out = y + t * high;
+    int64_t r = 0;
+    for (; whole && r + R <= count; r += R) block<S, R, T>(rows + r * stride, stride, own, wide, out + r, high);
+    for (; r < count; r++)
+      whole ? block<S, 1, T>(rows + r * stride, stride, own, wide, out + r, high)
+            : block<S, 1, 1>(rows + r * stride, stride, own, wide, out + r, high);
+    t += whole ? T : 1;
+  }
 }
 
 // ------------------------------------------------------------------ rotations

@@ -9,6 +9,7 @@
 namespace qlr {
 namespace {
 struct NeonLanes {
+  static constexpr int kRows = 2, kTokens = 3;
   struct F { float32x4_t at[4]; };
   struct I { uint32x4_t at[4]; };
   using Source = Plain::Source;
@@ -75,6 +76,6 @@ struct NeonLanes {
 };
 }  // namespace
 
-const Routines neon_routines = {"neon", multiply<NeonLanes>, add<NeonLanes>, decode<NeonLanes>, rotate};
+const Routines neon_routines = {"neon", multiply<NeonLanes>, add<NeonLanes>, decode<NeonLanes>, dense<NeonLanes>, rotate};
 }  // namespace qlr
 #endif

@@ -1,5 +1,5 @@
 #include "product_kernels.h"
 
 namespace qlr {
-const Routines portable_routines = {"portable", multiply<Plain>, add<Plain>, decode<Plain>, rotate};
+const Routines portable_routines = {"portable", multiply<Plain>, add<Plain>, decode<Plain>, dense<Plain>, rotate};
 }  // namespace qlr
