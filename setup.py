@@ -1,10 +1,13 @@
 """The optional C++ library of qlr_jax/native; everything else is said in pyproject.toml."""
 
 import importlib.util
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 # -ffp-contract=off: every instruction set gives the same bits, with no products fused but those that are written so
@@ -35,4 +38,21 @@ def native() -> list[Extension]:
     ]
 
 
-setup(ext_modules=native())
+class OnAllCores(build_ext):
+    """Files of an extension compile side by side; setuptools takes them one after the other."""
+
+    def build_extension(self, ext: Extension) -> None:
+        one_by_one = self.compiler.compile
+
+        def compile_all(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                return [file for found in pool.map(lambda path: one_by_one([path], **options), sources) for file in found]
+
+        self.compiler.compile = compile_all
+        try:
+            super().build_extension(ext)
+        finally:
+            self.compiler.compile = one_by_one
+
+
+setup(ext_modules=native(), cmdclass={"build_ext": OnAllCores})

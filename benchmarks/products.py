@@ -12,6 +12,7 @@ over the largest output. Thousand million weights a second, and times as fast as
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -59,16 +60,17 @@ def main() -> None:
             fill(linear)
         known = [native_products.Known(linear, native_products._layer) for linear in linears]
         want = _alone(linears[0], x)
-        for name in SETS:
+        for name, exact in itertools.product(SETS, (True, False)):
 
-            def work(known=known, name=name) -> str:
-                of = (product.Type.FLOAT32, args.threads, native_products.team(), name)
+            def work(known=known, name=name, exact=exact) -> str:
+                of = (product.Type.FLOAT32, args.threads, native_products.team(), name, exact)
                 return "".join(product.multiply(k.structure, x.data_ptr(), y.data_ptr(), 1, *of) for k in known)
 
-            if product.multiply(known[0].structure, x.data_ptr(), y.data_ptr(), 1, product.Type.FLOAT32, by=name):
+            if product.multiply(known[0].structure, x.data_ptr(), y.data_ptr(), 1, product.Type.FLOAT32, by=name, exact=exact):
                 continue  # this machine has none of it
-            errors[spec, name] = float((y - want).abs().max() / want.abs().max())
-            works[f"{spec} {name}"] = work
+            kind = name if exact else f"{name} rounded"
+            errors[spec, kind] = float((y - want).abs().max() / want.abs().max())
+            works[f"{spec} {kind}"] = work
     best = dict.fromkeys(works, float("inf"))
     for _ in range(args.rounds):
         for name, work in works.items():

@@ -51,6 +51,16 @@ def test_native_products_are_those_of_dense(spec, tokens):
         np.testing.assert_allclose(compiled, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
+@there
+@pytest.mark.parametrize("spec", ["trellis-2+r8@trellis-4", "int-4g32", "int-3a"])
+def test_inexact_products_are_within_5e_5(spec):
+    matrix, x = random_matrix(spec, (64, 96)), jnp.asarray(np.random.default_rng(1).standard_normal((2, 96)), jnp.float32)
+    want = np.asarray(x, np.float64) @ np.asarray(matrix.dense(), np.float64).T
+    found = packed_matmul(x, matrix, "native", exact=False)
+    assert np.linalg.norm(found - want) < 5e-5 * np.linalg.norm(want)
+    np.testing.assert_array_equal(packed_matmul(x, matrix, "xla", exact=False), packed_matmul(x, matrix, "xla"))
+
+
 def test_xla_is_dense_and_what_is_not_there_is_refused():
     matrix, x = random_matrix("int-4g32", (48, 64)), jnp.ones((3, 64))
     np.testing.assert_allclose(packed_matmul(x, matrix, "xla"), matrix.dense().sum(1)[None].repeat(3, 0), rtol=1e-5, atol=1e-6)

@@ -37,7 +37,7 @@ def filled(spec, shape, **others):
     linear = runtime.QLRLinear(spec, shape, seed=5, **others)
     for name, buffer in linear.named_buffers():
         if buffer.dtype == torch.uint8:
-            buffer.random_(0, 256)
+            buffer.random_(0, 2 if "zeros" in name else 256)  # a zero point lies among the codes
         elif "signs" in name or buffer.dtype == torch.bfloat16:
             buffer.normal_()
         else:
@@ -57,11 +57,11 @@ def alone(monkeypatch):
     return forward
 
 
-def by_set(linear, x, name, threads=1, team=None):
+def by_set(linear, x, name, threads=1, team=None, exact=True):
     """W x by one instruction set; None where this machine has none of it."""
     known = native_products.Known(linear, native_products._layer)
     y = torch.empty(len(x), linear.out_features)
-    wrong = product.multiply(known.structure, x.data_ptr(), y.data_ptr(), len(x), product.Type.FLOAT32, threads, team, name)
+    wrong = product.multiply(known.structure, x.data_ptr(), y.data_ptr(), len(x), product.Type.FLOAT32, threads, team, name, exact)
     return None if wrong else y
 
 
@@ -80,6 +80,34 @@ def test_every_instruction_set_gives_the_same_bits_and_what_the_runtime_gives(sp
             for name in SETS:
                 found = by_set(linear, x, name)
                 assert found is None or torch.equal(found, plain), (name, shape, state_bits, tokens)
+
+
+ROUNDED = [*(f"trellis-{rate}" for rate in TRELLIS), "trellis-2+r16@trellis-4", "int-1", "int-2a", "int-8", "int-4g32", "int-4g64a"]
+ROUNDED += ["int-8g16", "int-8g48a", "int-8g64", "int-2g64", "int-1g128a", "int-4g32/rot+r8@int-8", "int-4g128/rows"]
+
+
+@there
+@pytest.mark.parametrize("spec", ROUNDED)
+def test_rounded_activations_give_the_same_bits_everywhere_and_the_product_to_16_bits(spec):
+    torch.manual_seed(0)
+    for shape in (*SHAPES, (70, 2600)):
+        linear, x = filled(spec, shape), torch.randn(3, shape[1]) * torch.tensor([[1.0], [1e-6], [3e4]])
+        exact, plain = by_set(linear, x, "portable"), by_set(linear, x, "portable", exact=False)
+        error = (plain - exact).norm(dim=1) / exact.norm(dim=1)
+        assert error.max() < 1e-4 and not torch.equal(plain, exact), (shape, error)
+        for name in SETS:
+            found = by_set(linear, x, name, exact=False)
+            assert found is None or torch.equal(found, plain), (name, shape)
+
+
+@there
+@pytest.mark.parametrize("spec", ["trellis-2", "int-4g32"])
+def test_what_cannot_be_rounded_is_not(spec):
+    linear, x = filled(spec, (64, 96), rotation_block=32), torch.randn(3, 96)
+    x[0, 5], x[1, 5], x[2] = float("nan"), float("inf"), 0
+    torch.testing.assert_close(by_set(linear, x, None, exact=False), by_set(linear, x, None), equal_nan=True, rtol=0, atol=0)
+    x = torch.full((1, 96), 1e-38)
+    assert by_set(linear, x, None, exact=False).abs().max() < 1e-30
 
 
 @there

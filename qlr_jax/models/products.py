@@ -20,8 +20,8 @@ def exact_product(x: Float[Array, "*batch n"], w: Float[Array, "m n"]) -> Float[
 
 
 def packed_product(x: Float[Array, "*batch n"], w: Any) -> Float[Array, "*batch m"]:
-    """As `exact_product`, with a packed w from its codes (`core.products`): for a model that is not differentiated."""
-    return packed_matmul(x, w) if isinstance(w, QLRMatrix) else exact_product(x, w)
+    """As `exact_product` to 2e-5, with a packed w from its codes (`core.products`): for generation, which is not differentiated."""
+    return packed_matmul(x, w, exact=False) if isinstance(w, QLRMatrix) else exact_product(x, w)
 
 
 def product_of(product: Product, x: Float[Array, "*batch n"], weight: Any) -> Float[Array, "*batch m"]:

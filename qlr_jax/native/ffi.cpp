@@ -51,7 +51,7 @@ qlr::Team team_of(ffi::ThreadPool& pool) {
 }
 
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::RemainingArgs rest, ffi::ResultBuffer<ffi::F32> y,
-                   ffi::Span<const int64_t> numbers, ffi::Span<const int64_t> parts, ffi::Span<const float> floats) {
+                   ffi::Span<const int64_t> numbers, ffi::Span<const int64_t> parts, ffi::Span<const float> floats, bool exact) {
   if (numbers.size() != kNumbers || parts.size() != 3 * kPartNumbers || floats.size() != 3 * kPartFloats || rest.size() != kArrays)
     return ffi::Error::InvalidArgument("a product takes the numbers of a layer and of three parts");
   std::vector<ffi::AnyBuffer> arrays;
@@ -71,7 +71,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Remaining
   layer.component_scale = data<uint16_t>(others[0]), layer.scale = data<float>(others[1]), layer.row_scales = data<uint16_t>(others[2]);
   layer.output_signs = data<uint16_t>(others[3]), layer.input_signs = data<uint16_t>(others[4]);
   const int64_t tokens = (int64_t)x.element_count() / std::max<int64_t>(layer.inputs, 1);
-  const char* wrong = qlr::multiply_layer(*qlr::widest_routines(), layer, x.typed_data(), tokens, qlr::kFloat32, y->typed_data(),
+  const char* wrong = qlr::multiply_layer(*qlr::widest_routines(), layer, x.typed_data(), tokens, qlr::kFloat32, exact, y->typed_data(),
                                           (int)pool.num_threads(), team_of(pool));
   return wrong == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(std::string("a product takes ") + wrong);
 }
@@ -112,7 +112,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qlr_product_call, product,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Attr<ffi::Span<const int64_t>>("numbers")
                                   .Attr<ffi::Span<const int64_t>>("parts")
-                                  .Attr<ffi::Span<const float>>("floats"));
+                                  .Attr<ffi::Span<const float>>("floats")
+                                  .Attr<bool>("exact"));
 
 QLR_CALL(qlr_decode_call);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(qlr_decode_call, decoded,

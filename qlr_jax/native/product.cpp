@@ -249,8 +249,17 @@ Part with_tail(Part part, std::vector<uint8_t>& room) {
   return part;
 }
 
+// Columns whose activations share a step where they are rounded; 0: a product that takes them as they are.
+int block_of(const Part& part) {
+  if (part.kind == kTrellis) return part.height >= 16 ? kBlock : 0;
+  if (part.kind != kInteger || 8 % part.bits) return 0;
+  const int block = 128 / part.bits;
+  return part.group % block ? 0 : block;
+}
+
 int64_t columns_read(const Part& part) {
   if (part.kind == kNone) return 0;
+  if (const int block = block_of(part)) return up(part.cols, part.kind == kTrellis ? block : 4 * block);
   return up(part.cols, part.kind == kTrellis ? std::max(16, kSequence / std::max(part.height, 1)) : 16);
 }
 
@@ -318,6 +327,73 @@ void turn(const Routines& by, float* x, int64_t size, int block) {
   by.rotate(x, size, block, hartley_of(block / (block & -block)), room.data());
 }
 
+// Activations of a token as `multiply_rounded` takes them.
+class Rounding {
+ public:
+  // false where x has numbers that are not finite; x has zeros beyond the columns
+  bool of(const Part& part, const float* x) {
+    const int block = block_of(part);
+    const int64_t count = columns_read(part);
+    whole_.resize(count), steps_.resize(up(count / block, 64));
+    for (int64_t b = 0; b < count / block; b++)
+      if (!rounded(x + b * block, block, whole_.data() + b * block, steps_[b])) return false;
+    if (part.kind == kTrellis) for_trellis(count, block);
+    else for_integers(count, 16 / part.bits);
+    return true;
+  }
+  Rounded found() const { return {steps_.data(), pairs_.data(), starts_.data(), values_.data(), sums_.data()}; }
+
+ private:
+  static bool rounded(const float* x, int count, int16_t* out, float& step) {
+    uint32_t top = 0;
+    for (int i = 0; i < count; i++) {
+      uint32_t word;
+      std::memcpy(&word, x + i, 4);
+      top = std::max(top, word & 0x7fffffff);
+    }
+    if (top >= 0x7f800000) return false;
+    float most;
+    std::memcpy(&most, &top, 4);
+    const bool some = most > 1e-30f;
+    const float by = some ? 32767.f / most : 0.f;
+    step = some ? most / 32767.f : 0.f;
+    constexpr float middle = 12582912.f;  // 1.5 · 2²³: the number that is added to it ends up rounded in its last bits
+    for (int i = 0; i < count; i++) {
+      const float moved = x[i] * by + middle;
+      uint32_t word;
+      std::memcpy(&word, &moved, 4);
+      out[i] = (int16_t)word;
+    }
+    return true;
+  }
+
+  void for_trellis(int64_t count, int block) {
+    pairs_.resize(count), starts_.resize(count / block);
+    for (int64_t i = 0; i < count; i++) pairs_[i] = (uint32_t)(uint16_t)whole_[i] * 0x10001u;
+    for (int64_t b = 0; b < count / block; b++) {
+      int32_t sum = 0;
+      for (int i = 0; i < block; i++) sum += whole_[b * block + i];
+      starts_[b] = (uint32_t)(sum * -(int32_t)kMiddle);
+    }
+  }
+
+  void for_integers(int64_t count, int codes) {  // so many in 16 bits
+    values_.resize(count), sums_.resize(count / (2 * codes));
+    for (int64_t start = 0; start < count; start += 32 * codes)
+      for (int k = 0; k < codes; k++)
+        for (int i = 0; i < 32; i++) values_[start + 32 * k + i] = whole_[start + i * codes + k];
+    for (int64_t m = 0; m < count / (2 * codes); m++) {
+      int32_t sum = 0;
+      for (int i = 0; i < 2 * codes; i++) sum += whole_[m * 2 * codes + i];
+      sums_[m] = (float)sum;
+    }
+  }
+
+  std::vector<int16_t> whole_, values_;
+  std::vector<float> steps_, sums_;
+  std::vector<uint32_t> pairs_, starts_;
+};
+
 // The rows of a part times some tokens, in pieces: few tokens from the codes, more from rows that are decoded once for all of them.
 struct Rows {
   const Routines& by;
@@ -327,6 +403,7 @@ struct Rows {
   int64_t wide;
   float* y;
   int64_t high, tokens;
+  const Rounding* rounded = nullptr;  // of every token, or null
 
   int64_t step() const { return std::max<int64_t>(1, kPiece / std::max<int64_t>(part.cols, 1) / part.height) * part.height; }
   int64_t pieces() const { return rows ? (rows + step() - 1) / step() : 0; }
@@ -334,7 +411,11 @@ struct Rows {
     const int64_t first = piece * step(), last = std::min(first + step(), rows);
     const Layout& layout = layout_of(part);
     if (tokens <= kFew) {
-      for (int64_t t = 0; t < tokens; t++) by.multiply(part, layout, x + t * wide, first, last, y + t * high + first);
+      for (int64_t t = 0; t < tokens; t++) {
+        float* own = y + t * high + first;
+        if (rounded) by.multiply_rounded(part, layout, rounded[t].found(), first, last, own);
+        else by.multiply(part, layout, x + t * wide, first, last, own);
+      }
       return;
     }
     thread_local std::vector<float> decoded;
@@ -355,12 +436,13 @@ const Routines* routines_of(const char* name) {
 
 const Routines* widest_routines() { return choices().back(); }
 
-const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, void* y, int threads,
+const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, bool exact, void* y, int threads,
                            const Team& team) {
   for (const Part* part : {&layer.backbone, &layer.left, &layer.right})
     if (const char* wrong = refused(*part)) return wrong;
   thread_local std::vector<uint8_t> tails[3];
   thread_local std::vector<float> in, out, inner;
+  thread_local Rounding rounding[kFew];
   const Part backbone = with_tail(layer.backbone, tails[0]), left = with_tail(layer.left, tails[1]);
   const Part right = with_tail(layer.right, tails[2]);
   const int64_t wide = up(std::max({layer.inputs, columns_read(backbone), columns_read(right)}), 16);
@@ -378,8 +460,10 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
       by_signs(own, layer.inputs, layer.input_signs, layer.seed, 0);
       turn(by, own, layer.inputs, layer.input_block);
     });
+    bool rounded = !exact && count <= kFew && block_of(backbone);
+    for (int64_t t = 0; rounded && t < count; t++) rounded = rounding[t].of(backbone, v + t * wide);
     const Rows rows[] = {{by, right, layer.rank ? right.rows : 0, v, wide, z, deep, count},
-                         {by, backbone, backbone.kind ? backbone.rows : 0, v, wide, w, high, count}};
+                         {by, backbone, backbone.kind ? backbone.rows : 0, v, wide, w, high, count, rounded ? rounding : nullptr}};
     const int64_t first = rows[0].pieces();
     spread(first + rows[1].pieces(), threads, team, [&](int64_t i) { i < first ? rows[0].multiply(i) : rows[1].multiply(i - first); });
     spread(count, threads, team, [&](int64_t t) {
@@ -437,10 +521,10 @@ qlr::Team team_of(Gomp gomp) {
 }  // namespace
 
 // `set`: an instruction set by name, null for the widest. Null, or what is needed in place of what was given.
-QLR_EXPORT const char* qlr_multiply(const char* set, const qlr::Layer* layer, const void* x, int64_t tokens, int type, void* y,
-                                    int threads, Gomp gomp) {
+QLR_EXPORT const char* qlr_multiply(const char* set, const qlr::Layer* layer, const void* x, int64_t tokens, int type,
+                                    int exact, void* y, int threads, Gomp gomp) {
   const qlr::Routines* by = named(set);
-  return by ? qlr::multiply_layer(*by, *layer, x, tokens, type, y, threads, team_of(gomp)) : kNoSet;
+  return by ? qlr::multiply_layer(*by, *layer, x, tokens, type, exact, y, threads, team_of(gomp)) : kNoSet;
 }
 
 QLR_EXPORT const char* qlr_decode(const char* set, const qlr::Part* part, int64_t first, int64_t last, float* out, int threads,

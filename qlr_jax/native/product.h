@@ -67,11 +67,24 @@ struct Layout {
   Words words[16];
 };
 
+constexpr int kBlock = 64;  // columns of a trellis whose activations share a step
+
+// Activations of one token, rounded to 16 bits in blocks of columns (product_rounded.h).
+struct Rounded {
+  const float* steps;      // of each block; x ≈ step · the integer
+  const uint32_t* pairs;   // of a trellis: each column's integer twice
+  const uint32_t* starts;  // −510 times the sum of a block's integers
+  const int16_t* values;   // of integers: in the order in which `dots` meets them
+  const float* sums;       // of a block's integers, in four parts as its lanes take them
+};
+
 // The routines of one instruction set. Each gives what the portable ones give, to the bit.
 struct Routines {
   const char* name;
   // y[r - first] = Σ_c part[r, c] x[c] for rows first … last − 1 (multiples of `Part::height`); x has zeros beyond the columns
   void (*multiply)(const Part&, const Layout&, const float* x, int64_t first, int64_t last, float* y);
+  // the same with rounded activations; for parts that `block_of` (product.cpp) gives a block
+  void (*multiply_rounded)(const Part&, const Layout&, const Rounded& x, int64_t first, int64_t last, float* y);
   // y[c] += Σ_r z[r] part[r, c] for all columns
   void (*add)(const Part&, const Layout&, const float* z, float* y);
   // the rows of a part: out[r − first][c], with `stride` floats a row
@@ -90,8 +103,9 @@ extern const Routines portable_routines, avx2_routines, avx512_routines, neon_ro
 // Runs a task on the caller's thread and, at any time or never, on so many others less one; a task that has begun may outlast it.
 using Team = std::function<void(const std::function<void()>& task, int threads)>;
 
-// x (tokens, inputs) -> y (tokens, outputs), both of `type`; null, or what is needed in place of what was given.
-const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, void* y, int threads,
+// x (tokens, inputs) -> y (tokens, outputs), both of `type`; null, or what is needed in place of what was given. Unless `exact`,
+// activations of few tokens are rounded to 16 bits where that is faster.
+const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, bool exact, void* y, int threads,
                            const Team& team);
 
 // The rows of a part: float32 (last - first, cols); `first` is a multiple of its height.

@@ -1,7 +1,7 @@
 // 16 lanes of AVX2, in two registers; included inside a target that has it.
 #pragma once
 
-#include "product_kernels.h"
+#include "product_rounded.h"
 
 namespace qlr {
 namespace {
@@ -64,11 +64,37 @@ struct Avx2Lanes {
     return {_mm256_and_si256(_mm256_srlv_epi32(v.a, _mm256_load_si256((const __m256i*)by)), m),
             _mm256_and_si256(_mm256_srlv_epi32(v.b, _mm256_load_si256((const __m256i*)(by + 8))), m)};
   }
+  static __m256i hash(__m256i v) {
+    return _mm256_add_epi32(_mm256_mullo_epi32(v, _mm256_set1_epi32((int)kMultiplier)), _mm256_set1_epi32((int)kAddend));
+  }
   static __m256 hashed(__m256i v) {
-    v = _mm256_add_epi32(_mm256_mullo_epi32(v, _mm256_set1_epi32((int)kMultiplier)), _mm256_set1_epi32((int)kAddend));
-    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(v, _mm256_set1_epi8(1)), _mm256_set1_epi16(1)));
+    return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(hash(v), _mm256_set1_epi8(1)), _mm256_set1_epi16(1)));
   }
   static F bytes_of_hash(I v) { return {hashed(v.a), hashed(v.b)}; }
+  static I all_words(uint32_t x) { return {_mm256_set1_epi32((int)x), _mm256_set1_epi32((int)x)}; }
+  static I add_bytes_of_hash(I sums, I v, uint32_t pair) {
+    const __m256i by = _mm256_set1_epi32((int)pair), one = _mm256_set1_epi8(1);
+    return {_mm256_add_epi32(sums.a, _mm256_madd_epi16(_mm256_maddubs_epi16(hash(v.a), one), by)),
+            _mm256_add_epi32(sums.b, _mm256_madd_epi16(_mm256_maddubs_epi16(hash(v.b), one), by))};
+  }
+  template <int Bits> static __m256i half_dots(const uint8_t* codes, const int16_t* x) {
+    const __m256i words = _mm256_loadu_si256((const __m256i*)codes), mask = _mm256_set1_epi16((1 << Bits) - 1);
+    __m256i sums = _mm256_setzero_si256();
+QLR_UNROLL
+    for (int k = 0; k < 16 / Bits; k++) {
+      const __m256i found = _mm256_and_si256(_mm256_srli_epi16(words, k * Bits), mask);
+      sums = _mm256_add_epi32(sums, _mm256_madd_epi16(found, _mm256_loadu_si256((const __m256i*)(x + 32 * k))));
+    }
+    return sums;
+  }
+  template <int Bits> static I dots(const uint8_t* codes, const int16_t* x) {
+    return {half_dots<Bits>(codes, x), half_dots<Bits>(codes + 32, x + 16)};
+  }
+  static F fours(const float* x) {
+    const __m256 all = _mm256_broadcast_ps((const __m128*)x);
+    return {_mm256_permutevar_ps(all, _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1)),
+            _mm256_permutevar_ps(all, _mm256_setr_epi32(2, 2, 2, 2, 3, 3, 3, 3))};
+  }
   static F number(I v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
   static __m256 looked_up(__m256i v, const float* table) {
     const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), v), high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), v);
@@ -81,6 +107,8 @@ struct Avx2Lanes {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
   }
   static F bfloat16(const uint16_t* p) { return {wide(p), wide(p + 8)}; }
+  static __m256 eight_halves(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+  static F halves(const uint16_t* p) { return {eight_halves(p), eight_halves(p + 8)}; }
   static float half(uint16_t h) { return _cvtsh_ss(h); }
 };
 

@@ -50,10 +50,29 @@ struct Avx512Lanes {
   static I shifted(I v, const int32_t* by, uint32_t mask) {
     return _mm512_and_si512(_mm512_srlv_epi32(v, _mm512_load_si512(by)), _mm512_set1_epi32((int)mask));
   }
-  static F bytes_of_hash(I v) {
-    v = _mm512_add_epi32(_mm512_mullo_epi32(v, _mm512_set1_epi32((int)kMultiplier)), _mm512_set1_epi32((int)kAddend));
-    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), v, _mm512_set1_epi8(1)));
+  static I hash(I v) {
+    return _mm512_add_epi32(_mm512_mullo_epi32(v, _mm512_set1_epi32((int)kMultiplier)), _mm512_set1_epi32((int)kAddend));
   }
+  static F bytes_of_hash(I v) {
+    return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), hash(v), _mm512_set1_epi8(1)));
+  }
+  static I all_words(uint32_t x) { return _mm512_set1_epi32((int)x); }
+  static I add_bytes_of_hash(I sums, I v, uint32_t pair) {
+    return _mm512_dpwssd_epi32(sums, _mm512_maddubs_epi16(hash(v), _mm512_set1_epi8(1)), _mm512_set1_epi32((int)pair));
+  }
+  template <int Bits> static I dots(const uint8_t* codes, const int16_t* x) {
+    const __m512i words = _mm512_loadu_si512(codes), mask = _mm512_set1_epi16((1 << Bits) - 1);
+    I sums = _mm512_setzero_si512();
+QLR_UNROLL
+    for (int k = 0; k < 16 / Bits; k++)
+      sums = _mm512_dpwssd_epi32(sums, _mm512_and_si512(_mm512_srli_epi16(words, k * Bits), mask), _mm512_loadu_si512(x + 32 * k));
+    return sums;
+  }
+  static F fours(const float* x) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_broadcast_f32x4(_mm_loadu_ps(x)));
+  }
+  static F halves(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
   static float half(uint16_t h) { return _cvtsh_ss(h); }
   static F number(I v) { return _mm512_cvtepi32_ps(v); }
   static F level(I v, const float* table) { return _mm512_permutexvar_ps(v, _mm512_loadu_ps(table)); }
@@ -67,7 +86,7 @@ struct Avx512Lanes {
 };
 }  // namespace
 
-const Routines avx512_routines = {"avx512", multiply<Avx512Lanes>, add<Avx512Lanes>, decode<Avx512Lanes>, dense<Avx512Lanes>, rotate};
+const Routines avx512_routines = {"avx512", multiply<Avx512Lanes>, multiply_rounded<Avx512Lanes>, add<Avx512Lanes>, decode<Avx512Lanes>, dense<Avx512Lanes>, rotate};
 }  // namespace qlr
 #if defined(__clang__)
 #pragma clang attribute pop

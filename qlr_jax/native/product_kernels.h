@@ -66,6 +66,24 @@ struct Plain {
       return (float)((h & 255) + (h >> 8 & 255) + (h >> 16 & 255) + (h >> 24));
     });
   }
+  static I all_words(uint32_t x) { return each_word([=](int) { return x; }); }
+  // sums + the hash's byte sum times an integer, which `pair` has twice
+  static I add_bytes_of_hash(I sums, I v, uint32_t pair) {
+    const F bytes = bytes_of_hash(v);
+    return each_word([&](int i) { return sums.at[i] + (uint32_t)bytes.at[i] * (uint32_t)(int32_t)(int16_t)pair; });
+  }
+  // 64 bytes of codes times their integers: lanes 4 b … 4 b + 3 have the sum of block b in four parts
+  template <int Bits> static I dots(const uint8_t* codes, const int16_t* x) {
+    I sums = all_words(0);
+    for (int k = 0; k < 16 / Bits; k++)
+      for (int i = 0; i < 32; i++) {
+        uint16_t word;
+        std::memcpy(&word, codes + 2 * i, 2);
+        sums.at[i / 2] += (uint32_t)((word >> k * Bits & ((1 << Bits) - 1)) * x[32 * k + i]);
+      }
+    return sums;
+  }
+  static F fours(const float* x) { return each([=](int i) { return x[i / 4]; }); }
   static F number(I v) { return each([&](int i) { return (float)(int32_t)v.at[i]; }); }
   static F level(I v, const float* table) { return each([&](int i) { return table[v.at[i]]; }); }
   static F quarters(const int8_t* one, const int8_t* two) {
@@ -74,6 +92,7 @@ struct Plain {
   static F bfloat16(const uint16_t* p) {
     return each([=](int i) { const uint32_t word = (uint32_t)p[i] << 16; float x; std::memcpy(&x, &word, 4); return x; });
   }
+  static F halves(const uint16_t* p) { return each([=](int i) { return half(p[i]); }); }
   static float half(uint16_t h) {
     const uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = h >> 10 & 31, rest = h & 1023;
     uint32_t word;

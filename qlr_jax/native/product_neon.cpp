@@ -4,7 +4,7 @@
 #if defined(__aarch64__)
 #include <arm_neon.h>
 
-#include "product_kernels.h"
+#include "product_rounded.h"
 
 namespace qlr {
 namespace {
@@ -49,14 +49,36 @@ struct NeonLanes {
   static I shifted(I v, const int32_t* by, uint32_t mask) {
     return each_word([&](int q) { return vandq_u32(vshlq_u32(v.at[q], vnegq_s32(vld1q_s32(by + 4 * q))), vdupq_n_u32(mask)); });
   }
-  static F bytes_of_hash(I v) {
-    return each([&](int q) {
-      const uint32x4_t h = vmlaq_u32(vdupq_n_u32(kAddend), v.at[q], vdupq_n_u32(kMultiplier));
-      return vcvtq_f32_u32(vpaddlq_u16(vpaddlq_u8(vreinterpretq_u8_u32(h))));
+  static uint32x4_t bytes_summed(uint32x4_t v) {
+    const uint32x4_t h = vmlaq_u32(vdupq_n_u32(kAddend), v, vdupq_n_u32(kMultiplier));
+    return vpaddlq_u16(vpaddlq_u8(vreinterpretq_u8_u32(h)));
+  }
+  static F bytes_of_hash(I v) { return each([&](int q) { return vcvtq_f32_u32(bytes_summed(v.at[q])); }); }
+  static I all_words(uint32_t x) { return each_word([=](int) { return vdupq_n_u32(x); }); }
+  static I add_bytes_of_hash(I sums, I v, uint32_t pair) {
+    const uint32x4_t by = vdupq_n_u32((uint32_t)(int32_t)(int16_t)pair);
+    return each_word([&](int q) { return vmlaq_u32(sums.at[q], bytes_summed(v.at[q]), by); });
+  }
+  template <int Bits> static I dots(const uint8_t* codes, const int16_t* x) {
+    return each_word([&](int q) {
+      const uint16x8_t words = vreinterpretq_u16_u8(vld1q_u8(codes + 16 * q));
+      int32x4_t sums = vdupq_n_s32(0);
+QLR_UNROLL
+      for (int k = 0; k < 16 / Bits; k++) {
+        const uint16x8_t moved = vshlq_u16(words, vdupq_n_s16((int16_t)(-k * Bits)));
+        const int16x8_t found = vreinterpretq_s16_u16(vandq_u16(moved, vdupq_n_u16((1 << Bits) - 1)));
+        const int16x8_t own = vld1q_s16(x + 32 * k + 8 * q);
+        sums = vaddq_s32(sums, vpaddq_s32(vmull_s16(vget_low_s16(found), vget_low_s16(own)), vmull_high_s16(found, own)));
+      }
+      return vreinterpretq_u32_s32(sums);
     });
   }
+  static F fours(const float* x) { return each([=](int q) { return vdupq_n_f32(x[q]); }); }
+  static F halves(const uint16_t* p) {
+    return each([=](int q) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * q))); });
+  }
   static float half(uint16_t h) { return Plain::half(h); }
-  static F number(I v) { return each([&](int q) { return vcvtq_f32_u32(v.at[q]); }); }
+  static F number(I v) { return each([&](int q) { return vcvtq_f32_s32(vreinterpretq_s32_u32(v.at[q])); }); }
   static F level(I v, const float* table) {
     const uint8_t* bytes = (const uint8_t*)table;
     const uint8x16x4_t levels = {{vld1q_u8(bytes), vld1q_u8(bytes + 16), vld1q_u8(bytes + 32), vld1q_u8(bytes + 48)}};
@@ -76,6 +98,6 @@ struct NeonLanes {
 };
 }  // namespace
 
-const Routines neon_routines = {"neon", multiply<NeonLanes>, add<NeonLanes>, decode<NeonLanes>, dense<NeonLanes>, rotate};
+const Routines neon_routines = {"neon", multiply<NeonLanes>, multiply_rounded<NeonLanes>, add<NeonLanes>, decode<NeonLanes>, dense<NeonLanes>, rotate};
 }  // namespace qlr
 #endif
