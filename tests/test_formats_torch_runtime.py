@@ -203,7 +203,7 @@ def test_dense_needs_no_product_with_the_identity(spec, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_layer_compiles_without_breaks(spec, dtype, monkeypatch):
     monkeypatch.setattr(runtime, "TILE_WEIGHTS", 2000)  # several tiles
-    monkeypatch.setattr(runtime, "native_products", lambda: None)  # compiled, a layer does what it does without the library
+    monkeypatch.setattr(runtime, "native_products", lambda: None)
     torch._dynamo.reset()
     linear = make_linear(spec, (64, 96))
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")

@@ -199,3 +199,25 @@ def test_the_library_says_what_it_lacks():
     layer.left.height = layer.right.height = 1
     assert product.multiply(layer, 0, 0, 1, product.Type.FLOAT32) == "codes of 1 to 8 bits, of levels 4"
     assert product.multiply(layer, 0, 0, 1, product.Type.FLOAT32, by="mmx") == "an instruction set that this machine has"
+
+
+@there
+@pytest.mark.parametrize("spec", ["trellis-2+r8@trellis-4", "int-4g32a", "e8-2"])
+def test_a_compiled_layer_uses_it(spec):
+    torch._dynamo.reset()
+    linear, other, calls = filled(spec, (64, 96)), filled(spec, (64, 96)), []
+    other.backbone.codes.random_(0, 256)
+
+    def count(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    with torch.no_grad():
+        compiled = torch.compile(lambda layer, x: layer(x), fullgraph=True, backend=count)
+        for tokens, layer in itertools.product((1, 5), (linear, other)):
+            x = torch.randn(tokens, 96)
+            assert torch.equal(compiled(layer, x), layer(x))
+    assert any("product" in name for name in calls)
+    x = torch.randn(2, 96, requires_grad=True)
+    torch.compile(linear, backend="aot_eager")(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0

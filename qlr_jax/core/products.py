@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.matrix import QLRMatrix
+from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
 from qlr_jax.native import product
@@ -22,6 +23,8 @@ PARTS = ("backbone", "left", "right")
 ARRAYS = ("codes", "scales", "zeros")  # of a part
 OTHERS = ("component_scale", "scale", "row_scales", "output_signs", "input_signs")
 Implementation = Literal["xla", "native"]
+Formats = tuple[tuple[Format, int, int], ...]
+"""(format, rows, cols) of backbone, left and right."""
 
 
 def packed_matmul(
@@ -58,9 +61,8 @@ def packed_matmul(
         raise QLRError(f"the native product {why}; give implementation xla or None")
     if formats is None:
         return _in_xla(x, matrix)
-    arrays = {name: jnp.asarray(array) for name, array in matrix.arrays.items()}  # as one pytree, whatever they were
-    given = (x.astype(jnp.float32), QLRMatrix(arrays, matrix.layout))
-    return lax.platform_dependent(*given, cpu=lambda x, m: _in_cpp(x, m, formats, exact), default=_in_xla)
+    arrays = {name: jnp.asarray(array) for name, array in matrix.arrays.items()}
+    return _product(x.astype(jnp.float32), arrays, layout=matrix.layout, formats=formats, exact=exact)
 
 
 @lru_cache
@@ -79,7 +81,31 @@ def knows(matrix: QLRMatrix) -> bool:
     return has_native() and _formats(matrix) is not None
 
 
-def _formats(matrix: QLRMatrix) -> list[tuple[Format, int, int]] | None:
+_primitive = Primitive("packed_product")
+"""(x, *arrays) -> y. In place of `lax.platform_dependent`, which traces the decoder too: two thirds of a model's tracing."""
+
+
+@partial(jax.jit, static_argnames=("layout", "formats", "exact"))
+def _product(x: Array, arrays: dict[str, Array], *, layout: Layout, formats: Formats, exact: bool) -> Array:
+    names, own = zip(*sorted(arrays.items()), strict=True)
+    return _primitive.bind(x, *own, names=names, layout=layout, formats=formats, exact=exact)
+
+
+def _to_cpp(x: Array, *arrays: Array, names: tuple[str, ...], layout: Layout, formats: Formats, exact: bool) -> Array:
+    return _in_cpp(x, QLRMatrix(dict(zip(names, arrays, strict=True)), layout), formats, exact)
+
+
+def _to_xla(x: Array, *arrays: Array, names: tuple[str, ...], layout: Layout, formats: Formats, exact: bool) -> Array:
+    return _in_xla(x, QLRMatrix(dict(zip(names, arrays, strict=True)), layout))
+
+
+_primitive.def_impl(_to_xla)  # where jit is disabled
+_primitive.def_abstract_eval(lambda x, *_, layout, **__: x.update(shape=(*x.shape[:-1], layout.shape[0])))
+mlir.register_lowering(_primitive, mlir.lower_fun(_to_xla, multiple_results=False))
+mlir.register_lowering(_primitive, mlir.lower_fun(_to_cpp, multiple_results=False), platform="cpu")
+
+
+def _formats(matrix: QLRMatrix) -> Formats | None:
     """(format, rows, cols) of every part; None where there is one that the library does not know."""
     (m, n), spec, bits = matrix.shape, matrix.spec, matrix.layout.state_bits
     own = [(spec.quantizer(bits, matrix.shape), m, n)]
@@ -88,14 +114,14 @@ def _formats(matrix: QLRMatrix) -> list[tuple[Format, int, int]] | None:
         own += [(left, spec.rank, m), (right, spec.rank, n)]
     found = [(quantizer.native_format(rows, cols), rows, cols) for quantizer, rows, cols in own]
     known = [(form, rows, cols) for form, rows, cols in found if form is not None]
-    return known + [(Format(Kind.NONE), 0, 0)] * (3 - len(known)) if len(known) == len(found) else None
+    return (*known, *[(Format(Kind.NONE), 0, 0)] * (3 - len(known))) if len(known) == len(found) else None
 
 
 def _in_xla(x: Array, matrix: QLRMatrix) -> Array:
     return jnp.matmul(x.astype(jnp.float32), matrix.dense().T, precision="highest")
 
 
-def _in_cpp(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, int, int]], exact: bool) -> Array:
+def _in_cpp(x: Array, matrix: QLRMatrix, formats: Formats, exact: bool) -> Array:
     if x.size // x.shape[-1] > MOST_TOKENS:
         return _by_decoding(x, matrix, formats)
     (m, n), layout, spec = matrix.shape, matrix.layout, matrix.spec
@@ -109,7 +135,7 @@ def _in_cpp(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, int, in
     return call(x, *arrays, numbers=_longs(numbers), parts=_longs(parts), floats=np.array(floats, np.float32), exact=exact)
 
 
-def _by_decoding(x: Array, matrix: QLRMatrix, formats: Sequence[tuple[Format, int, int]]) -> Array:
+def _by_decoding(x: Array, matrix: QLRMatrix, formats: Formats) -> Array:
     """The same for many rows of x: Q, L and R are decoded, and dense products take them in the rotated basis."""
     spec = matrix.spec
     (u, u_block), (v, v_block) = matrix.rotations

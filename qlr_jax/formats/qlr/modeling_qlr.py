@@ -64,7 +64,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 9  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 10  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -124,18 +124,25 @@ def opaque(decode):
     return call
 
 
+_library = None  # what `native_products` found, for torch.compile, which cannot look
+
+
 def native_products():
-    """The products of qlr-jax's C++ library where it is installed and built, else None, as with QLR_NATIVE=0 or while compiling."""
-    return None if torch.compiler.is_compiling() else _native_products()
+    """The products of qlr-jax's C++ library where it is installed and built, else None, as with QLR_NATIVE=0."""
+    return _library if torch.compiler.is_compiling() else _native_products()
 
 
 @lru_cache
 def _native_products():
+    global _library
     try:
         from qlr_jax.formats.qlr import native_products as found
     except ImportError:
         return None
-    return found if found.INTERFACE == 1 and found.backend() else None
+    if found.INTERFACE == 1 and found.backend():
+        found.serve(QLRLinear)
+        _library = found
+    return _library
 
 
 # ---------------------------------------------------------------------------------------------------- rotations
@@ -839,6 +846,9 @@ class QLRLinear(Stored):
         if signs:
             self.store("output_signs", (rows,), torch.float16)
             self.store("input_signs", (cols,), torch.float16)
+        form = {"spec": spec, "shape": [rows, cols], "seed": seed, "rotation_block": rotation_block, "state_bits": state_bits}
+        self.description = json.dumps(form | {"signs": signs})  # for a compiled program, which keeps no layers
+        native_products()
 
     @property
     def qweight(self) -> torch.Tensor:

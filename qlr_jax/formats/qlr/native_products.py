@@ -8,7 +8,9 @@ are those of the runtime's own path to 1e-5 where x is float32; where it is of 1
 
 from __future__ import annotations
 
+import copy
 import ctypes
+import json
 import math
 import re
 import threading
@@ -71,6 +73,8 @@ def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
         linear: a QLRLinear.
         x: (…, in).
     """
+    if torch.compiler.is_compiling():
+        return _compiled(linear, x)
     if not _plain(x) or x.dtype not in TYPES or x.device.type != "cpu":
         return None
     tokens = x.numel() // linear.in_features
@@ -79,11 +83,87 @@ def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
     layer = _known(_layers, linear, _layer)
     if layer is None:
         return None
+    return _multiplied(layer, x, linear.out_features)
+
+
+def _multiplied(layer: Layer, x: torch.Tensor, outputs: int) -> torch.Tensor | None:
     x = x.detach().contiguous()
-    y = torch.empty(*x.shape[:-1], linear.out_features, dtype=x.dtype)
+    y, tokens = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype), x.numel() // layer.inputs
     of = (TYPES[x.dtype], torch.get_num_threads(), team())
     wrong = product.multiply(layer, x.data_ptr(), y.data_ptr(), tokens, *of, exact=x.dtype == torch.float32)
     return None if wrong else y
+
+
+# ------------------------------------------------------------------ inside torch.compile
+
+
+_classes: list[Callable[..., Any]] = []
+
+
+def serve(layer: Callable[..., Any]) -> None:
+    """Take `layer`, the QLRLinear of a runtime, for making layers from their descriptions."""
+    _classes.append(layer)
+
+
+def _compiled(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The product as one operator of the layer's arrays: what is compiled may outlive the layer, or serve a copy of it."""
+    form = getattr(linear, "description", None)  # older runtimes have none
+    watched = x.requires_grad and torch.is_grad_enabled()
+    if form is None or watched or x.dtype not in TYPES or x.device.type != "cpu" or not _has_product(form):
+        return None
+    if not 0 < x.numel() // linear.in_features <= MOST_TOKENS:
+        return None
+    names, arrays = [], []
+    for name, array in linear.named_buffers():
+        names.append(name)
+        arrays.append(array)
+    return _operator(x, arrays, " ".join(names), form, linear.out_features)
+
+
+@torch.compiler.assume_constant_result
+def _has_product(form: str) -> bool:
+    return _known(_layers, _skeleton(form), _layer) is not None
+
+
+@lru_cache(maxsize=1024)
+def _skeleton(form: str) -> Any:
+    """A layer as described, its arrays of no meaning."""
+    return _classes[-1](**json.loads(form))
+
+
+_by_arrays: dict[tuple[str, tuple[int, ...]], Known] = {}
+"""Of compiled calls. A call brings the arrays, so that their addresses are good; they themselves are not kept here."""
+MOST_KNOWN = 8192
+
+
+@torch.library.custom_op("qlr_jax::product", mutates_args=())
+def _operator(x: torch.Tensor, arrays: list[torch.Tensor], names: str, form: str, outputs: int) -> torch.Tensor:
+    at = form, tuple(array.data_ptr() for array in arrays)
+    known = _by_arrays.get(at)
+    if known is None:
+        linear = copy.deepcopy(_skeleton(form))
+        for name, array in zip(names.split(), arrays, strict=True):
+            owner, _, own = name.rpartition(".")
+            linear.get_submodule(owner)._buffers[own] = array
+        known = Known(linear, _layer)
+        known.buffers, known.kept = [], [array for array in known.kept if array.data_ptr() not in at[1]]
+        if len(_by_arrays) >= MOST_KNOWN:
+            _by_arrays.clear()
+        _by_arrays[at] = known
+    found = None if known.structure is None else _multiplied(known.structure, x, outputs)
+    if found is None:
+        raise RuntimeError(
+            f"the library has no product of {form} with these arrays; they have to lie whole in a processor's memory"
+        )
+    return found
+
+
+@_operator.register_fake
+def _(x: torch.Tensor, arrays: list[torch.Tensor], names: str, form: str, outputs: int) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+# ------------------------------------------------------------------ decoding
 
 
 def decoded(part: Any, start: int, stop: int, dtype: torch.dtype, keep: bool = True) -> torch.Tensor | None:
@@ -96,7 +176,7 @@ def decoded(part: Any, start: int, stop: int, dtype: torch.dtype, keep: bool = T
         keep: whether the result is to outlive the next call; else it lies in memory of this thread that is used again and again,
             because a fresh megabyte takes longer than what is written to it.
     """
-    if part.codes.device.type != "cpu" or not _plain(part.codes):
+    if torch.compiler.is_compiling() or part.codes.device.type != "cpu" or not _plain(part.codes):
         return None
     known = _known(_parts, part, _part)
     if known is None:
