@@ -154,14 +154,16 @@ def test_without_it_searches_run_in_xla_and_jobs_say_so():
     assert told.stdout.splitlines() == [
         "False",
         "trellises are searched in XLA, about ten times slower than in C++: QLR_NATIVE is 0",
+        "packed weights are decoded once, to the size of dense ones, not multiplied by from their codes: QLR_NATIVE is 0",
     ]
 
 
 CHECK = """
 from qlr_jax.core.quantizers import search
-from qlr_jax.settings.host import slow_search
+from qlr_jax.settings.host import slow_products, slow_search
 print(search.has_native())
 print(slow_search())
+print(slow_products())
 """
 
 

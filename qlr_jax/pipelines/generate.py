@@ -14,6 +14,7 @@ from qlr_jax.formats.qlr.packed import load
 from qlr_jax.models import Llama, load_model, load_tokenizer
 from qlr_jax.pipelines.source import locate
 from qlr_jax.progress import Progress, silent
+from qlr_jax.settings.host import slow_products
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,7 @@ def generate(
     """What a model writes after a prompt, piece by piece as it comes.
 
     Args:
-        source: a compressed folder (decoded once), or any that `load_model` takes, such as the original.
+        source: a compressed folder, or any that `load_model` takes, such as the original.
         prompt, settings, stop, options: as for `evaluation.stream_text`.
         ignore_config: attributes of an original's config.json to go on without.
 
@@ -67,7 +68,10 @@ def open_generator(source: str | Path, *, ignore_config: Sequence[str] = (), pro
     progress = progress or silent()
     with progress.stage("loading"):
         folder = locate(source)
-        model = load(folder) if _is_packed(folder) else load_model(folder, ignore=ignore_config, note=progress.say)
+        packed = _is_packed(folder)
+        model = load(folder) if packed else load_model(folder, ignore=ignore_config, note=progress.say)
+        if packed and (slow := slow_products()):
+            progress.say(slow)
         tokenizer = load_tokenizer(folder)
     return Generator(model, tokenizer, _ends(folder, model, tokenizer))
 

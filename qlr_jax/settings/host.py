@@ -40,10 +40,22 @@ def slow_search() -> str:
         >>> slow_search() == "" or "install" in slow_search() or "QLR_NATIVE" in slow_search()
         True
     """
+    return _without_library("trellises are searched in XLA, about ten times slower than in C++")
+
+
+def slow_products() -> str:
+    """What to say where a packed model generates on a CPU without the C++ library; empty where it does not.
+
+    Example:
+        >>> slow_products() == "" or "decoded" in slow_products()
+        True
+    """
+    return _without_library("packed weights are decoded once, to the size of dense ones, not multiplied by from their codes")
+
+
+def _without_library(what: str) -> str:
     import jax
 
     from qlr_jax import native
 
-    if jax.default_backend() != "cpu" or not native.missing():
-        return ""
-    return f"trellises are searched in XLA, about ten times slower than in C++: {native.missing()}"
+    return f"{what}: {native.missing()}" if jax.default_backend() == "cpu" and native.missing() else ""
