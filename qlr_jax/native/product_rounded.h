@@ -60,26 +60,26 @@ template <class S> inline void groups_of(const Part& part, int64_t at, int count
     for (int i = 0; i < count; i++) zeros[i] = -part.zero;
 }
 
-// scales[i] = scale · step and zeros[i] = −zero · scale · step of blocks `first` … `first` + kAhead − 1 of a row, of which those
-// that there are count. Each: blocks that share a scale, 0 where it is another number.
-template <class S, int Each> inline void scales_of(const Part& part, const float* steps, int64_t row, int64_t first, int64_t columns,
-                                                   float* __restrict scales, float* __restrict zeros) {
+// scales[i] = scale · step and zeros[i] = −zero · scale · step of blocks `first` … `first` + ahead − 1 of a row, of which those
+// that there are count; ahead a multiple of 16. Each: blocks that share a scale, 0 where it is another number.
+template <class S, int Each> inline void scales_of(const Part& part, const float* steps, int64_t row, int64_t first, int ahead,
+                                                   int64_t columns, float* __restrict scales, float* __restrict zeros) {
   const int64_t groups = part.group ? (part.cols + part.group - 1) / part.group : 1, all = part.rows * groups;
   const int64_t each = Each ? Each : part.group ? part.group / columns : INT64_MAX / 2;
   float own_scales[kAhead + 16] = {}, own_zeros[kAhead + 16] = {};
-  const int64_t group = first / each, there = (first + kAhead - 1) / each - group + 1;
+  const int64_t group = first / each, there = (first + ahead - 1) / each - group + 1;
   groups_of<S>(part, row * groups + group, (int)(there < groups - group ? there : groups - group), all, own_scales, own_zeros);
   if constexpr (Each != 0) {
-    for (int g = 0; g < kAhead / Each; g++)
+    for (int g = 0; g < ahead / Each; g++)
       for (int k = 0; k < Each; k++) scales[g * Each + k] = own_scales[g], zeros[g * Each + k] = own_zeros[g];
-  } else if ((group + 1) * each - first >= kAhead) {
-    for (int i = 0; i < kAhead; i++) scales[i] = own_scales[0], zeros[i] = own_zeros[0];
+  } else if ((group + 1) * each - first >= ahead) {
+    for (int i = 0; i < ahead; i++) scales[i] = own_scales[0], zeros[i] = own_zeros[0];
   } else {
     int64_t end = (group + 1) * each - first;
-    for (int g = 0, i = 0; i < kAhead; g++, end += each)
-      for (; i < kAhead && i < end; i++) scales[i] = own_scales[g], zeros[i] = own_zeros[g];
+    for (int g = 0, i = 0; i < ahead; g++, end += each)
+      for (; i < ahead && i < end; i++) scales[i] = own_scales[g], zeros[i] = own_zeros[g];
   }
-  for (int i = 0; i < kAhead; i++) scales[i] *= steps[first + i], zeros[i] *= scales[i];
+  for (int i = 0; i < ahead; i++) scales[i] *= steps[first + i], zeros[i] *= scales[i];
 }
 
 template <class S, int Bits>
@@ -95,7 +95,7 @@ QLR_APART void rounded_rows(const Part& part, const Rounded& x, int64_t first, i
     F whole = S::zero();
     for (int64_t start = 0; start < blocks; start += kAhead) {
       const int count = (int)(blocks - start < kAhead ? blocks - start : kAhead);
-      ready(part, x.steps, r, start, kColumns, scales, zeros);
+      ready(part, x.steps, r, start, (count + 15) / 16 * 16, kColumns, scales, zeros);
       for (int i = 0; i < count; i += 4, codes += 64) {
         const F found = S::number(S::template dots<Bits>(codes, x.values + (start + i) * kColumns));
         whole = S::fma(found, S::fours(scales + i), whole);
