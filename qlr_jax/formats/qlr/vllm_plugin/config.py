@@ -119,9 +119,17 @@ class QLRVLLMConfig(QuantizationConfig):
         if not isinstance(layer, VocabParallelEmbedding):
             return None
         head = isinstance(layer, ParallelLMHead)
-        if head and getattr(running.model_config.hf_config, "tie_word_embeddings", False):
-            return methods.TiedHead() if self.entry(rules.embedding_name("", self.matrices)) else None
-        name = prefix if head else rules.embedding_name(prefix, self.matrices)
+        name = rules.embedding_name("" if head else prefix, self.matrices)
+        if not head:
+            return self.vocabulary(name, head=False)
+        if getattr(running.model_config.hf_config, "tie_word_embeddings", False):
+            return methods.TiedHead(self, name) if self.entry(name) else None
+        return self.vocabulary(prefix, head=True)
+
+    def vocabulary(self, name: str, head: bool) -> QuantizeMethodBase | None:
+        """The method of an embedding or a head with a matrix of its own; None where that is a plain weight."""
+        from qlr_jax.formats.qlr.vllm_plugin import methods
+
         return methods.PackedVocabulary(self, name, head) if self._use([name]) else None
 
     def entry(self, name: str) -> dict | None:

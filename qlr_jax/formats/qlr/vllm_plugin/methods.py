@@ -149,9 +149,15 @@ class PackedVocabulary(QuantizeMethodBase):
 
 
 class TiedHead(QuantizeMethodBase):
-    """A head that has the matrix of a packed embedding."""
+    """A head that has the matrix of a packed embedding.
 
-    def __init__(self) -> None:
+    Args:
+        config: vLLM's quantization configuration of the folder.
+        name: of the embedding.
+    """
+
+    def __init__(self, config: Any, name: str):
+        self.config, self.name = config, name
         self.embedding_layer: Any = None
 
     def create_weights(self, layer: Any, *sizes: Any, **attributes: Any) -> None:
@@ -159,6 +165,11 @@ class TiedHead(QuantizeMethodBase):
 
     def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """Keep the embedding, here and not in the layer, where it would be a module a second time."""
+        if not isinstance(embed_tokens.quant_method, PackedVocabulary):  # vLLM's Gemma makes it without asking for a method
+            method = embed_tokens.quant_method = self.config.vocabulary(self.name, head=False)
+            del embed_tokens.weight
+            width, rows = embed_tokens.embedding_dim, embed_tokens.num_embeddings_padded
+            method.create_weights(embed_tokens, width, [rows], width, rows, embed_tokens.params_dtype)
         self.embedding_layer = embed_tokens
         return layer
 

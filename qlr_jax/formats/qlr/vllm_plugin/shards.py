@@ -23,6 +23,14 @@ def float32_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+class Plain(nn.Module):
+    """A weight that is not packed, beside others that are. No nn.Linear: those, vLLM replaces wherever it finds them."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype), requires_grad=False)
+
+
 class Shards(nn.Module):
     """y = [W₁; W₂; …] x, each W packed or a plain weight.
 
@@ -55,8 +63,7 @@ class Shards(nn.Module):
                 has = f"config.json gives {name} the shape {list(entry['shape'])}"
                 raise ValueError(f"{has}, but vLLM's layer has {[rows, inputs]}; the folder is damaged")
             with float32_by_default():
-                part = nn.Linear(inputs, rows, bias=False, dtype=dtype) if entry is None else packed(**entry)
-            self.parts.append(part.requires_grad_(False))
+                self.parts.append(Plain(inputs, rows, dtype) if entry is None else packed(**entry))
         self.waiting = {(at, name) for at, part in enumerate(self.parts) for name in part.state_dict()}
 
     def load(self, position: int, name: str, tensor: torch.Tensor) -> None:
@@ -112,14 +119,14 @@ class Shards(nn.Module):
         found = []
         with float32_by_default():
             for at, part in enumerate(self.parts):
-                found.append(part.dense(dtype) if isinstance(part, runtime.QLRLinear) else part.weight.to(dtype))
+                found.append(part.weight.to(dtype) if isinstance(part, Plain) else part.dense(dtype))
                 self.parts[at] = nn.Identity()
         return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def product(part: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """W x + bias of one matrix, in x's type; the bias is added before the result is rounded to it."""
-    if not isinstance(part, runtime.QLRLinear):
-        return nn.functional.linear(x, part.weight, bias)  # pyright: ignore[reportArgumentType]  a module's attribute
+    if isinstance(part, Plain):
+        return nn.functional.linear(x, part.weight, bias)
     multiply = part.project if isinstance(part, runtime.QLREmbedding) else part
     return multiply(x) if bias is None else (multiply(x.float()) + bias.float()).to(x.dtype)
