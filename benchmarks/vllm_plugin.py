@@ -162,7 +162,9 @@ def compare(name: str, folder: Path, rows: list[str], arguments: argparse.Namesp
     for row in rows:
         made = run(row, folder, arguments)
         found.append({"folder": name, "row": row, **made})
-        pairs = [(a, b) for one, other in zip(found[0]["tokens"], made["tokens"], strict=True) for a, b in zip(one, other, strict=True)]
+        pairs = [
+            (a, b) for one, other in zip(found[0]["tokens"], made["tokens"], strict=True) for a, b in zip(one, other, strict=True)
+        ]
         equal = sum(a == b for a, b in pairs)
         same &= equal == len(pairs)
         print(f"{row:18s} {equal:6d} of {len(pairs):4d} {len(pairs) / made['seconds']:9.1f} {made['peak_mb']:10.0f}", flush=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr import modeling_qlr as runtime
 
 
@@ -21,13 +22,14 @@ def check_folder(folder: Path, config: Any, matrices: dict) -> None:
         matrices: how each matrix is packed.
 
     Raises:
-        ValueError: the first thing that is wrong.
+        ValueError: the first thing that is wrong, by the runtime or as QLRError.
     """
     names = config.architectures or []
-    packed = {found.__name__: found for found in runtime.PACKED.values()}
-    made = next((packed[name] for name in names if name in packed), None)
+    # a folder has the plain name, unless transformers saved it
+    made = next((plain for plain, packed in runtime.PACKED.items() if {plain.__name__, packed.__name__} & set(names)), None)
     if made is None:
-        raise ValueError(f"a qlr folder holds one of {', '.join(packed)}, not {', '.join(names)}; export the folder again")
+        known = ", ".join(plain.__name__ for plain in runtime.PACKED)
+        raise QLRError(f"a qlr folder holds one of {known}, not {', '.join(names)}; install a newer qlr-jax")
     with torch.device("meta"):
         model = made(copy.deepcopy(config))
         runtime.replace_linears(model, matrices)
@@ -44,4 +46,4 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
     except (ValueError, KeyError, AttributeError):
-        raise ValueError(f"{index} is damaged; get it again") from None
+        raise QLRError(f"{index} is damaged; get it again") from None

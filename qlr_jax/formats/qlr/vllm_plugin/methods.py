@@ -17,6 +17,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (  # pyright: ig
     UnquantizedEmbeddingMethod,
 )
 
+from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr import modeling_qlr as runtime
 from qlr_jax.formats.qlr.vllm_plugin.operators import vllm_product, vllm_rows
 from qlr_jax.formats.qlr.vllm_plugin.rules import shard_position
@@ -177,7 +178,7 @@ class TiedHead(QuantizeMethodBase):
         """Where the embedding is decoded, share its weight."""
         tied = self.embedding_layer
         if tied is None:
-            raise ValueError("the head has no matrix of its own, and this model of vLLM does not tie it; set tie_word_embeddings")
+            raise QLRError("the head has no matrix of its own, and this model of vLLM does not tie it; set tie_word_embeddings")
         tied.quant_method.process_weights_after_loading(tied)
         if isinstance(tied.quant_method, UnquantizedEmbeddingMethod):
             layer.weight = tied.weight

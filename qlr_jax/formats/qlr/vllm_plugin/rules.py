@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from qlr_jax.errors import QLRError
+
 SWITCH = "QLR_VLLM"  # an environment variable
 PACKED, DEQUANTIZE = "packed", "dequantize"  # its values
 
@@ -27,14 +29,14 @@ def decodes_at_load(switch: str | None, in_config: bool, on_processor: bool) -> 
         on_processor: the product with packed matrices is fast on a processor only, so elsewhere it has to be asked for.
 
     Raises:
-        ValueError: for any other value of the switch.
+        QLRError: for any other value of the switch.
 
     Example:
         >>> decodes_at_load(None, False, True), decodes_at_load(None, False, False), decodes_at_load("packed", True, False)
         (False, True, False)
     """
     if switch and switch not in (PACKED, DEQUANTIZE):
-        raise ValueError(f"{SWITCH} is {switch!r}; set it to {PACKED} or {DEQUANTIZE}, or leave it out")
+        raise QLRError(f"{SWITCH} is {switch!r}; set it to {PACKED} or {DEQUANTIZE}, or leave it out")
     return switch == DEQUANTIZE if switch else in_config or not on_processor
 
 
@@ -63,7 +65,7 @@ def shard_position(shard: str | int | None, names: Sequence[str]) -> int:
         names: of the layer's matrices.
 
     Raises:
-        ValueError: for a mark that this layer does not have.
+        QLRError: for a mark that this layer does not have.
 
     Example:
         >>> shard_position("k", ["q_proj", "k_proj", "v_proj"]), shard_position(1, ["gate_proj", "up_proj"])
@@ -73,7 +75,7 @@ def shard_position(shard: str | int | None, names: Sequence[str]) -> int:
     if position is None and shard is None and len(names) == 1:
         return 0
     if not isinstance(position, int) or not 0 <= position < len(names):
-        raise ValueError(f"a tensor is marked as shard {shard!r} of {', '.join(names)}, and there is none; export the folder again")
+        raise QLRError(f"a tensor is marked as shard {shard!r} of {', '.join(names)}, and there is none; export the folder again")
     return position
 
 
@@ -102,13 +104,13 @@ def check_run(tensor: int, pipeline: int, lora: bool, decoded: bool) -> None:
         decoded: whether matrices are decoded at load.
 
     Raises:
-        ValueError: says which, and what to do.
+        QLRError: says which, and what to do.
     """
     if tensor > 1 or pipeline > 1:
         asked = f"tensor_parallel_size={tensor}, pipeline_parallel_size={pipeline}"
-        raise ValueError(f"a qlr folder is served by one process, not with {asked}; set both to 1, or qlr export it --to dense")
+        raise QLRError(f"a qlr folder is served by one process, not with {asked}; set both to 1, or qlr export it --to dense")
     if lora and not decoded:
-        raise ValueError(f"adapters need dense weights beside them; set {SWITCH}={DEQUANTIZE}, or leave enable_lora out")
+        raise QLRError(f"adapters need dense weights beside them; set {SWITCH}={DEQUANTIZE}, or leave enable_lora out")
 
 
 def check_used(matrices: Mapping[str, dict], used: set[str], model: str) -> None:
@@ -120,9 +122,9 @@ def check_used(matrices: Mapping[str, dict], used: set[str], model: str) -> None
         model: what vLLM runs, for the message.
 
     Raises:
-        ValueError: names one that no layer asked for.
+        QLRError: names one that no layer asked for.
     """
     left = sorted(name for name in matrices if stored_entry(matrices, name) and name not in used)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise ValueError(f"vLLM's {model} has no layer for {left[0]}{more}, which is packed; qlr export the folder --to dense")
+        raise QLRError(f"vLLM's {model} has no layer for {left[0]}{more}, which is packed; qlr export the folder --to dense")

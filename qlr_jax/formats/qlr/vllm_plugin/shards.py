@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlr_jax.errors import QLRError
 from qlr_jax.formats.qlr import modeling_qlr as runtime
 
 
@@ -43,7 +44,7 @@ class Shards(nn.Module):
         packed: class of the packed ones.
 
     Raises:
-        ValueError: a shape in config.json that is not the layer's.
+        QLRError: a shape in config.json that is not the layer's.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Shards(nn.Module):
         for name, entry, rows in zip(names, entries, outputs, strict=True):
             if entry is not None and list(entry["shape"]) != [rows, inputs]:
                 has = f"config.json gives {name} the shape {list(entry['shape'])}"
-                raise ValueError(f"{has}, but vLLM's layer has {[rows, inputs]}; the folder is damaged")
+                raise QLRError(f"{has}, but vLLM's layer has {[rows, inputs]}; the folder is damaged")
             with float32_by_default():
                 self.parts.append(Plain(inputs, rows, dtype) if entry is None else packed(**entry))
         self.waiting = {(at, name) for at, part in enumerate(self.parts) for name in part.state_dict()}
@@ -75,23 +76,23 @@ class Shards(nn.Module):
             tensor: its values.
 
         Raises:
-            ValueError: for a name, a shape or a type that config.json does not ask for.
+            QLRError: for a name, a shape or a type that config.json does not ask for.
         """
         full, wanted = f"{self.names[position]}.{name}", self.parts[position].state_dict().get(name)
         if wanted is None:
-            raise ValueError(f"the folder holds {full}, which config.json does not describe; get its files again")
+            raise QLRError(f"the folder holds {full}, which config.json does not describe; get its files again")
         plain = name == "weight"  # it may be cast, what is packed may not
         if tensor.shape != wanted.shape or (not plain and tensor.dtype != wanted.dtype):
             asked = f"{wanted.dtype} {list(wanted.shape)}"
-            raise ValueError(f"{full} is {tensor.dtype} {list(tensor.shape)}, but config.json asks for {asked}; get its files again")
+            raise QLRError(f"{full} is {tensor.dtype} {list(tensor.shape)}, but config.json asks for {asked}; get its files again")
         wanted.copy_(tensor)
         self.waiting.discard((position, name))
 
     def check(self) -> None:
-        """Raise ValueError unless every tensor was loaded: what is missing would be noise."""
+        """Raise QLRError unless every tensor was loaded: what is missing would be noise."""
         if self.waiting:
             position, name = min(self.waiting)
-            raise ValueError(f"the folder lacks {self.names[position]}.{name}; get its files again")
+            raise QLRError(f"the folder lacks {self.names[position]}.{name}; get its files again")
 
     def forward(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """W x + bias.
@@ -111,7 +112,7 @@ class Shards(nn.Module):
     def rows(self, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of a packed embedding by their number: (…) -> (…, in), in `dtype`."""
         with float32_by_default():
-            return self.parts[0].rows(tokens).to(dtype)  # pyright: ignore[reportCallIssue]  of QLREmbedding
+            return self.parts[0].rows(tokens).to(dtype)  # pyright: ignore  of QLREmbedding
 
     @torch.no_grad()
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
@@ -119,7 +120,7 @@ class Shards(nn.Module):
         found = []
         with float32_by_default():
             for at, part in enumerate(self.parts):
-                found.append(part.weight.to(dtype) if isinstance(part, Plain) else part.dense(dtype))
+                found.append(part.weight.to(dtype) if isinstance(part, Plain) else part.dense(dtype))  # pyright: ignore[reportCallIssue]
                 self.parts[at] = nn.Identity()
         return found[0] if len(found) == 1 else torch.cat(found)
 
