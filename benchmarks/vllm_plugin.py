@@ -4,11 +4,14 @@
     vllm-env/bin/pip install --no-deps .                                no JAX is needed
     vllm-env/bin/python benchmarks/vllm_plugin.py                       small folders of random codes, of every family and kind
     vllm-env/bin/python benchmarks/vllm_plugin.py FOLDER                a packed folder
-    vllm-env/bin/python benchmarks/vllm_plugin.py --plain FOLDER        what `qlr export --to compressed-tensors` or dense wrote
+    vllm-env/bin/python benchmarks/vllm_plugin.py FOLDER --export DEST  and what `qlr export FOLDER DEST` made of it, for which
+                                                                        vLLM needs no plugin: dense or compressed-tensors
     vllm-env/bin/python benchmarks/vllm_plugin.py FOLDER --dtype bfloat16 --compile
 
 Each row is a process of its own: transformers, vLLM with matrices decoded at load, vLLM with matrices kept packed. In float32 all
-tokens have to be equal, or the script ends with status 1; in 16 bits the two add in another order, and it prints how many are.
+tokens have to be equal, or the script ends with status 1; in 16 bits the two add in another order, and it prints how many are. On a
+processor without AVX-512 vLLM has no product with 4-bit integers: there a slow one in PyTorch stands in for it, as it then says, so
+that what is checked is how vLLM reads the export, and no speed is.
     tokens/s    of all prompts together, after a first generation that makes tables and, with --compile, compiles
     memory      the process's largest resident set, MB, of which vLLM itself takes several hundred
 """
@@ -117,17 +120,51 @@ def by_vllm(folder: Path, asked: list[list[int]], arguments: argparse.Namespace)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # this process's memory is what is measured
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
+    stood_in = stand_in()
     longest = max(map(len, asked)) + arguments.tokens
     options = dict(dtype=arguments.dtype, max_model_len=longest, max_num_batched_tokens=max(longest, 256), skip_tokenizer_init=True)
+    adapter = folder / "adapter"
+    if adapter.is_dir():
+        options |= dict(enable_lora=True, max_lora_rank=json.loads((adapter / "adapter_config.json").read_text())["r"])
     model = LLM(str(folder), enforce_eager=not arguments.compile, **options)
+    lora = LoRARequest("qlr", 1, str(adapter)) if adapter.is_dir() else None
     sampling = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True, detokenize=False)
     for _ in range(2):
         start = time.perf_counter()
-        answers = model.generate([{"prompt_token_ids": tokens} for tokens in asked], sampling, use_tqdm=False)
+        answers = model.generate([{"prompt_token_ids": tokens} for tokens in asked], sampling, use_tqdm=False, lora_request=lora)
         seconds = time.perf_counter() - start
     assert "jax" not in sys.modules, "the plugin needs no JAX"
-    return {"tokens": [list(answer.outputs[0].token_ids) for answer in answers], "seconds": seconds}
+    return {
+        "tokens": [list(answer.outputs[0].token_ids) for answer in answers],
+        "seconds": seconds,
+        "stand_in": stood_in and lent[0],
+    }
+
+
+lent = [False]  # whether vLLM called the stand-in
+
+
+def stand_in() -> bool:
+    """Put a product with 4-bit integers where this vLLM has none, and say whether that was so."""
+    import torch
+    from vllm import _custom_ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or hasattr(torch.ops._C, "cpu_gemm_wna16"):
+        return False
+
+    def product(input, q_weight, scales, zeros, bias, pack_factor, isa_hint):
+        """Blocks of 16 outputs, eight of them in a word, first one lowest; codes are values + 8."""
+        lent[0] = True
+        inputs = input.shape[-1]
+        words = q_weight.view(-1, inputs, 2, 1) >> torch.arange(0, 32, 4, dtype=torch.int32)
+        codes = (words & 15).permute(1, 0, 2, 3).reshape(inputs, -1).to(scales.dtype) - 8
+        return torch.nn.functional.linear(input, (codes * scales.repeat_interleave(inputs // len(scales), 0)).T, bias)
+
+    _custom_ops.cpu_gemm_wna16 = product
+    return True
 
 
 def run_here(folder: Path, arguments: argparse.Namespace) -> None:
@@ -146,9 +183,10 @@ def run(row: str, folder: Path, arguments: argparse.Namespace) -> dict:
     """
     with tempfile.TemporaryDirectory() as parent:
         result = Path(parent) / "row.json"
-        command = [sys.executable, __file__, str(folder), "--row", row, "--json", str(result)]
+        where = arguments.export if row == "vllm export" else folder
+        command = [sys.executable, __file__, str(where), "--row", row, "--json", str(result)]
         command += ["--dtype", arguments.dtype, "--tokens", str(arguments.tokens), *(["--compile"] if arguments.compile else [])]
-        mode = {"QLR_VLLM": row.split()[-1]} if row.startswith("vllm ") else {}
+        mode = {"QLR_VLLM": row.split()[-1]} if row in ("vllm dequantize", "vllm packed") else {}
         ran = subprocess.run(command, env=os.environ | mode, capture_output=True, text=True)
         if ran.returncode or not result.is_file():
             raise RuntimeError(f"{row}: {(ran.stdout + ran.stderr)[-3000:]}")
@@ -167,14 +205,17 @@ def compare(name: str, folder: Path, rows: list[str], arguments: argparse.Namesp
         ]
         equal = sum(a == b for a, b in pairs)
         same &= equal == len(pairs)
-        print(f"{row:18s} {equal:6d} of {len(pairs):4d} {len(pairs) / made['seconds']:9.1f} {made['peak_mb']:10.0f}", flush=True)
+        note = "  with a stand-in for vLLM's product" if made.get("stand_in") else ""
+        print(
+            f"{row:18s} {equal:6d} of {len(pairs):4d} {len(pairs) / made['seconds']:9.1f} {made['peak_mb']:10.0f}{note}", flush=True
+        )
     return found, same
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", help="packed; else small ones are made")
-    parser.add_argument("--plain", action="store_true", help="the folder is no packed one, so it needs no plugin")
+    parser.add_argument("--export", type=Path, metavar="DEST", help="what qlr export made of it, in vLLM without the plugin")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="which small folders")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tokens", type=int, default=32, help="generated for each prompt")
@@ -184,7 +225,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.row:
         return run_here(arguments.folder, arguments)
-    rows = ["transformers", "vllm"] if arguments.plain else ["transformers", "vllm dequantize", "vllm packed"]
+    rows = ["transformers", "vllm dequantize", "vllm packed", *(["vllm export"] if arguments.export else [])]
+    if arguments.export and not arguments.folder:
+        parser.error("--export is of a folder; give that too")
     found, same = [], True
     with tempfile.TemporaryDirectory() as parent:
         folders = {str(arguments.folder): arguments.folder} if arguments.folder else {}
