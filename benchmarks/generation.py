@@ -13,7 +13,6 @@ holds every weight as float32, which is what `generate` does without the C++ lib
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -26,10 +25,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import qlr_jax as qlr
+from benchmarks.table import show
 from qlr_jax import evaluation
 from qlr_jax.models import Llama
 from qlr_jax.native import product
-from qlr_jax.report.terminal.columns import columns
 
 
 def main() -> None:
@@ -61,10 +60,8 @@ def main() -> None:
         {"weights": name, "first s": first[name], "prompt": args.prompt / one, "decode": (args.new - 1) / (all_ - one)}
         for name, (one, all_) in best.items()
     ]
-    print(f"{args.out}, jax {jax.__version__}, products {product.instruction_set() or 'in XLA'}, {os.cpu_count()} cores")
-    print(columns(list(facts[0]), [[v if isinstance(v, str) else f"{v:.3g}" for v in line.values()] for line in facts]))
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    title = f"{args.out}, jax {jax.__version__}, products {product.instruction_set() or 'in XLA'}, {os.cpu_count()} cores"
+    show(title, facts, args.json)
 
 
 if __name__ == "__main__":

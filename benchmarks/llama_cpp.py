@@ -32,9 +32,9 @@ import xllamacpp
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.table import show
 from benchmarks.torch_runtime import decode, processor_name, write_model
 from qlr_jax.formats.qlr import modeling_qlr as runtime
-from qlr_jax.report.terminal.columns import columns
 
 BLOCKS = {"BF16": (1, 2, ()), "Q8_0": (32, 34, (0,)), "Q4_0": (32, 18, (0,)), "Q2_K": (256, 84, (80, 82))}
 """(weights, bytes, where its float16 scales lie) of a block."""
@@ -184,10 +184,8 @@ def main() -> None:
     ]
     library = runtime.native_products()
     products = f"products {library.backend()}" if library else "no C++ products"
-    print(f"{processor_name()}, {args.threads} threads, {products}, torch {torch.__version__}, xllamacpp {version('xllamacpp')}")
-    print(columns(list(facts[0]), [[v if isinstance(v, str) else f"{v:.3g}" for v in line.values()] for line in facts]))
-    if args.json:
-        args.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    title = f"{processor_name()}, {args.threads} threads, {products}, torch {torch.__version__}, xllamacpp {version('xllamacpp')}"
+    show(title, facts, args.json)
 
 
 if __name__ == "__main__":

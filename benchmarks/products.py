@@ -6,14 +6,14 @@
 
 Random codes. Matrices take turns, so that each is out of the processor's cache when its turn comes, rotations and factors included.
 The best of the rounds counts: other work on the machine can only add time. Error: the largest difference to the runtime's own path,
-over the largest output. Thousand million weights a second, and times as fast as dense bf16.
+over the largest output. Rounded: with activations of 16 bits inside the product, where there is one. Thousand million weights a
+second, and times as fast as dense bf16.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.table import show
 from benchmarks.torch_runtime import fill, processor_name
 from qlr_jax.formats.qlr import modeling_qlr as runtime
 from qlr_jax.formats.qlr import native_products
 from qlr_jax.native import product
-from qlr_jax.report.terminal.columns import columns
 
 SPECS = ["trellis-2", "trellis-2+r16@trellis-4", "trellis-4", "int-4g32", "int-4g32+r16@bf16", "int-8g32", "nf-4g64", "e8-2"]
 SETS = ("avx2", "avx512", "neon")
@@ -83,10 +83,7 @@ def main() -> None:
         seconds = best[f"{spec} {name}"]
         facts = {"Gweights/s": count / seconds / 1e9, "times bf16": best["bf16"] / seconds, "error": error}
         found.append({"product": f"{spec} {name}", **facts})
-    print(f"{processor_name()}, {args.threads} threads, {rows} × {cols}")
-    print(columns(list(found[0]), [[v if isinstance(v, str) else f"{v:.3g}" for v in line.values()] for line in found]))
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    show(f"{processor_name()}, {args.threads} threads, {rows} × {cols}", found, args.json)
 
 
 def _alone(linear: runtime.QLRLinear, x: torch.Tensor) -> torch.Tensor:

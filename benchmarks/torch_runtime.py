@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -103,17 +104,30 @@ def write_model(folder: Path, config: LlamaConfig, spec: str) -> None:
     """A folder of the model with random weights: dense in bfloat16, or every linear layer of the blocks as `spec`."""
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"]
+    save_random(folder, model, {} if spec == "dense" else dict.fromkeys(linears, spec))
+
+
+def save_random(folder: Path, model: Any, specs: dict[str, str], rotation_block: int = 0, spread: float = 0.02) -> None:
+    """A folder of a model that lies on the meta device, with random weights.
+
+    Args:
+        folder: where to.
+        model: of transformers' own class.
+        specs: matrix -> how it is packed; others are bfloat16.
+        rotation_block: of the packed ones.
+        spread: standard deviation of the others.
+    """
     matrices = {}
-    if spec != "dense":
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name != "lm_head":
-                shape = [module.out_features, module.in_features]
-                matrices[name] = {"spec": spec, "shape": shape, "seed": len(matrices), "rotation_block": 0, "state_bits": 12}
-        model.__class__ = runtime.QLRForCausalLM
+    for name, spec in specs.items():
+        shape = list(model.get_submodule(name).weight.shape)
+        matrices[name] = {"spec": spec, "shape": shape, "seed": len(matrices), "rotation_block": rotation_block, "state_bits": 12}
+    if matrices:
+        model.__class__ = runtime.PACKED[type(model)]
         runtime.replace_linears(model, matrices)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     for name, weight in model.named_parameters():
-        weight.data.fill_(1.0) if "norm" in name else weight.data.normal_(0.0, 0.02)
+        weight.data.fill_(1.0) if "norm" in name else weight.data.normal_(0.0, spread)
     for linear in (module for module in model.modules() if isinstance(module, runtime.QLRLinear)):
         fill(linear)
     model.config.dtype = torch.bfloat16

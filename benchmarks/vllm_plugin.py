@@ -57,9 +57,7 @@ def make_folder(folder: Path, family: str, options: dict, specs: list[str], embe
     """A packed model of random codes: any byte stream is a valid code."""
     import torch
     import transformers
-    from torch_runtime import fill
-
-    from qlr_jax.formats.qlr import modeling_qlr as runtime
+    from torch_runtime import save_random
 
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**(LLAMA | options))
@@ -69,21 +67,8 @@ def make_folder(folder: Path, family: str, options: dict, specs: list[str], embe
     chosen = {"model.embed_tokens": embedding, "lm_head": head}
     linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name != "lm_head"]
     chosen |= {name: specs[i % len(specs)] for i, name in enumerate(linears)}
-    matrices = {}
-    for name, spec in chosen.items():
-        if spec is not None:
-            shape = list(model.get_submodule(name).weight.shape)
-            matrices[name] = {"spec": spec, "shape": shape, "seed": len(matrices), "rotation_block": 32, "state_bits": 12}
-    model.__class__ = runtime.PACKED[plain]
-    runtime.replace_linears(model, matrices)
-    model = model.to(torch.bfloat16).to_empty(device="cpu")
-    for name, weight in model.named_parameters():
-        weight.data.fill_(1.0) if "norm" in name else weight.data.normal_(0.0, 0.1)
-    for linear in (module for module in model.modules() if isinstance(module, runtime.QLRLinear)):
-        fill(linear)
-    model.config.dtype = torch.bfloat16
-    model.config.quantization_config = runtime.QLRConfig(matrices=matrices)
-    model.save_pretrained(folder)
+    packed = {name: spec for name, spec in chosen.items() if spec is not None}
+    save_random(folder, model, packed, rotation_block=32, spread=0.1)
 
 
 def prompts(folder: Path) -> list[list[int]]:

@@ -221,3 +221,13 @@ def test_a_compiled_layer_uses_it(spec):
     x = torch.randn(2, 96, requires_grad=True)
     torch.compile(linear, backend="aot_eager")(x).sum().backward()
     assert x.grad is not None and x.grad.abs().max() > 0
+
+
+@there
+def test_a_compiled_layer_whose_arrays_lie_in_pieces_goes_the_runtimes_own_way(alone):
+    torch._dynamo.reset()
+    linear, x = filled("int-4g32", (64, 96)), torch.randn(2, 96)
+    linear.backbone.scales = linear.backbone.scales.t().contiguous().t()
+    with torch.no_grad():
+        found = torch.compile(linear, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(found, alone(linear, x))

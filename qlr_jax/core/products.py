@@ -82,7 +82,7 @@ def knows(matrix: QLRMatrix) -> bool:
 
 
 _primitive = Primitive("packed_product")
-"""(x, *arrays) -> y. In place of `lax.platform_dependent`, which traces the decoder too: two thirds of a model's tracing."""
+"""(x, *arrays) -> y. `lax.platform_dependent` would trace the decoder of every matrix too, only to leave it out."""
 
 
 @partial(jax.jit, static_argnames=("layout", "formats", "exact"))

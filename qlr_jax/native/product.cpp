@@ -334,7 +334,7 @@ class Rounding {
   bool of(const Part& part, const float* x) {
     const int block = block_of(part);
     const int64_t count = columns_read(part);
-    whole_.resize(count), steps_.resize(up(count / block, 64));
+    whole_.resize(count), steps_.resize(up(count / block, kAhead));
     for (int64_t b = 0; b < count / block; b++)
       if (!rounded(x + b * block, block, whole_.data() + b * block, steps_[b])) return false;
     if (part.kind == kTrellis) for_trellis(count, block);
@@ -436,8 +436,8 @@ const Routines* routines_of(const char* name) {
 
 const Routines* widest_routines() { return choices().back(); }
 
-const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, bool exact, void* y, int threads,
-                           const Team& team) {
+const char* multiply_layer(const Routines& by, const Layer& layer, const void* x, int64_t tokens, int type, bool exact, void* y,
+                           int threads, const Team& team) {
   for (const Part* part : {&layer.backbone, &layer.left, &layer.right})
     if (const char* wrong = refused(*part)) return wrong;
   thread_local std::vector<uint8_t> tails[3];

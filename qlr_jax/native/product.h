@@ -68,10 +68,11 @@ struct Layout {
 };
 
 constexpr int kBlock = 64;  // columns of a trellis whose activations share a step
+constexpr int kAhead = 64;  // blocks of integers whose scales are made ready together
 
 // Activations of one token, rounded to 16 bits in blocks of columns (product_rounded.h).
 struct Rounded {
-  const float* steps;      // of each block; x ≈ step · the integer
+  const float* steps;      // of each block, and room for a multiple of kAhead; x ≈ step · the integer
   const uint32_t* pairs;   // of a trellis: each column's integer twice
   const uint32_t* starts;  // −510 times the sum of a block's integers
   const int16_t* values;   // of integers: in the order in which `dots` meets them
@@ -105,8 +106,8 @@ using Team = std::function<void(const std::function<void()>& task, int threads)>
 
 // x (tokens, inputs) -> y (tokens, outputs), both of `type`; null, or what is needed in place of what was given. Unless `exact`,
 // activations of few tokens are rounded to 16 bits where that is faster.
-const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, bool exact, void* y, int threads,
-                           const Team& team);
+const char* multiply_layer(const Routines&, const Layer&, const void* x, int64_t tokens, int type, bool exact, void* y,
+                           int threads, const Team& team);
 
 // The rows of a part: float32 (last - first, cols); `first` is a multiple of its height.
 const char* decode_part(const Routines&, const Part&, int64_t first, int64_t last, float* out, int threads, const Team& team);

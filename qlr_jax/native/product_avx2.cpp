@@ -13,7 +13,7 @@
 #include "product_avx2.h"
 
 namespace qlr {
-const Routines avx2_routines = {"avx2", multiply<Avx2Lanes>, multiply_rounded<Avx2Lanes>, add<Avx2Lanes>, decode<Avx2Lanes>, dense<Avx2Lanes>, rotate};
+const Routines avx2_routines = routines<Avx2Lanes>("avx2");
 }  // namespace qlr
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -86,7 +86,7 @@ QLR_UNROLL
 };
 }  // namespace
 
-const Routines avx512_routines = {"avx512", multiply<Avx512Lanes>, multiply_rounded<Avx512Lanes>, add<Avx512Lanes>, decode<Avx512Lanes>, dense<Avx512Lanes>, rotate};
+const Routines avx512_routines = routines<Avx512Lanes>("avx512");
 }  // namespace qlr
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -98,6 +98,6 @@ QLR_UNROLL
 };
 }  // namespace
 
-const Routines neon_routines = {"neon", multiply<NeonLanes>, multiply_rounded<NeonLanes>, add<NeonLanes>, decode<NeonLanes>, dense<NeonLanes>, rotate};
+const Routines neon_routines = routines<NeonLanes>("neon");
 }  // namespace qlr
 #endif

@@ -4,5 +4,5 @@
 #include "product_rounded.h"
 
 namespace qlr {
-const Routines portable_routines = {"portable", multiply<Plain>, multiply_rounded<Plain>, add<Plain>, decode<Plain>, dense<Plain>, rotate};
+const Routines portable_routines = routines<Plain>("portable");
 }  // namespace qlr

@@ -45,8 +45,6 @@ QLR_UNROLL
   }
 }
 
-constexpr int kAhead = 64;  // blocks whose scales are made ready together
-
 // The scales of groups `at` … `at` + count − 1 of all, and the zeros times −1.
 template <class S> inline void groups_of(const Part& part, int64_t at, int count, int64_t all, float* scales, float* zeros) {
   for (int i = 0; i < count; i += 16) {
@@ -120,8 +118,15 @@ void multiply_rounded(const Part& part, const Layout& layout, const Rounded& x, 
     if (part.height == 32) return with(Constant<2>{});
     return with(Constant<1>{});
   }
-  auto* by = part.bits == 1 ? rounded_rows<S, 1> : part.bits == 2 ? rounded_rows<S, 2> : part.bits == 4 ? rounded_rows<S, 4> : rounded_rows<S, 8>;
+  auto* by = part.bits == 1 ? rounded_rows<S, 1>
+             : part.bits == 2 ? rounded_rows<S, 2>
+             : part.bits == 4 ? rounded_rows<S, 4>
+                              : rounded_rows<S, 8>;
   by(part, x, first, last, y);
+}
+
+template <class S> constexpr Routines routines(const char* name) {
+  return {name, multiply<S>, multiply_rounded<S>, add<S>, decode<S>, dense<S>, rotate};
 }
 
 }  // namespace

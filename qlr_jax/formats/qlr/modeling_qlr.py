@@ -140,7 +140,7 @@ def _native_products():
     except ImportError:
         return None
     if found.INTERFACE == 1 and found.backend():
-        found.serve(QLRLinear)
+        found.register_linear(QLRLinear)
         _library = found
     return _library
 

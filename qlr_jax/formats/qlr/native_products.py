@@ -83,10 +83,10 @@ def multiplied(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
     layer = _known(_layers, linear, _layer)
     if layer is None:
         return None
-    return _multiplied(layer, x, linear.out_features)
+    return _by_library(layer, x, linear.out_features)
 
 
-def _multiplied(layer: Layer, x: torch.Tensor, outputs: int) -> torch.Tensor | None:
+def _by_library(layer: Layer, x: torch.Tensor, outputs: int) -> torch.Tensor | None:
     x = x.detach().contiguous()
     y, tokens = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype), x.numel() // layer.inputs
     of = (TYPES[x.dtype], torch.get_num_threads(), team())
@@ -97,12 +97,13 @@ def _multiplied(layer: Layer, x: torch.Tensor, outputs: int) -> torch.Tensor | N
 # ------------------------------------------------------------------ inside torch.compile
 
 
-_classes: list[Callable[..., Any]] = []
+_linear_class: Callable[..., Any]
 
 
-def serve(layer: Callable[..., Any]) -> None:
-    """Take `layer`, the QLRLinear of a runtime, for making layers from their descriptions."""
-    _classes.append(layer)
+def register_linear(linear: Callable[..., Any]) -> None:
+    """Let descriptions of layers be read by a runtime's QLRLinear."""
+    global _linear_class
+    _linear_class = linear
 
 
 def _compiled(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -122,13 +123,13 @@ def _compiled(linear: Any, x: torch.Tensor) -> torch.Tensor | None:
 
 @torch.compiler.assume_constant_result
 def _has_product(form: str) -> bool:
-    return _known(_layers, _skeleton(form), _layer) is not None
+    return _known(_layers, _described(form), _layer) is not None
 
 
 @lru_cache(maxsize=1024)
-def _skeleton(form: str) -> Any:
+def _described(form: str) -> Any:
     """A layer as described, its arrays of no meaning."""
-    return _classes[-1](**json.loads(form))
+    return _linear_class(**json.loads(form))
 
 
 _by_arrays: dict[tuple[str, tuple[int, ...]], Known] = {}
@@ -141,21 +142,22 @@ def _operator(x: torch.Tensor, arrays: list[torch.Tensor], names: str, form: str
     at = form, tuple(array.data_ptr() for array in arrays)
     known = _by_arrays.get(at)
     if known is None:
-        linear = copy.deepcopy(_skeleton(form))
-        for name, array in zip(names.split(), arrays, strict=True):
-            owner, _, own = name.rpartition(".")
-            linear.get_submodule(owner)._buffers[own] = array
-        known = Known(linear, _layer)
+        known = Known(_assembled(form, names, arrays), _layer)
         known.buffers, known.kept = [], [array for array in known.kept if array.data_ptr() not in at[1]]
         if len(_by_arrays) >= MOST_KNOWN:
             _by_arrays.clear()
         _by_arrays[at] = known
-    found = None if known.structure is None else _multiplied(known.structure, x, outputs)
-    if found is None:
-        raise RuntimeError(
-            f"the library has no product of {form} with these arrays; they have to lie whole in a processor's memory"
-        )
-    return found
+    found = None if known.structure is None else _by_library(known.structure, x, outputs)
+    return _assembled(form, names, arrays)(x) if found is None else found  # by the runtime, where arrays lie in pieces
+
+
+def _assembled(form: str, names: str, arrays: list[torch.Tensor]) -> Any:
+    """The layer that these arrays are of."""
+    linear = copy.deepcopy(_described(form))
+    for name, array in zip(names.split(), arrays, strict=True):
+        owner, _, own = name.rpartition(".")
+        linear.get_submodule(owner)._buffers[own] = array
+    return linear
 
 
 @_operator.register_fake
