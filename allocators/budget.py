@@ -238,7 +238,8 @@ class Budget:
         for row in table.rows:
             if not row.counted:
                 kept[row.name] = min(row.options, key=lambda o: (o.spec != "bf16", o.damage, o.bytes)).spec
-        table = table.restrict(lambda row, option: kept.get(row.name, option.spec) == option.spec, "keeping uncounted rows")
+        if kept:
+            table = table.restrict(lambda row, option: kept.get(row.name, option.spec) == option.spec, "keeping uncounted rows")
         uncounted = sum(row.options[0].bytes for row in table.rows if not row.counted)
         items = {"counted rows": limit} | ({"uncounted rows": uncounted} if kept else {})
         return Problem(self, table, limit + uncounted, items, False, limit == counted.most_bytes)

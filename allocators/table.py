@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -102,12 +102,17 @@ class OptionTable:
                 yield [self.index[name] for name in tie.rows], tie
 
     def _extreme(self, pick: Callable[..., int]) -> int:
-        total = 0
+        total, known = 0, dict[int, int]()  # rows of one shape share their options
         for rows, tie in self.blocks():
-            keys: Iterable[str | None] = self.shared(tie) if tie else (None,)
-            total += pick(
-                sum(pick(o.bytes for o in self.rows[i].options if tie is None or tie.key(o) == key) for i in rows) for key in keys
-            )
+            if tie is None:
+                options = self.rows[rows[0]].options
+                if id(options) not in known:
+                    known[id(options)] = pick(option.bytes for option in options)
+                total += known[id(options)]
+            else:
+                total += pick(
+                    sum(pick(o.bytes for o in self.rows[i].options if tie.key(o) == key) for i in rows) for key in self.shared(tie)
+                )
         return total
 
     @cached_property

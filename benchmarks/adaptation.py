@@ -95,7 +95,7 @@ def compressed(work: Path, budgets: set[str]) -> None:
     missing = sorted(b for b in budgets if not (work / b).exists())
     if not missing:
         return
-    recipe, progress = DEMO.updated(refine=0, state_bits=8, search_state_bits=8), plain(every=60)
+    recipe, progress = DEMO.updated(state_bits=8, search_state_bits=8), plain(every=60)
     source = open_source("bundled", recipe)
     statistics, sample = calibrate(source, calibration.standard_library("calibration"), progress)
     run, solved = Run(source, statistics, sample, progress), {}

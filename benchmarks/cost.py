@@ -41,7 +41,7 @@ from qlr_jax.report.terminal.columns import columns
 from qlr_jax.settings.recipe import DEMO, Recipe
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "demo": {"refine": 0},
+    "demo": {},
     "narrow": {
         "sequences": 16, "sequence_length": 256, "measure_tokens": 2048, "state_bits": 8, "refine": 0, "evaluation_tokens": 4096,
         "ranks": (0, 8, 16), "factors": ("trellis-2", "trellis-4"),

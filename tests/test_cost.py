@@ -356,7 +356,7 @@ def planned(name):
     """As benchmarks/cost.py has it."""
     machine = Machine("cpu", 24 * 2**30, 24 * 2**30, 2)
     if name == "demo":
-        return plan_job(find_config("bundled")[0], DEMO.updated(refine=0), machine)
+        return plan_job(find_config("bundled")[0], DEMO, machine)
     recipe = Recipe(sequences=16, sequence_length=256, measure_tokens=2048, state_bits=8, refine=0, evaluation_tokens=4096)
     if name in ("narrow", "streamed"):
         recipe = recipe.updated(ranks=(0, 8, 16), factors=("trellis-2", "trellis-4"), streaming=name == "streamed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -243,6 +244,7 @@ def root_mean_square(x: Array, per_row: bool) -> Array:
     return jnp.sqrt(jnp.mean(jnp.square(x), axis=(-1,) if per_row else (-2, -1), keepdims=True))
 
 
+@lru_cache(maxsize=2**16)  # a table asks again and again: every spec of every shape has factors of a few kinds
 def stored_bytes(quantizer: Quantizer, rows: int, cols: int) -> int:
     """Bytes of everything that is stored for a matrix, padding included.
 
@@ -255,4 +257,4 @@ def stored_bytes(quantizer: Quantizer, rows: int, cols: int) -> int:
         >>> stored_bytes(parse_quantizer("int-4g32"), 2, 64)
         72
     """
-    return sum(int(np.prod(shape)) * np.dtype(kind).itemsize for shape, kind in quantizer.stored(rows, cols).values())
+    return sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in quantizer.stored(rows, cols).values())
