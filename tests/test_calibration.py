@@ -7,12 +7,13 @@ import pytest
 
 from qlr_jax.calibration import (
     WEIGHTINGS,
-    VocabularySums,
+    EndSums,
     calibration_tokens,
     hessians,
     matrix_hessians,
     output_hessians,
     read_text,
+    row_metrics,
     split_of,
     squared_gradients,
     standard_library,
@@ -346,16 +347,16 @@ def test_output_hessians_equal_explicit_perturbations(model, tokens):
 
 def test_parts_of_the_positions_make_no_difference_to_gradients(model, tokens, monkeypatch):
     """At the head a few positions at a time, the last part beginning before the one before it ends."""
-    from qlr_jax.calibration import gradients
+    from qlr_jax.calibration import descent
     from qlr_jax.models import forward
 
     name, counts, found = "model.layers.1.mlp.down_proj", np.ones(48), []
     for at_once in (forward.AT_ONCE, 2 * 5):
         monkeypatch.setattr(forward, "AT_ONCE", at_once)
-        gradients._head_gradient.clear_cache()
-        sums = VocabularySums(model)
-        found.append([output_hessians(model, tokens, [name], batch=2, beside=sums)[name]])
-        found[-1] += [a for m in sums.metrics(counts).values() for a in (m.hessian, m.row_weights)]
+        descent._head_gradient.clear_cache()
+        sums = EndSums()
+        found.append([output_hessians(model, tokens, [name], batch=2, ends=sums)[name]])
+        found[-1] += [a for m in row_metrics(model, sums, counts, tokens.shape[1]).values() for a in (m.hessian, m.row_weights)]
     assert tokens.shape[1] > 5 and tokens.shape[1] % 5
     alone = vocabulary_metrics(model, tokens, counts=counts, batch=2)
     found.append([found[0][0], *(a for m in alone.values() for a in (m.hessian, m.row_weights))])
@@ -367,7 +368,7 @@ def test_parts_of_the_positions_make_no_difference_to_gradients(model, tokens, m
 @pytest.mark.parametrize("size", [300, 512])
 def test_labels_are_drawn_by_the_distribution_function(size):
     """Of one group and a part, and of two: where the sum of probabilities passes the draw, and never a token of no probability."""
-    from qlr_jax.calibration.gradients import drawn
+    from qlr_jax.calibration.descent import drawn
 
     draw = np.random.default_rng(0)
     p = draw.exponential(size=(5, 64, size)) ** 3 * (draw.random(size) < 0.7)
@@ -406,7 +407,7 @@ def test_output_hessians_predict_the_divergence_of_a_small_error(model, tokens):
 
 
 def test_squared_gradients_compile_one_block_once(model, tokens):
-    from qlr_jax.calibration.gradients import _pull_back
+    from qlr_jax.calibration.descent import _pull_back
 
     _pull_back.clear_cache()
     squared_gradients(model, tokens, batch=2)

@@ -46,7 +46,7 @@ def work(of, module, function):
     return found[-1] / found[0]
 
 told["work"] = [work(hessians, "qlr_jax.calibration.hessians", "_advance"),
-                work(output_hessians, "qlr_jax.calibration.gradients", "_pull_back")]
+                work(output_hessians, "qlr_jax.calibration.descent", "_pull_back")]
 print(json.dumps(told))
 """
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from qlr_jax import evaluation, job
+from qlr_jax.engine import HERE
 from qlr_jax.errors import QLRError
 from qlr_jax.models import LlamaConfig
 from qlr_jax.pipelines.run import Candidate
@@ -55,11 +56,10 @@ def staged(monkeypatch):
         progress = SimpleNamespace(stage=lambda *given, **named: _context(stage), say=said.append)
         settings, statistics = resolved.Settings.of(recipe, SMALL), SimpleNamespace(problem=lambda *key: key)
         known = {"recipe": recipe, "settings": settings, "statistics": statistics, "progress": progress, "original": None}
-        fake = SimpleNamespace(**known, solver=solver, note=lambda **facts: None, reference=None)
-        monkeypatch.setattr(Candidate, "model", lambda candidate, original: dict(candidate.matrices))
-        monkeypatch.setattr(
-            evaluation, "divergence", lambda model, reference: compared.append(model) or SimpleNamespace(kl=len(compared))
-        )
+        fake = SimpleNamespace(**known, solver=solver, note=lambda **facts: None, reference=None, engine=HERE)
+        monkeypatch.setattr(Candidate, "parts", lambda candidate, original: dict(candidate.matrices))
+        measured = lambda model, reference, engine: compared.append(model) or SimpleNamespace(kl=len(compared))  # noqa: E731
+        monkeypatch.setattr(evaluation, "divergence", measured)
         candidates = solve_plans(fake, {name: SimpleNamespace(specs=specs) for name, specs in plans.items()})
         return asked, evaluate_on_calibration(fake, candidates), compared, fake
 

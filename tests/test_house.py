@@ -33,6 +33,7 @@ ROOMS = (
     "qlr_jax.models",
     "qlr_jax.core",
     "qlr_jax.native",
+    "qlr_jax.engine",
     "qlr_jax.locks",
     "qlr_jax.paths",
     "qlr_jax.on_demand",

@@ -134,7 +134,7 @@ def test_an_error_that_undoes_another_is_not_for_nothing(case, outputs):
 
 def test_a_kl_below_what_float32_resolves_is_not_nothing(case, monkeypatch):
     measured = {name: 1e-6 * (i + 1) for i, name in enumerate(NAMES)} | {NAMES[3]: 0.0}
-    monkeypatch.setattr("qlr_jax.sensitivity.attribution.knockout", lambda *_: measured)
+    monkeypatch.setattr("qlr_jax.sensitivity.attribution.knockout", lambda *_, **__: measured)
     own = attribute("kronecker", case).kl
     unit = LEAST * np.median([measured[n] / own[n] for n in NAMES])
     assert attribute("alone", case).kl == pytest.approx({**measured, NAMES[3]: unit * own[NAMES[3]]})

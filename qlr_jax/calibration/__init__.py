@@ -2,6 +2,7 @@
 
 from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.calibration.corpus import Corpus, Files
+from qlr_jax.calibration.descent import EndSums
 from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import output_hessians, squared_gradients
 from qlr_jax.calibration.hessians import hessians
@@ -17,7 +18,7 @@ from qlr_jax.calibration.tokens import (
     spread,
     subsample,
 )
-from qlr_jax.calibration.vocabulary import RowMetric, VocabularySums, vocabulary_metrics
+from qlr_jax.calibration.vocabulary import RowMetric, row_metrics, vocabulary_metrics
 from qlr_jax.calibration.weighting import WEIGHTINGS, matrix_hessians, token_weights
 
 __all__ = [
@@ -25,9 +26,9 @@ __all__ = [
     "WEIGHTINGS",
     "CalibrationResult",
     "Corpus",
+    "EndSums",
     "Files",
     "RowMetric",
-    "VocabularySums",
     "calibration_tokens",
     "compensated_target",
     "encode",
@@ -39,6 +40,7 @@ __all__ = [
     "output_hessians",
     "read_hessians",
     "read_text",
+    "row_metrics",
     "shares",
     "split_of",
     "spread",

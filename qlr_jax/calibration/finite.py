@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
 from qlr_jax.errors import QLRError
+
+Info = tuple[Mapping[int, str], list[float]]
+"""Of one batch: what is left out of it, as of `CalibrationResult`, and how much of every weighting is left."""
 
 SHARE = 0.01  # of the sequences may be left out; where there are more, the model is wrong and not the text
 
@@ -58,8 +61,8 @@ class Tally:
         {17: 'the hidden states that leave block model.layers.3'}
     """
 
-    def __init__(self, sequences: int):
-        self.sequences, self.left_out = sequences, dict[int, str]()
+    def __init__(self, sequences: int, left_out: Mapping[int, str] | None = None):
+        self.sequences, self.left_out = sequences, dict(left_out or {})
 
     def add(self, rows: Bool[np.ndarray, "batch"], start: int, place: str) -> None:
         """Note sequences that are not finite; those that fill up the last batch do not count.
@@ -69,9 +72,7 @@ class Tally:
             start: the number of the first.
             place: where that was seen, as `CalibrationResult.left_out` has it.
         """
-        for row in (start + np.flatnonzero(rows)).tolist():
-            if row < self.sequences:
-                self.left_out.setdefault(row, place)
+        self.left_out = left_out_of(rows, start, self.sequences, place, self.left_out)
 
     def check(self) -> None:
         """Refuse a pass that too little is left of.
@@ -88,6 +89,22 @@ class Tally:
             f"{place} are not finite in {most} of {self.sequences} sequences (in all {share:.3g} % of them are not, and at most "
             f"{100 * SHARE:g} % can be left out); check the checkpoint, load it in float32, or give other calibration text"
         )
+
+
+def left_out_of(rows: Bool[np.ndarray, "batch"], start: int, end: int, place: str, known: Mapping[int, str]) -> dict[int, str]:
+    """What was known to be left out, and these rows of a batch that begins with sequence `start`; from `end` on are repeats."""
+    return {**{row: place for row in (start + np.flatnonzero(rows)).tolist() if row < end}, **known}
+
+
+def checked(infos: Sequence[Info], sequences: int) -> tuple[Tally, list[float]]:
+    """What all batches leave out together, and what of every weighting is left.
+
+    Raises:
+        QLRError: as `Tally.check`.
+    """
+    tally = Tally(sequences, {row: place for left_out, _ in infos for row, place in left_out.items()})
+    tally.check()
+    return tally, [sum(parts) for parts in zip(*(left for _, left in infos), strict=True)]
 
 
 def finite_rows(x: Array) -> Bool[Array, "batch"]:

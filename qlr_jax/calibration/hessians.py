@@ -1,6 +1,7 @@
 """H = E[x xᵀ] of the inputs of linear layers, tokens weighted or all alike, one block of the model in memory at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -8,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from qlr_jax.calibration.finite import CalibrationResult, Tally, finite_rows, zeroed
-from qlr_jax.calibration.second_moment import second_moment
-from qlr_jax.core.sharding import sequence_placement
+from qlr_jax.calibration.finite import CalibrationResult, Info, Tally, checked, finite_rows, left_out_of, zeroed
+from qlr_jax.calibration.second_moment import added, second_moment
+from qlr_jax.core.sharding import line, sequence_placement
+from qlr_jax.engine import HERE, Call, Engine, TreeSum
 from qlr_jax.errors import QLRError
+from qlr_jax.models.forward import block_of, rope_of
 from qlr_jax.models.llama import Block, Llama, Rope, embedded
 from qlr_jax.models.names import input_names, input_of, linear_names
 from qlr_jax.models.sites import INPUTS
@@ -22,7 +25,10 @@ Progress = Callable[[int, int], None]
 TokenWeights = Float[np.ndarray, "sequences time"]
 """How much every token counts; any scale."""
 
+TITLE = "calibrating: inputs"  # of its pieces
 
+
+# one pass, in one piece: what is handed on from block to block is seen at once
 def hessians(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],
@@ -32,6 +38,7 @@ def hessians(
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
+    engine: Engine = HERE,
 ) -> CalibrationResult:
     """Second moments (n, n) of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
 
@@ -41,9 +48,9 @@ def hessians(
     (`CalibrationResult.left_out`); where it is more than a hundredth of the sequences, nothing is returned.
 
     The hidden states of all sequences are kept on the host at one block boundary; one compiled function serves all blocks.
-    Accumulation is in float32. The sequences of a batch are shared out over the devices of this process, each of which holds the
-    block, and the sums are added across them: the last bits of H then depend on how many there are, by less than 1e-6 √(H_ii H_jj)
-    for some thousand tokens (measured).
+    Accumulation is in float32, in one order (`engine.TreeSum`). The sequences of a batch are shared out over the devices of this
+    process, each of which holds the block, and the sums are added across them: the last bits of H then depend on how many there
+    are, by less than 1e-6 √(H_ii H_jj) for some thousand tokens (measured).
 
     Args:
         model: the original.
@@ -54,6 +61,7 @@ def hessians(
         progress: called with (blocks done, blocks in all).
         keep: (key, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
         devices: how many of this process's devices to use at most; None: all.
+        engine: where batches go through blocks.
 
     Raises:
         QLRError: activations that are not finite in more than 1 % of the sequences, naming their input; weights of another shape,
@@ -72,94 +80,128 @@ def hessians(
     _check_tokens(model, tokens)
     if not isinstance(weights, Mapping):
         weights = dict.fromkeys(input_names(model.config), np.ones(tokens.shape, np.float32) if weights is None else weights)
-    run, out = _ForwardPass(model, tokens, weights, batch, devices), dict[str, np.ndarray]()
-    for i in range(model.config.num_hidden_layers):
-        for name, h in run.through_block(i):
-            out[name] = keep(name, h)
-        if progress is not None:
-            progress(i + 1, model.config.num_hidden_layers)
+    inputs = _inputs(model, weights)
+    shares, which = _distinct_shares(weights, tokens.shape)
+    placed = sequence_placement(len(tokens), devices).count
+    size, layers = -(-min(batch, len(tokens)) // placed) * placed, model.config.num_hidden_layers
+    rope = Call(rope_of, (model, tokens.shape[1], placed), kept=True)
+    states = [engine.submit(_enter, model, part, placed, title=TITLE) for part in _batches(tokens, shares, size)]
+    out, infos, begun = dict[str, Any](), list[Any](), list[Any]()
+    for i in range(layers):
+        block, prefix = Call(block_of, (model, i, placed), kept=True), f"model.layers.{i}."
+        # names are local to the block, so that every block has one structure
+        here = {n.removeprefix(prefix): (x.removeprefix(prefix), which[n]) for n, x in inputs.items() if n.startswith(prefix)}
+        sums, infos = TreeSum(engine, added, TITLE), []
+        for j, state in enumerate(states):
+            passed = engine.submit(_through_block, block, rope, prefix, here, placed, state, title=TITLE)
+            states[j], moments, info = engine.split(passed, 3)
+            sums.add(moments)
+            infos.append(info)
+        begun.append(engine.submit(checked, infos, len(tokens), title=TITLE))
+        total = sums.value
+        for name, (x, share) in here.items():
+            h = engine.submit(_mean, total, begun[-1], name, share, prefix + x, title=TITLE)
+            out[prefix + name] = keep(prefix + name, h)
+        if progress is not None and i >= engine.ahead:
+            engine.result(begun[i - engine.ahead])
+            progress(i - engine.ahead + 1, layers)
+    tally, _ = engine.result(begun[-1])
+    if progress is not None:
+        for done in range(max(0, layers - engine.ahead), layers):
+            progress(done + 1, layers)
+    engine.forget()
     # jit hands dictionaries back sorted by key
-    return CalibrationResult({name: out[name] for name in weights}, run.tally.sequences, run.tally.left_out)
+    return CalibrationResult({name: out[name] for name in weights}, len(tokens), tally.left_out)
 
 
-class _ForwardPass:
-    """The hidden states of all sequences at one block boundary, and how much every token still counts.
+@dataclass(frozen=True)
+class _Batch:
+    """The sequences of one batch, the last repeated where it is filled up, and how much every token of them still counts.
 
     Attributes:
-        tally: of what is left out.
+        states: tokens (batch, time), then the hidden states (batch, time, n) at one block boundary.
+        shares: of every distinct weighting, (batch, time); 0 where a sequence is left out or a repeat.
+        start: the number of the first sequence; live: how many are not repeats.
+        left_out: as of `CalibrationResult`.
     """
 
-    def __init__(self, model: Llama, tokens: np.ndarray, weights: Mapping[str, TokenWeights], batch: int, devices: int | None):
-        self._model, self._inputs = model, _inputs(model, weights)
-        alike: dict[int, np.ndarray] = {}  # one array serves all inputs that were given the same
-        shares = {
-            name: _once(alike, given, lambda a, n=name: _shares(n, np.asarray(a, np.float32), tokens.shape))
-            for name, given in weights.items()
-        }
-        # The last batch is filled up with rows of weight zero, so that every batch has the one compiled shape.
-        self.tally, self._placement = Tally(len(tokens)), sequence_placement(len(tokens), devices)
-        self._batch = -(-min(batch, len(tokens)) // self._placement.count) * self._placement.count
-        fill = -len(tokens) % self._batch
-        tokens = np.concatenate([tokens, np.repeat(tokens[-1:], fill, axis=0)])
-        alike = {}
-        self._shares = {name: _once(alike, share, lambda a: np.pad(a, ((0, fill), (0, 0)))) for name, share in shares.items()}
-        self._starts = range(0, len(tokens), self._batch)
-        embedding = self._placement.replicate(model.model.embed_tokens)
-        self._rope = self._placement.replicate(model.rope(tokens.shape[1]))
-        rows = (self._placement.shard(tokens[s : s + self._batch]) for s in self._starts)
-        self._states = [np.asarray(embedded(embedding, part)) for part in rows]
-
-    def through_block(self, i: int) -> Iterator[tuple[str, np.ndarray]]:
-        """Put all sequences through block i: its H one by one, by name."""
-        block, prefix = self._placement.replicate(self._model.block(i)), f"model.layers.{i}."
-        # Names are local to the block from here on, so that every block has one structure.
-        here = {name.removeprefix(prefix): x.removeprefix(prefix) for name, x in self._inputs.items() if name.startswith(prefix)}
-        sums: dict[str, Array] = {}
-        for j in range(len(self._states)):
-            moments = self._through_batch(j, block, prefix, here)
-            sums = added(sums, moments) if sums else moments
-        self.tally.check()
-        for name, h in sums.items():
-            summed = np.asarray(h, np.float32)
-            if self.tally.left_out:
-                summed = summed / _left(prefix + name, self._shares[prefix + name])
-            if not np.isfinite(summed).all():
-                raise QLRError(
-                    f"the sum over activations that enter {prefix}{here[name]} is not finite; "
-                    "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
-                )
-            yield prefix + name, summed
-
-    def _through_batch(self, j: int, block: Block, prefix: str, here: Mapping[str, str]) -> dict[str, Array]:
-        """Advance the states of batch j, and what its tokens add to every H; sequences that are not finite are taken out first."""
-        start = self._starts[j]
-
-        def advance() -> tuple[Array, dict[str, Array], dict[str, Array]]:
-            shares: dict[str, dict[str, Array]] = {x: {} for x in here.values()}
-            for name, x in here.items():
-                shares[x][name] = self._placement.shard(self._shares[prefix + name][start : start + self._batch])
-            return _advance(block, self._placement.shard(self._states[j]), self._rope, shares)
-
-        leaving, moments, finite = advance()
-        bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
-        if any(rows.any() for rows in bad.values()):
-            for name in INPUTS:  # in the order in which the forward pass meets them
-                self.tally.add(bad[name], start, f"the activations that enter {prefix}{name}")
-            lost = np.logical_or.reduce(list(bad.values()))
-            self._states[j] = zeroed(lost, self._states[j])
-            for share in self._shares.values():
-                share[start : start + self._batch][lost] = 0
-            leaving, moments, _ = advance()
-        self._states[j] = np.asarray(leaving)
-        return moments
+    states: np.ndarray
+    shares: tuple[np.ndarray, ...]
+    start: int
+    live: int
+    left_out: Mapping[int, str] = field(default_factory=dict)
 
 
-def _left(name: str, w: np.ndarray) -> np.float32:
-    """What of the weights is left, which were 1 in all."""
-    left = w.sum(dtype=np.float64)
-    if left <= 0:
-        raise QLRError(f"no token with a weight is left for {name}: the sequences that have one are not finite; give other weights")
-    return np.float32(left)
+def _batches(tokens: np.ndarray, shares: Sequence[np.ndarray], size: int) -> Iterator[_Batch]:
+    """All of one shape: repeats that fill the last one up have weight zero."""
+    for start in range(0, len(tokens), size):
+        part = tokens[start : start + size]
+        fill = (0, size - len(part)), (0, 0)
+        own = tuple(np.pad(share[start : start + size], fill) for share in shares)
+        yield _Batch(np.pad(part, fill, "edge"), own, start, len(part))
+
+
+def _enter(model: Llama, batch: _Batch, devices: int) -> _Batch:
+    embedding = line(devices).replicate(model.model.embed_tokens)
+    return replace(batch, states=np.asarray(embedded(embedding, line(devices).shard(batch.states))))
+
+
+def _through_block(
+    block: Block, rope: Rope, prefix: str, here: Mapping[str, tuple[str, int]], devices: int, batch: _Batch
+) -> tuple[_Batch, dict[str, Array], Info]:
+    """The batch behind the block, what its tokens add to every H, and what is left out of it with the shares that are left.
+
+    Sequences that are not finite are taken out first.
+    """
+
+    def advance(batch: _Batch) -> tuple[Array, dict[str, Array], dict[str, Array]]:
+        placement, shares = line(devices), dict[str, dict[str, Array]]()
+        placed = [placement.shard(share) for share in batch.shares]
+        for name, (x, share) in here.items():
+            shares.setdefault(x, {})[name] = placed[share]
+        return _advance(block, placement.shard(batch.states), rope, shares)
+
+    leaving, moments, finite = advance(batch)
+    bad = {name: ~np.asarray(rows) for name, rows in finite.items()}
+    if any(rows.any() for rows in bad.values()):
+        left_out, end = batch.left_out, batch.start + batch.live
+        for name in INPUTS:  # in the order in which the forward pass meets them
+            left_out = left_out_of(bad[name], batch.start, end, f"the activations that enter {prefix}{name}", left_out)
+        lost = np.logical_or.reduce(list(bad.values()))
+        shares = tuple(zeroed(lost, share) for share in batch.shares)
+        batch = replace(batch, states=zeroed(lost, batch.states), shares=shares, left_out=left_out)
+        leaving, moments, _ = advance(batch)
+    left = [float(share.sum(dtype=np.float64)) for share in batch.shares]
+    return replace(batch, states=np.asarray(leaving)), moments, (batch.left_out, left)
+
+
+def _mean(sums: Mapping[str, Array], known: tuple[Tally, list[float]], name: str, share: int, place: str) -> np.ndarray:
+    """H from the sum, whose weights were 1 in all before sequences were left out."""
+    (tally, left), summed = known, np.asarray(sums[name], np.float32)
+    if tally.left_out:
+        if left[share] <= 0:
+            raise QLRError(
+                f"no token with a weight is left for {place}: the sequences that have one are not finite; give other weights"
+            )
+        summed = summed / np.float32(left[share])
+    if not np.isfinite(summed).all():
+        raise QLRError(
+            f"the sum over activations that enter {place} is not finite; "
+            "the checkpoint is damaged or its activations overflow this dtype (load it in float32)"
+        )
+    return summed
+
+
+def _distinct_shares(weights: Mapping[str, TokenWeights], shape: tuple[int, ...]) -> tuple[list[np.ndarray], dict[str, int]]:
+    """w / Σ w of every distinct weighting, and which of them each name has."""
+    found: dict[int, int] = {}
+    shares, which = list[np.ndarray](), dict[str, int]()
+    for name, given in weights.items():
+        if id(given) not in found:
+            found[id(given)] = len(shares)
+            shares.append(_shares(name, np.asarray(given, np.float32), shape))
+        which[name] = found[id(given)]
+    return shares, which
 
 
 def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:
@@ -173,12 +215,6 @@ def _inputs(model: Llama, names: Iterable[str]) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
-def _once(made: dict[int, np.ndarray], given: Any, make: Callable[[Any], np.ndarray]) -> np.ndarray:
-    if id(given) not in made:
-        made[id(given)] = make(given)
-    return made[id(given)]
-
-
 def _check_tokens(model: Llama, tokens: np.ndarray) -> None:
     if tokens.ndim != 2 or not tokens.size:
         raise QLRError(f"tokens have shape {tokens.shape}; (sequences, time) is needed, neither of them 0")
@@ -187,12 +223,6 @@ def _check_tokens(model: Llama, tokens: np.ndarray) -> None:
             f"token id {tokens.max() if tokens.min() >= 0 else tokens.min()} lies outside the vocabulary of "
             f"{model.config.vocab_size}; use the model's own tokenizer"
         )
-
-
-@jax.jit
-def added(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
-    """Sums by name, from one program for all of them."""
-    return jax.tree.map(jnp.add, sums, more)
 
 
 def _shares(name: str, w: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

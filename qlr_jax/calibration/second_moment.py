@@ -1,5 +1,6 @@
 """Σ x xᵀ, the sum that every metric here is made of."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -28,3 +29,9 @@ def second_moment(x: Float[Array, "*rest n"]) -> Float[Array, "n n"]:
         bands.append(jnp.pad(band, ((0, 0), (start, 0))))
     upper = jnp.concatenate(bands)
     return jnp.triu(upper) + jnp.triu(upper, 1).T  # of one band too: products with AVX2 differ across the diagonal in the last bit
+
+
+@jax.jit
+def added(sums: dict[str, Array], more: dict[str, Array]) -> dict[str, Array]:
+    """Sums by name, from one program for all of them."""
+    return jax.tree.map(jnp.add, sums, more)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Int
 
-from qlr_jax.calibration.gradients import BackwardPass
-from qlr_jax.calibration.second_moment import second_moment
-from qlr_jax.models.llama import Llama, RMSNorm
+from qlr_jax.calibration.descent import Descent, DescentRun, EndSums
+from qlr_jax.engine import HERE, Engine
+from qlr_jax.models.llama import Llama
 from qlr_jax.models.names import EMBEDDING, HEAD
 
 
@@ -38,6 +36,7 @@ def vocabulary_metrics(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     devices: int | None = None,
+    engine: Engine = HERE,
 ) -> dict[str, RowMetric]:
     """The metrics of the embedding and of the head, by name; of a tied pair the one of both.
 
@@ -57,54 +56,43 @@ def vocabulary_metrics(
         seed: of the labels.
         progress: called with the number of blocks that are newly done.
         devices: how many to use at most; None: all.
+        engine: where batches go through blocks.
 
     Raises:
         QLRError: as `output_hessians`.
 
     Example:
+        >>> import jax
         >>> from qlr_jax.models import LlamaConfig
         >>> config = LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
         >>> found = vocabulary_metrics(Llama(config, jax.random.key(0)), np.array([[1, 5, 3]]))
         >>> {name: (m.hessian.shape, m.row_weights.shape) for name, m in found.items()}
         {'model.embed_tokens': ((4, 4), (8,)), 'lm_head': ((4, 4), (8,))}
     """
-    sums = VocabularySums(model)
-    run = BackwardPass(model, np.asarray(tokens, np.int32), batch, devices, lambda j: run.draws(j, seed))
-    for _, j, _ in run.watched({i: {} for i in range(model.config.num_hidden_layers)}, "products", sums):
-        if progress is not None and run.is_last(j):
-            progress(1)
-    return sums.metrics(np.bincount(np.ravel(tokens), minlength=model.config.vocab_size) if counts is None else counts)
+    sums, tokens = EndSums(), np.asarray(tokens, np.int32)
+    work = Descent({i: {} for i in range(model.config.num_hidden_layers)}, "products", seed, ends=True)
+    for _ in DescentRun(model, tokens, work, batch, devices, engine, "calibrating: vocabulary").by_block(progress, sums):
+        pass
+    counts = np.bincount(np.ravel(tokens), minlength=model.config.vocab_size) if counts is None else counts
+    return row_metrics(model, sums, counts, tokens.shape[1], engine)
 
 
-class VocabularySums:
-    """`vocabulary_metrics`, of a backward pass that is made for something else as well (`output_hessians`, beside)."""
+def row_metrics(model: Llama, sums: EndSums, counts: np.ndarray, time: int, engine: Engine = HERE) -> dict[str, RowMetric]:
+    """`vocabulary_metrics`, of a backward pass that was made for something else as well (`output_hessians`, ends).
 
-    def __init__(self, model: Llama):
-        size = model.config.hidden_size
-        self._tied, self._scale = model.lm_head is None, model.model.embed_tokens.scale**2
-        self._states, self._gradients = np.zeros((size, size)), np.zeros((size, size))
-        self._chances, self._norm = np.zeros(model.config.vocab_size), model.model.norm
-        self._run: BackwardPass | None = None
-
-    def at_head(self, run: BackwardPass, x: Array, live: Array, spread: Array) -> None:
-        self._run = run
-        self._states += np.asarray(_normed_moment(run.placement.replicate(self._norm), x, live), np.float64)
-        self._chances += np.asarray(spread, np.float64)
-
-    def at_embedding(self, run: BackwardPass, g: Array) -> None:
-        self._gradients += np.asarray(_moment(g), np.float64)
-
-    def metrics(self, counts: np.ndarray) -> dict[str, RowMetric]:
-        """What `vocabulary_metrics` returns, once the pass is done.
-
-        Args:
-            counts: how often each token comes, (vocabulary,).
-        """
-        assert self._run is not None, "a pass has been made"
-        seen = self._run.sequences_left * self._run.batches[0].shape[1]
-        embedding = RowMetric((self._scale * self._gradients / seen).astype(np.float32), counts / counts.sum())
-        head = RowMetric((self._states / seen).astype(np.float32), self._chances / seen)
-        return {EMBEDDING: _tied(embedding, head)} if self._tied else {EMBEDDING: embedding, HEAD: head}
+    Args:
+        model: the original.
+        sums: of the pass.
+        counts: how often each token comes, (vocabulary,).
+        time: tokens of a sequence.
+        engine: where the pass was made.
+    """
+    seen = engine.result(sums.checked)[1][0] * time
+    moment, spread, gradients = (engine.result(own) for own in (sums.moment, sums.spread, sums.gradients))
+    scale = model.model.embed_tokens.scale**2
+    embedding = RowMetric((scale * gradients / seen).astype(np.float32), counts / counts.sum())
+    head = RowMetric((moment / seen).astype(np.float32), spread / seen)
+    return {EMBEDDING: _tied(embedding, head)} if model.lm_head is None else {EMBEDDING: embedding, HEAD: head}
 
 
 def _tied(embedding: RowMetric, head: RowMetric) -> RowMetric:
@@ -113,14 +101,3 @@ def _tied(embedding: RowMetric, head: RowMetric) -> RowMetric:
     whole = float(np.trace(hessian)) or 1.0
     weights = (embedding.row_weights * traces[0] + head.row_weights * traces[1]) / whole
     return RowMetric(hessian.astype(np.float32), weights)
-
-
-@jax.jit
-def _moment(g: Float[Array, "batch time n"]) -> Float[Array, "n n"]:
-    return second_moment(g.astype(jnp.float32))
-
-
-@jax.jit
-def _normed_moment(norm: RMSNorm, x: Float[Array, "batch time n"], live: Float[Array, "batch"]) -> Float[Array, "n n"]:
-    """Of the normed states of the sequences that are live."""
-    return second_moment(norm(x).astype(jnp.float32) * live[:, None, None])

@@ -7,8 +7,9 @@ from jaxtyping import Int
 
 from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import squared_gradients
-from qlr_jax.calibration.hessians import TokenWeights, hessians
+from qlr_jax.calibration.hessians import TITLE, TokenWeights, hessians
 from qlr_jax.core.objective import checked_hessian
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 from qlr_jax.models.names import input_of
@@ -24,6 +25,7 @@ def matrix_hessians(
     weighting: str = "plain",
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
+    engine: Engine = HERE,
 ) -> CalibrationResult:
     """The Hessian (n, n) in which each linear layer of `names` is compressed, checked; layers that share one share the array.
 
@@ -38,6 +40,7 @@ def matrix_hessians(
             pay on a model is for its KL to say (`benchmarks/hessians.py` compares the three).
         progress: where stages and messages go.
         keep: (name, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
+        engine: where batches go through blocks.
 
     Raises:
         QLRError: for an unknown weighting, and what `hessians` and `squared_gradients` raise.
@@ -50,7 +53,7 @@ def matrix_hessians(
     count, rows, left_out = len(tokens), np.arange(len(tokens)), dict[int, str]()
     if weighting != "plain":
         with progress.stage("calibrating: backward pass", total=model.config.num_hidden_layers) as stage:
-            squares = squared_gradients(model, tokens, progress=stage.advance)
+            squares = squared_gradients(model, tokens, progress=stage.advance, engine=engine)
         left_out |= squares.left_out
         rows = np.delete(rows, list(left_out))
         used = {name: squares[name][rows] if left_out else squares[name] for name in names}
@@ -61,7 +64,8 @@ def matrix_hessians(
             tokens[rows],
             weights=weights,
             progress=lambda done, _: stage.advance(note=f"layer {done - 1}"),
-            keep=lambda name, h: keep(name, checked_hessian(h, len(h))),
+            keep=lambda name, h: keep(name, engine.submit(_checked, h, title=TITLE)),
+            engine=engine,
         )
     left_out |= {int(rows[row]): place for row, place in moments.left_out.items()}
     by_name = {name: moments[name if weighting == "loss-by-matrix" else input_of(name)] for name in names}
@@ -69,6 +73,10 @@ def matrix_hessians(
     if out.left_out:
         progress.say(f"calibrating: {out.summary()}")
     return out
+
+
+def _checked(h: np.ndarray) -> np.ndarray:
+    return checked_hessian(h, len(h))
 
 
 def token_weights(squares: Mapping[str, TokenWeights], *, by_matrix: bool = False) -> dict[str, TokenWeights]:

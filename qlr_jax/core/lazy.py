@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeVar
 
 import numpy as np
+
+from qlr_jax.engine import Call
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
@@ -44,6 +46,16 @@ class Lazy:
         return np.asarray(self._read(), dtype)
 
 
+def handle(mapping: Mapping[Any, Any], key: Any) -> Any:
+    """What stands for a mapping's value in a piece: of a `LazyMap` it is made where the piece runs.
+
+    Example:
+        >>> handle({"a": 1}, "a"), handle(LazyMap(["a"], len), "a")
+        (1, Call(function=<built-in function len>, arguments=('a',), kept=False))
+    """
+    return mapping.handle(key) if isinstance(mapping, LazyMap) else mapping[key]
+
+
 class LazyMap(MutableMapping[Key, Value]):
     """key -> value, made again at every access; the keys are known beforehand, and those of another such map can be added.
 
@@ -60,6 +72,12 @@ class LazyMap(MutableMapping[Key, Value]):
 
     def __getitem__(self, key: Key) -> Value:
         return self._makes[key](key)
+
+    def handle(self, key: Key) -> Any:
+        """What stands for the value in a piece (`qlr_jax.engine`): what `make` says, where it says so, else a `Call` of it."""
+        make = self._makes[key]
+        stands_for = getattr(make, "stands_for", None)
+        return Call(make, (key,)) if stands_for is None else stands_for(key)
 
     def __setitem__(self, key: Key, value: Value) -> None:
         self._makes[key] = lambda _: value

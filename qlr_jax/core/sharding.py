@@ -100,8 +100,18 @@ def sequence_placement(sequences: int, devices: int | None = None) -> Placement:
         >>> sequence_placement(1).count
         1
     """
-    used = jax.local_devices()[: min(devices or sequences, sequences)]
-    return HERE if len(used) == 1 else _line(used)
+    return line(min(available(devices), sequences))
+
+
+@lru_cache
+def line(count: int) -> Placement:
+    """The first `count` of this process's devices, in a row.
+
+    Example:
+        >>> line(1) is HERE
+        True
+    """
+    return HERE if count == 1 else _line(jax.local_devices()[:count])
 
 
 def batch_placement(batch: int, devices: int | None = None) -> Placement:

@@ -2,16 +2,20 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
+from qlr_jax.engine import HERE, Call, Engine, Here
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
-from qlr_jax.models.forward import by_parts, last_states
+from qlr_jax.models.forward import Parts, by_parts, last_states
 from qlr_jax.models.llama import Llama, Top
+
+TITLE = "evaluating"  # of its pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,15 +72,22 @@ class Reference:
 
     Attributes:
         windows: the tokens, (windows, length).
-        logp: (windows, length, vocab), nats; float32 or float16.
+        logp: (windows, length, vocab), nats; float32 or float16. Elsewhere what stands for it, batch by batch.
         perplexity: of the original.
         batch: windows of one pass.
     """
 
     windows: Int[np.ndarray, "windows length"]
-    logp: Float[np.ndarray, "windows length vocab"]
+    logp: Any
     perplexity: float
     batch: int
+
+    def part(self, start: int, end: int) -> Any:
+        """What stands for the log-probabilities of some windows, (end − start, length, vocab)."""
+        if isinstance(self.logp, np.ndarray):
+            return self.logp[start:end]
+        first, last = start // self.batch, -(-end // self.batch)
+        return Call(_rows, (list(self.logp[first:last]), start - first * self.batch, end - first * self.batch))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,32 +96,39 @@ class LastStates:
 
     Attributes:
         windows: the tokens, (windows, length).
-        top: final norm and head.
-        states: (batch, length, n) by batch; the last is filled up.
+        top: what stands for final norm and head.
+        states: what stands for (batch, length, n), batch by batch; the last is filled up.
         vocabulary: how many tokens the model knows.
+        batch: windows of one of them.
     """
 
     windows: Int[np.ndarray, "windows length"]
-    top: Top
-    states: Sequence[Float[np.ndarray, "batch length n"]]
+    top: Any
+    states: Sequence[Any]
     vocabulary: int
+    batch: int
 
-    def __iter__(self) -> Iterator[Float[Array, "1 length n"]]:
-        """Window by window."""
-        batch = len(self.states[0])
-        return (jax.device_put(self.states[i // batch][i % batch][None]) for i in range(len(self.windows)))
+    def batches(self) -> Iterator[tuple[Any, Int[np.ndarray, "live length"]]]:
+        """(states, the windows of them that are no repeats)."""
+        for j, x in enumerate(self.states):
+            yield x, self.windows[j * self.batch : (j + 1) * self.batch]
 
 
-def run_windows(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> LastStates:
+def run_windows(
+    model: Llama | Parts, windows: Int[np.ndarray, "windows length"], batch: int = 8, *, engine: Engine = HERE
+) -> LastStates:
     """Run a model, to compare others with it again and again (`compare`). Memory is one hidden state a token.
 
     Args:
         model: any of this library.
         windows: tokens, (windows, length).
         batch: windows of one pass.
+        engine: where they go through the model.
     """
     rows = [tokens for tokens, _ in batches(windows, batch)]
-    return LastStates(windows, model.top().unpacked(), last_states(model, rows), model.config.vocab_size)
+    parts = Parts.of(model)
+    states = last_states(parts, rows, engine=engine, title=TITLE)
+    return LastStates(windows, parts.top(), states, parts.model.config.vocab_size, min(batch, len(windows)))
 
 
 def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> float:
@@ -122,12 +140,16 @@ def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: 
         batch: windows of one pass.
     """
     states = run_windows(model, windows, batch)
-    parts = [np.asarray(_nll(states.top, x, after)) for x, after in zip(states, _following(windows), strict=True)]
-    return _perplexity(np.concatenate(parts)[:, :-1])
+    return _perplexity(np.concatenate([HERE.submit(_nlls, states.top, x, rows) for x, rows in states.batches()]))
 
 
 def reference(
-    original: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8, max_bytes: int = 1_000_000_000
+    original: Llama,
+    windows: Int[np.ndarray, "windows length"],
+    batch: int = 8,
+    max_bytes: int = 1_000_000_000,
+    *,
+    engine: Engine = HERE,
 ) -> Reference:
     """Run the original once and keep its log-probabilities: float32 if they fit into `max_bytes`, else float16.
 
@@ -138,6 +160,7 @@ def reference(
         windows: tokens, (windows, length).
         batch: windows of one pass.
         max_bytes: for the log-probabilities.
+        engine: where it is run, and where they stay.
 
     Raises:
         QLRError: not even float16 fits, with how many windows would.
@@ -149,30 +172,42 @@ def reference(
             f"log-probabilities of {len(windows)} windows take {2 * values} bytes, more than {max_bytes}; "
             f"give at most {fit} windows, a larger max_bytes, or use compare()"
         )
-    stored = np.empty((*windows.shape, original.config.vocab_size), np.float32 if 4 * values <= max_bytes else np.float16)
-    nll, states = [], run_windows(original, windows, batch)
-    for i, (x, after) in enumerate(zip(states, _following(windows), strict=True)):
-        logp, of_text = _log_probabilities(states.top, x, after)
-        stored[i] = np.asarray(logp)[0]
-        nll.append(np.asarray(of_text))
-    return Reference(windows, stored, _perplexity(np.concatenate(nll)[:, :-1]), batch)
+    dtype = np.dtype(np.float32 if 4 * values <= max_bytes else np.float16)
+    states = run_windows(original, windows, batch, engine=engine)
+    stored = np.empty((*windows.shape, original.config.vocab_size), dtype) if isinstance(engine, Here) else None
+    logp, nll = [], []
+    for j, (x, rows) in enumerate(states.batches()):
+        own, of_text = engine.split(engine.submit(_stored, states.top, x, rows, dtype.name, title=TITLE), 2)
+        nll.append(of_text)
+        if stored is None:
+            logp.append(own)
+        else:
+            stored[j * states.batch : j * states.batch + len(rows)] = own
+    engine.forget()
+    perplexity = _perplexity(np.concatenate([engine.result(part) for part in nll])[:, :-1])
+    return Reference(windows, logp if stored is None else stored, perplexity, states.batch)
 
 
-def divergence(candidate: Llama, reference: Reference) -> Comparison:
+def divergence(candidate: Llama | Parts, reference: Reference, *, engine: Engine = HERE) -> Comparison:
     """Measure a candidate against stored log-probabilities: one forward pass of the candidate, none of the original.
 
     Args:
         candidate: the compressed model.
         reference: of its original.
+        engine: where it is run: where the reference was.
     """
-    # One window at a time is copied to where it is compared; rounded to float16 its probabilities no longer add up to 1, so it is
-    # normalised there.
-    originals = ((None, jax.device_put(reference.logp[i : i + 1])) for i in range(len(reference.windows)))
-    return summary(_positions(candidate, originals, reference.windows, reference.batch))
+    starts = range(0, len(reference.windows), reference.batch)
+    originals = (reference.part(start, min(start + reference.batch, len(reference.windows))) for start in starts)
+    return summary(_positions(candidate, None, originals, reference.windows, reference.batch, engine))
 
 
 def compare(
-    original: Llama | LastStates, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8
+    original: Llama | LastStates,
+    compressed: Llama | Parts,
+    windows: Int[np.ndarray, "windows length"],
+    batch: int = 8,
+    *,
+    engine: Engine = HERE,
 ) -> Comparison:
     """Perplexity of both models, KL(original ‖ compressed) per token and top-1 agreement, the logits of some positions at a time.
 
@@ -185,37 +220,43 @@ def compare(
         original, compressed: of one vocabulary; where many are compared with one original, `run_windows` once and give that.
         windows: tokens, (windows, length).
         batch: windows of one pass.
+        engine: where they are run: where the original was.
 
     Raises:
         QLRError: the vocabularies differ, or the original was run on other windows.
     """
-    return summary(positions(original, compressed, windows, batch))
+    return summary(positions(original, compressed, windows, batch, engine=engine))
 
 
 def positions(
-    original: Llama | LastStates, compressed: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8
+    original: Llama | LastStates,
+    compressed: Llama | Parts,
+    windows: Int[np.ndarray, "windows length"],
+    batch: int = 8,
+    *,
+    engine: Engine = HERE,
 ) -> Positions:
     """As `compare`, position by position: for intervals and for the worst token. Five values a token are kept.
 
     Args:
-        original, compressed, windows, batch: as for `compare`.
+        original, compressed, windows, batch, engine: as for `compare`.
 
     Raises:
         QLRError: as `compare`.
     """
     own = original.vocabulary if isinstance(original, LastStates) else original.config.vocab_size
-    vocabularies = own, compressed.config.vocab_size
+    vocabularies = own, Parts.of(compressed).model.config.vocab_size
     if vocabularies[0] != vocabularies[1]:
         raise QLRError(
             f"the models' vocabularies differ ({vocabularies[0]} and {vocabularies[1]} tokens); "
             "give a compressed model of this original"
         )
-    states = original if isinstance(original, LastStates) else run_windows(original, windows, batch)
+    states = original if isinstance(original, LastStates) else run_windows(original, windows, batch, engine=engine)
     if not np.array_equal(states.windows, windows):
         raise QLRError(
             f"the original was run on other windows, of shape {states.windows.shape}; run it on these, of {windows.shape}"
         )
-    return _positions(compressed, ((states.top, x) for x in states), windows, batch)
+    return _positions(compressed, states.top, iter(states.states), windows, states.batch, engine)
 
 
 def summary(measured: Positions) -> Comparison:
@@ -231,15 +272,49 @@ def summary(measured: Positions) -> Comparison:
     )
 
 
-def _positions(candidate: Llama, originals: Iterator[tuple[Top | None, Array]], windows: np.ndarray, batch: int) -> Positions:
-    """Against originals window by window: (top, last hidden states), or (None, log-probabilities)."""
-    parts: dict[str, list[np.ndarray]] = {}
-    states = run_windows(candidate, windows, batch)
-    for (top, p), q, after in zip(originals, states, _following(windows), strict=True):
-        for name, value in _differences(top, p, states.top, q, after).items():
-            parts.setdefault(name, []).append(np.asarray(value))
-    whole = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+def _positions(
+    candidate: Llama | Parts, top: Any, originals: Iterator[Any], windows: np.ndarray, batch: int, engine: Engine
+) -> Positions:
+    """Against originals batch by batch: last hidden states below `top`, or log-probabilities where that is None."""
+    states = run_windows(candidate, windows, batch, engine=engine)
+    parts = [
+        engine.submit(_compared, top, p, states.top, q, rows, title=TITLE)
+        for p, (q, rows) in zip(originals, states.batches(), strict=True)
+    ]
+    engine.forget()
+    found = [engine.result(part) for part in parts]
+    whole = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     return Positions(windows, **{name: value[:, :-1] if name.startswith("nll") else value for name, value in whole.items()})
+
+
+def _compared(top: Top | None, p: np.ndarray, top_of_other: Top, q: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Window by window: one at a time is copied to where it is compared."""
+    found: dict[str, list[np.ndarray]] = {}
+    for own, other, after in zip(p, q, _following(rows), strict=False):  # what fills a batch up is not looked at
+        for name, value in _differences(top, jax.device_put(own[None]), top_of_other, jax.device_put(other[None]), after).items():
+            found.setdefault(name, []).append(np.asarray(value))
+    return {name: np.concatenate(arrays) for name, arrays in found.items()}
+
+
+def _stored(top: Top, x: np.ndarray, rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The log-probabilities of a batch's windows, and what the text's own tokens lack of 1."""
+    logp, nll = np.empty((*rows.shape, 0), dtype), []
+    for i, after in enumerate(_following(rows)):
+        own, of_text = (np.asarray(a) for a in _log_probabilities(top, jax.device_put(x[i : i + 1]), after))
+        if not i:
+            logp = np.empty((*rows.shape, own.shape[-1]), dtype)
+        logp[i] = own[0]
+        nll.append(of_text)
+    return logp, np.concatenate(nll)
+
+
+def _nlls(top: Top, x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    parts = [np.asarray(_nll(top, jax.device_put(own[None]), after)) for own, after in zip(x, _following(rows), strict=False)]
+    return np.concatenate(parts)[:, :-1]
+
+
+def _rows(parts: Sequence[np.ndarray], start: int, end: int) -> np.ndarray:
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[start:end]
 
 
 def _following(windows: np.ndarray) -> list[Array]:

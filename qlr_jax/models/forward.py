@@ -1,6 +1,9 @@
 """A forward pass of many batches, block by block, each asked for once; and what lies above the blocks, part by part."""
 
-from collections.abc import Callable, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -8,11 +11,55 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
-from qlr_jax.models.llama import Block, Llama, Rope
+from qlr_jax.core.sharding import line
+from qlr_jax.engine import HERE, Call, Engine
+from qlr_jax.models.llama import Block, Embedding, Llama, Rope, Top, check_tokens, embedded, shallow_copy
+from qlr_jax.models.names import is_linear
 
 
-def last_states(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) -> list[Float[np.ndarray, "batch time n"]]:
-    """The hidden states that leave the last block, batch by batch, on the host.
+@dataclass(frozen=True)
+class Parts:
+    """A model as pieces are given it (`qlr_jax.engine`): block by block, each made where it is used.
+
+    Attributes:
+        model: packed, on disk or in memory.
+        matrices: name -> what stands for a matrix, with `dense()`, that takes the place of the model's own.
+    """
+
+    model: Llama
+    matrices: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Llama | Parts) -> Parts:
+        return model if isinstance(model, Parts) else cls(model)
+
+    def block(self, i: int) -> Call:
+        """Block i."""
+        prefix = f"model.layers.{i}."
+        own = {name.removeprefix(prefix): matrix for name, matrix in self.matrices.items() if name.startswith(prefix)}
+        return Call(block_of, (self.model, i, 1, own), kept=True)
+
+    def top(self) -> Call:
+        """What lies above the blocks, its weights in memory."""
+        own = self._vocabulary()  # another function, so that beside each other both are kept
+        return Call(_replaced_top, (self.model, own), kept=True) if own else Call(_top_of, (self.model,), kept=True)
+
+    def embedding(self) -> Call:
+        """The embedding."""
+        return Call(_embedding_of, (self.model, self._vocabulary()), kept=True)
+
+    def rope(self, time: int) -> Call:
+        """The angles of so many positions."""
+        return Call(rope_of, (self.model, time), kept=True)
+
+    def _vocabulary(self) -> dict[str, Any]:
+        return {name: matrix for name, matrix in self.matrices.items() if not is_linear(name)}
+
+
+def last_states(
+    model: Llama | Parts, batches: Sequence[Int[np.ndarray, "batch time"]], *, engine: Engine = HERE, title: str = ""
+) -> list[Any]:
+    """The hidden states (batch, time, n) that leave the last block, batch by batch, on the host.
 
     The blocks are gone through once (`Llama.block`): one that lies on disk is read once, one that is packed is decoded once, and
     one compiled function serves all. Memory is one block, and the hidden states of all batches.
@@ -20,6 +67,8 @@ def last_states(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) 
     Args:
         model: packed, on disk or in memory.
         batches: token ids, all of one shape.
+        engine: where batches go through blocks.
+        title: of the pieces.
 
     Example:
         >>> from qlr_jax.models import LlamaConfig
@@ -30,13 +79,74 @@ def last_states(model: Llama, batches: Sequence[Int[np.ndarray, "batch time"]]) 
     """
     if not batches:
         return []
-    rope = model.rope(batches[0].shape[1])
-    states = [np.asarray(model.embed(tokens)) for tokens in batches]
-    for i in range(model.config.num_hidden_layers):
-        block = model.block(i)
+    parts = Parts.of(model)
+    for tokens in batches:
+        check_tokens(tokens, parts.model.config.vocab_size)
+    embedding, rope = parts.embedding(), parts.rope(batches[0].shape[1])
+    states = [engine.submit(_entering, embedding, tokens, title=title) for tokens in batches]
+    for i in range(parts.model.config.num_hidden_layers):
+        block = parts.block(i)
         for j, x in enumerate(states):  # one by one: two sets of hidden states are never in memory
-            states[j] = np.asarray(through(block, jax.device_put(x), rope))
+            states[j] = engine.submit(_leaving, block, rope, x, title=title)
+    engine.forget()
     return states
+
+
+def _entering(embedding: Embedding, tokens: np.ndarray) -> np.ndarray:
+    return np.asarray(embedded(embedding, tokens))
+
+
+def _leaving(block: Block, rope: Rope, x: np.ndarray) -> np.ndarray:
+    return np.asarray(through(block, jax.device_put(x), rope))
+
+
+def block_of(model: Llama, i: int, devices: int = 1, matrices: Mapping[str, Any] | None = None) -> Block:
+    """Block i of a model, all of its weights in memory, a copy on each of so many devices.
+
+    Args:
+        model: packed, on disk or in memory.
+        i: from 0.
+        devices: of this process.
+        matrices: local name -> a matrix with `dense()` that takes the place of its own.
+    """
+    if not matrices:
+        return line(devices).replicate(model.block(i))
+    copy = shallow_copy(model)
+    own = copy.model.layers[i].linears()
+    for name, matrix in matrices.items():
+        own[name].weight.set_value(_decoded(matrix, own[name].weight.get_value()))
+    return line(devices).replicate(copy.block(i))
+
+
+def _decoded(matrix: Any, before: Any) -> Array:
+    return jnp.asarray(matrix.dense()).astype(before.dtype)
+
+
+def _with_vocabulary(model: Llama, matrices: Mapping[str, Any]) -> Llama:
+    if not matrices:
+        return model
+    copy = shallow_copy(model)
+    own = copy.matrices()
+    for name, matrix in matrices.items():
+        own[name].weight.set_value(_decoded(matrix, own[name].weight.get_value()))
+    return copy
+
+
+def _top_of(model: Llama) -> Top:
+    return model.top().unpacked()
+
+
+def _replaced_top(model: Llama, matrices: Mapping[str, Any]) -> Top:
+    return _with_vocabulary(model, matrices).top().unpacked()
+
+
+def _embedding_of(model: Llama, matrices: Mapping[str, Any]) -> Embedding:
+    return _with_vocabulary(model, matrices).model.embed_tokens
+
+
+def rope_of(model: Llama, time: int, devices: int = 1) -> Rope:
+    """The angles of so many positions, a copy on each of so many devices."""
+    return line(devices).replicate(model.rope(time))
 
 
 AT_ONCE = 64  # positions whose logits are in memory: a product large enough for all cores, arrays small enough for their caches

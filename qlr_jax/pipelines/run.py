@@ -11,11 +11,13 @@ import numpy as np
 import allocators
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.lazy import Lazy, LazyMap
+from qlr_jax.core.lazy import Lazy, LazyMap, handle
 from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.solution import Solution
+from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.evaluation import Comparison, Reference
 from qlr_jax.models import Llama
+from qlr_jax.models.forward import Parts
 from qlr_jax.models.llama import shallow_copy
 from qlr_jax.pipelines.source import Source
 from qlr_jax.progress import Progress, silent
@@ -49,6 +51,7 @@ class Run:
         progress: where stages report how far they are.
         solver: "probe", "final", "control" or "sequential" -> what solves such matrices.
         note: is given by name what is known so far.
+        engine: where all other pieces run.
     """
 
     source: Source
@@ -57,6 +60,7 @@ class Run:
     progress: Progress = field(default_factory=silent)
     solver: Callable[[str], Solver] = lambda kind: solve_many
     note: Callable[..., None] = lambda **facts: None
+    engine: Engine = HERE
 
     @property
     def original(self) -> Llama:
@@ -97,6 +101,10 @@ class Candidate:
         """The compressed matrices, each taken from its solution when it is used."""
         return LazyMap(self.plan.specs, lambda name: self.solutions[name].value)
 
+    def parts(self, original: Llama) -> Parts:
+        """The original with these matrices in place of its own, as pieces are given it."""
+        return Parts(original, {name: Call(_matrix_of, (handle(self.solutions, name),)) for name in self.solutions})
+
     def model(self, original: Llama) -> Llama:
         """The original with these matrices decoded in place of its own."""
         return with_weights(original, self.matrices)
@@ -122,6 +130,10 @@ class Outcome:
     candidates: Mapping[str, Candidate]
     delivered: str
     refined: allocators.Refined | None = None
+
+
+def _matrix_of(solution: Solution) -> QLRMatrix:
+    return solution.value
 
 
 def with_weights(model: Llama, matrices: Mapping[str, QLRMatrix]) -> Llama:

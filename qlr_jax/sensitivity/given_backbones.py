@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import getitem
+from typing import Any
 
 import numpy as np
 
 from allocators import Option, OptionTable
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.objective import relative_error
 from qlr_jax.core.reconstruction import factors_only
 from qlr_jax.core.spec import Spec
+from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama
 from qlr_jax.progress import Progress
@@ -31,6 +33,7 @@ def measure_given(
     seed: int,
     method: str,
     progress: Progress,
+    engine: Engine = HERE,
 ) -> Sensitivity:
     """Damage of every rank on a given backbone Q, E = W − Q:
 
@@ -48,14 +51,22 @@ def measure_given(
         seed: of the subspace iterations, and of noise where the method draws it.
         method: one of `ATTRIBUTIONS`.
         progress: where stages go.
+        engine: where its pieces run.
     """
     largest = max((option.rank or 0 for row in table.rows for option in row.options), default=0)
-    errors = LazyMap(table.index, lambda name: np.asarray(statistics.weights[name]) - np.asarray(statistics.backbones[name]))
-    profiles = measured_profiles(errors, statistics, largest, config=config, seed=seed, progress=progress)
-    base = {name: _backbone_error(statistics, name) for name in errors}
+    pairs = {name: (statistics.weight(name), Call(getitem, (statistics.backbones, name))) for name in table.index}
+    errors = {name: Call(_difference, (weight, backbone)) for name, (weight, backbone) in pairs.items()}
+    profiles = measured_profiles(errors, statistics, largest, config=config, seed=seed, progress=progress, engine=engine)
+    metrics = statistics.hessians, statistics.outputs
+    asked = {
+        name: engine.submit(_backbone_error, *pair, metrics[0][name], metrics[1].get(name), title="spectra")
+        for name, pair in pairs.items()
+    }
+    base = dict(engine.results(asked))
     with progress.stage("sensitivity", total=len(errors)) as stage:
-        case = Case(model, LazyMap(errors, lambda n: -errors[n]), reference, statistics.hessians, statistics.outputs)
-        kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n)).kl
+        changes = {name: Call(_difference, (backbone, weight)) for name, (weight, backbone) in pairs.items()}
+        case = Case(model, changes, reference, *metrics)
+        kl = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n), engine=engine).kl
     coefficient = {n: kl[n] / base[n] ** 2 if base[n] > 0 else 0.0 for n in errors}
 
     def with_damage(name: str, option: Option) -> Option:
@@ -70,8 +81,11 @@ def measure_given(
     return measured_table(table, rows, matrices, method, config.state_bits)
 
 
-def _backbone_error(statistics: Statistics, name: str) -> float:
+def _difference(one: Any, other: Any) -> np.ndarray:
+    return np.asarray(one) - np.asarray(other)
+
+
+def _backbone_error(weight: Any, backbone: Any, hessian: np.ndarray, output: np.ndarray | None) -> float:
     """The relative error that a given backbone leaves."""
-    weight, backbone = (np.asarray(matrices[name])[None] for matrices in (statistics.weights, statistics.backbones))
-    output = statistics.outputs.get(name)
-    return float(relative_error(weight, backbone, statistics.hessians[name][None], None if output is None else output[None])[0])
+    given = np.asarray(weight)[None], np.asarray(backbone)[None]
+    return float(relative_error(*given, hessian[None], None if output is None else output[None])[0])

@@ -12,9 +12,10 @@ import numpy as np
 from allocators import Option, OptionTable, Row
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.lazy import LazyMap
+from qlr_jax.core.lazy import handle
 from qlr_jax.core.solver import Solution
 from qlr_jax.core.spec import Spec
+from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import Llama, is_linear, kind_of, layer_of
@@ -24,7 +25,7 @@ from qlr_jax.sensitivity.attribution import Case, attribute
 from qlr_jax.sensitivity.correction import Correction, correction_key
 from qlr_jax.sensitivity.offers import Bytes
 from qlr_jax.sensitivity.predict import Profile, predict, profile
-from qlr_jax.sensitivity.statistics import Matrix, Statistics, final_error
+from qlr_jax.sensitivity.statistics import Statistics, final_error
 from qlr_jax.sensitivity.vocabulary import row_errors, vocabulary_probe
 
 NOTED_COMPONENTS = 64  # of every spectrum, that a saved table carries
@@ -84,6 +85,7 @@ def measure(
     method: str,
     progress: Progress,
     solver: Callable[..., Mapping[tuple[str, str], Solution]] = solve_many,
+    engine: Engine = HERE,
 ) -> Sensitivity:
     """Measure every matrix a little, predict all of its options.
 
@@ -101,12 +103,13 @@ def measure(
         method: one of `ATTRIBUTIONS`.
         progress: where stages go.
         solver: `solve_many`, or what calls it.
+        engine: where all else runs.
     """
     offered = linear_offers(table)
     vocabulary = {row.name: [Spec.parse(option.spec) for option in row.options] for row in table.rows if row.name not in offered}
     largest = max((spec.rank for listed in offered.values() for spec in listed), default=0)
-    weights = LazyMap(offered, lambda name: statistics.weights[name])
-    profiles = measured_profiles(weights, statistics, largest, config=config, seed=seed, progress=progress)
+    weights = {name: statistics.weight(name) for name in offered}
+    profiles = measured_profiles(weights, statistics, largest, config=config, seed=seed, progress=progress, engine=engine)
     probes = {name: probe(listed) for name, listed in offered.items()}
     keys = anchors(offered, probes)
     probes |= {name: vocabulary_probe(listed) for name, listed in vocabulary.items()}
@@ -115,12 +118,16 @@ def measure(
         solved = solver(problems, seed=seed, config=search, on_done=lambda key, s: stage.advance(note=f"{key[0]} {s.summary()}"))
     errors = {key: final_error(solution) for key, solution in solved.items()}
     correction = _correction({key: errors[key] for key in keys}, profiles, search.state_bits)
-    of_rows = {name: _row_errors(statistics, name, listed, config, search, seed) for name, listed in vocabulary.items()}
+    asked = {
+        name: engine.submit(_row_errors, *_row_problem(statistics, name), listed, config, search, seed, title="probing")
+        for name, listed in vocabulary.items()
+    }
+    of_rows = dict(engine.results(asked))
     offered |= vocabulary
     with progress.stage("sensitivity", total=len(offered)) as stage:
-        changes = LazyMap(offered, lambda n: np.asarray(solved[n, probes[n]].value.dense()) - np.asarray(statistics.weights[n]))
+        changes = {n: Call(_change, (handle(solved, (n, probes[n])), statistics.weight(n))) for n in offered}
         case = Case(model, changes, reference, statistics.hessians, statistics.outputs)
-        attributed = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n))
+        attributed = attribute(method, case, seed=seed, on_done=lambda n: stage.advance(note=n), engine=engine)
     probed = {n: errors[n, probes[n]] for n in offered}
     coefficient = {n: attributed.kl[n] / probed[n] ** 2 if probed[n] > 0 else 0.0 for n in offered}
     exact = errors if config == search else {}  # the solves that would be made again are measured, all others predicted
@@ -144,41 +151,66 @@ def measure(
     return measured_table(table, rows, matrices, method, config.state_bits)
 
 
+def _change(solution: Solution, weight: Any) -> np.ndarray:
+    """ΔW of a solve."""
+    return np.asarray(solution.value.dense()) - np.asarray(weight)
+
+
+def _row_problem(statistics: Statistics, name: str) -> tuple[Any, ...]:
+    return statistics.weight(name), statistics.hessians[name], statistics.outputs[name]
+
+
 def _row_errors(
-    statistics: Statistics, name: str, specs: Sequence[Spec], config: SolverConfig, search: SolverConfig, seed: int
+    weight: Any,
+    hessian: np.ndarray,
+    row_weights: np.ndarray,
+    specs: Sequence[Spec],
+    config: SolverConfig,
+    search: SolverConfig,
+    seed: int,
 ) -> dict[str, float]:
-    weight, hessian, _, row_weights, _ = statistics.problem(name, "bf16")
-    assert row_weights is not None, "rows of a vocabulary are weighted"
     return row_errors(np.asarray(weight), hessian, row_weights, specs, config=config, search=search, seed=seed)
 
 
 def measured_profiles(
-    matrices: Mapping[str, Matrix], statistics: Statistics, max_rank: int, *, config: SolverConfig, seed: int, progress: Progress
+    matrices: Mapping[str, Any],
+    statistics: Statistics,
+    max_rank: int,
+    *,
+    config: SolverConfig,
+    seed: int,
+    progress: Progress,
+    engine: Engine = HERE,
 ) -> dict[str, Profile]:
     """The profile of every matrix.
 
     Args:
-        matrices: name -> what is approximated: W, or what a given backbone leaves of it.
+        matrices: name -> what stands for what is approximated: W, or what a given backbone leaves of it.
         statistics: H and G of each.
         max_rank: the largest rank that is offered.
         config: of the final solves.
         seed: of rotations.
         progress: where the stage goes.
+        engine: where each is made.
     """
-    profiles = {}
+    profiles: dict[str, Profile] = {}
+    settings = max_rank, seed, config.rotation_block, config.damping
+    metrics = statistics.hessians, statistics.outputs
     with progress.stage("spectra", total=len(matrices)) as stage:
-        for name, matrix in matrices.items():
-            profiles[name] = profile(
-                np.asarray(matrix),
-                statistics.hessians[name],
-                max_rank,
-                output=statistics.outputs.get(name),
-                seed=seed,
-                block=config.rotation_block,
-                damping=config.damping,
-            )
+        asked = {
+            name: engine.submit(_profile, matrices[name], metrics[0][name], metrics[1].get(name), *settings, title="spectra")
+            for name in matrices
+        }
+        for name, found in engine.results(asked):
+            profiles[name] = found
             stage.advance(note=name)
-    return profiles
+    return {name: profiles[name] for name in matrices}
+
+
+def _profile(
+    matrix: Any, hessian: np.ndarray, output: np.ndarray | None, max_rank: int, seed: int, block: int, damping: float
+) -> Profile:
+    return profile(np.asarray(matrix), hessian, max_rank, output=output, seed=seed, block=block, damping=damping)
 
 
 def _correction(errors: Mapping[tuple[str, str], float], profiles: Mapping[str, Profile], state_bits: int) -> Correction:

@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.calibration.backward import backward
+from qlr_jax.calibration.backward import Batch, State, backward, batches_of
+from qlr_jax.core.lazy import handle
 from qlr_jax.core.typing import Array
+from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
 from qlr_jax.models.forward import by_parts
-from qlr_jax.models.llama import Block, Rope, Top, shallow_copy
+from qlr_jax.models.llama import Block, Embedding, Rope, Top, shallow_copy
 from qlr_jax.models.products import exact_product
 
+TITLE = "sensitivity"  # of its pieces
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
 
 
-# one piece: its inner functions add to the shares of one pass
 def path_shares(
     model: Llama,
-    errors: Mapping[str, np.ndarray],
+    errors: Mapping[str, Any],
     reference: Reference,
     *,
     batch: int = 4,
     on_done: Callable[[int], None] | None = None,
+    engine: Engine = HERE,
 ) -> dict[str, float]:
     """Aumann-Shapley shares of KL(original ‖ all changed), nats a token; they add up to it.
 
@@ -43,66 +47,102 @@ def path_shares(
         reference: the original's log-probabilities.
         batch: windows in one backward pass.
         on_done: called with the number of windows that are newly done.
+        engine: where they go through blocks: where the reference was made.
 
     Source: Aumann and Shapley, Values of Non-Atomic Games (1974); for bits of layers: arXiv 2607.12266.
     """
-    names: dict[int, list[str]] = {i: [] for i in range(model.config.num_hidden_layers)}
+    windows, layers = reference.windows, model.config.num_hidden_layers
+    batches = batches_of(windows, min(batch, len(windows)))
+    names: dict[int, dict[str, Any]] = {i: {} for i in range(layers)}
     for name in filter(is_linear, errors):
-        names[layer_of(name)].append(name)
-    total, windows = dict.fromkeys(errors, 0.0), reference.windows
-    batch = min(batch, len(windows))
-    starts = range(0, len(windows), batch)
-    batches = [np.pad(rows := windows[s : s + batch], [(0, batch - len(rows)), (0, 0)]) for s in starts]
-    vocabulary = {name: jax.device_put(np.asarray(errors[name], np.float32)) for name in errors if not is_linear(name)}
+        i = layer_of(name)
+        names[i][name.removeprefix(f"model.layers.{i}.")] = handle(errors, name)
+    vocabulary = {name: handle(errors, name) for name in errors if not is_linear(name)}
     head = EMBEDDING if model.lm_head is None else HEAD
-
-    @lru_cache(maxsize=1)  # of one block at a time: errors may have to be read
-    def of_block(i: int) -> dict[str, Array]:
-        return {n.removeprefix(f"model.layers.{i}."): jax.device_put(np.asarray(errors[n], np.float32)) for n in names[i]}
-
-    def live(j: int) -> np.ndarray:
-        return np.arange(batch) < min(batch, len(windows) - starts[j])
-
-    def gradient(j: int, x: Array, top: Top) -> Array:
-        logp = np.pad(part := reference.logp[starts[j] : starts[j] + batch], [(0, batch - len(part)), (0, 0), (0, 0)])
-        pulled, share = _head_gradient(top, vocabulary.get(head), x, logp.astype(np.float32), live(j).astype(np.float32))
-        if head in vocabulary:
-            total[head] += float(share) / len(NODES)
-        return pulled
-
-    def pull_back(i: int, j: int, block: Block, at: float, x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
-        pulled, shares = _pull_back(block, of_block(i), at, x, rope, g)
-        if i == 0 and EMBEDDING in vocabulary:
-            moved = vocabulary[EMBEDDING][batches[j]] * model.model.embed_tokens.scale
-            total[EMBEDDING] += float(jnp.vdot(pulled, moved)) / len(NODES)
-        return pulled, shares
-
-    for last, node in zip((False, True), NODES, strict=True):
-        there = _with_vocabulary(model, vocabulary, node)
-        top = there.top()
+    of_block = {i: Call(_on_device, (own, vocabulary.get(EMBEDDING) if not i else None), kept=True) for i, own in names.items()}
+    of_head = Call(_head_error, (vocabulary[head],), kept=True) if head in vocabulary else None
+    at_head = [(reference.part(b.start, b.start + b.live), of_head) for b in batches]
+    found: list[tuple[int, int, Any]] = []
+    for node in NODES:
+        work = _Path(node, model.model.embed_tokens.scale)
+        ends = None
+        if vocabulary:
+            moved = model, vocabulary, node
+            ends = Call(_moved_embedding, moved, kept=True), Call(_moved_top, moved, kept=True)
+        last = node == NODES[-1]
         for i, j, shares in backward(
-            there,
-            batches,
-            lambda i, block, x, rope, at=node: _forward(block, of_block(i), at, x, rope),
-            lambda j, x, top=top: gradient(j, x, top),
-            lambda i, j, block, x, rope, g, at=node: pull_back(i, j, block, at, x, rope, g),
+            model, batches, work, beside=of_block.__getitem__, at_head=at_head, ends=ends, engine=engine, title=TITLE
         ):
-            for name, share in shares.items():
-                total[f"model.layers.{i}.{name}"] += float(share) / len(NODES)
+            found.append((i, j, shares))
             if on_done is not None and last and i == 0:
-                on_done(int(live(j).sum()))
+                on_done(batches[j].live)
+    total = dict.fromkeys(errors, 0.0)
+    for i, _, shares in found:
+        for name, share in engine.result(shares).items():
+            whole = name if name == EMBEDDING else head if i == layers else f"model.layers.{i}.{name}"
+            if whole in total:
+                total[whole] += share / len(NODES)
     return {name: share / windows.size for name, share in total.items()}
 
 
-def _with_vocabulary(model: Llama, errors: Mapping[str, Array], at: float) -> Llama:
-    """The model with `at` · ΔW added to its embedding and its head; itself where they do not change."""
-    if not errors:
-        return model
+@dataclass(frozen=True)
+class _Path:
+    """The work of a backward pass of ΣKL at one node (`calibration.backward.Work`).
+
+    Attributes:
+        node: how far all matrices are moved toward the changed ones.
+        scale: of the embedding.
+    """
+
+    node: float
+    scale: float
+
+    def forward(self, i: int, block: Block, beside: Any, rope: Rope, batch: Batch, state: State) -> State:
+        return replace(state, x=np.asarray(_forward(block, beside[0], self.node, jax.device_put(state.x), rope)))
+
+    def head(self, top: Top, batch: Batch, beside: tuple[Any, Any], state: State) -> tuple[State, dict[str, float]]:
+        logp, error = beside
+        rows, live = len(batch.tokens), (np.arange(len(batch.tokens)) < batch.live).astype(np.float32)
+        logp = np.pad(logp, [(0, rows - len(logp)), (0, 0), (0, 0)]).astype(np.float32)
+        pulled, share = _head_gradient(top, error, jax.device_put(state.x), logp, live)
+        return replace(state, x=np.asarray(pulled)), {"head": float(share)}
+
+    def pull_back(
+        self, i: int, block: Block, beside: Any, rope: Rope, batch: Batch, state: State, gradient: State
+    ) -> tuple[State, dict[str, float]]:
+        (errors, embedding), (x, g) = beside, jax.device_put((state.x, gradient.x))
+        pulled, found = _pull_back(block, errors, self.node, x, rope, g)
+        shares = {name: float(share) for name, share in found.items()}
+        if embedding is not None:
+            shares[EMBEDDING] = float(jnp.vdot(pulled, embedding[batch.tokens] * self.scale))
+        return replace(gradient, x=np.asarray(pulled)), shares
+
+
+def _on_device(errors: Mapping[str, Any], embedding: Any) -> tuple[dict[str, Array], Array | None]:
+    """The errors of one block by local name, and that of the embedding."""
+    placed = {name: jax.device_put(np.asarray(error, np.float32)) for name, error in errors.items()}
+    return placed, None if embedding is None else jax.device_put(np.asarray(embedding, np.float32))
+
+
+def _head_error(error: Any) -> Array:
+    return jax.device_put(np.asarray(error, np.float32))
+
+
+def _moved_embedding(model: Llama, errors: Mapping[str, Any], at: float) -> Embedding:
+    return _with_vocabulary(model, errors, at).model.embed_tokens
+
+
+def _moved_top(model: Llama, errors: Mapping[str, Any], at: float) -> Top:
+    return _with_vocabulary(model, errors, at).top()
+
+
+def _with_vocabulary(model: Llama, errors: Mapping[str, Any], at: float) -> Llama:
+    """The model with `at` · ΔW added to its embedding and its head."""
     copy = shallow_copy(model)
     for name, error in errors.items():
         weight = copy.matrices()[name].weight
         value = weight.get_value()
-        weight.set_value((value + at * error).astype(value.dtype))
+        weight.set_value((value + at * jax.device_put(np.asarray(error, np.float32))).astype(value.dtype))
     return copy
 
 

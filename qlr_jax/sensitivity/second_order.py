@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qlr_jax.core.lazy import handle
 from qlr_jax.core.typing import Array
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
 from qlr_jax.models import Llama
 from qlr_jax.models.llama import shallow_copy
 
+TITLE = "sensitivity"  # of its pieces
 SKETCH = 4096  # vocabularies beyond are folded to so many columns, signs at random: inner products stay right on the mean
 BATCH_BYTES = 500_000_000  # that the vectors of all matrices may take for one batch of windows
 
@@ -25,6 +29,7 @@ def second_order(
     windows: np.ndarray,
     *,
     on_done: Callable[[str], None] | None = None,
+    engine: Engine = HERE,
 ) -> dict[str, float]:
     """The part of the KL that each error causes alone, to second order, nats a token.
 
@@ -37,16 +42,23 @@ def second_order(
         errors: name -> ΔW (out, in).
         windows: token ids, (windows, time).
         on_done: called with a matrix's name whenever it is done for one batch of windows.
+        engine: where the batches go through the model.
 
     Raises:
         QLRError: a model that is packed or on disk.
     """
     total = dict.fromkeys(errors, 0.0)
-    for name, vector in logit_changes(model, errors, windows):
-        total[name] += float(np.sum(np.square(vector), dtype=np.float64))
-        if on_done is not None:
-            on_done(name)
+    given = {name: handle(errors, name) for name in errors}
+    for part in [engine.submit(_squares, model, given, *rows, title=TITLE) for rows in _batches(model, errors, windows)]:
+        for name, value in engine.result(part).items():
+            total[name] += value
+            if on_done is not None:
+                on_done(name)
     return {name: 0.5 * value / windows.size for name, value in total.items()}
+
+
+def _squares(model: Llama, errors: Mapping[str, np.ndarray], rows: np.ndarray, live: int) -> dict[str, float]:
+    return {name: float(np.sum(np.square(v), dtype=np.float64)) for name, v in _logit_changes(model, errors, rows, live)}
 
 
 def logit_changes(model: Llama, errors: Mapping[str, np.ndarray], windows: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
@@ -62,17 +74,25 @@ def logit_changes(model: Llama, errors: Mapping[str, np.ndarray], windows: np.nd
     Raises:
         QLRError: a model that is packed or on disk.
     """
+    for rows, live in _batches(model, errors, windows):
+        yield from _logit_changes(model, errors, rows, live)
+
+
+def _batches(model: Llama, errors: Mapping[str, Any], windows: np.ndarray) -> list[tuple[np.ndarray, int]]:
     if any(hasattr(lin.weight.get_value(), "dense") for lin in model.linears().values()):
         raise QLRError("second order needs the whole model in memory, unpacked; give attribution: path, or streaming: false")
-    tangents = {name: jnp.asarray(error, jnp.float32) for name, error in errors.items()}
     columns = min(model.config.vocab_size, SKETCH)
-    batch = max(1, min(len(windows), BATCH_BYTES // (4 * len(tangents) * windows.shape[1] * columns)))
-    for rows, live in batches(windows, batch):
-        tokens = jnp.asarray(rows)
-        for name in tangents:
-            chosen = {other: jnp.float32(other == name) for other in tangents}
-            vectors = _fisher_weighted(model, tokens, tangents, chosen, columns=columns)
-            yield name, np.asarray(vectors)[:live].reshape(-1)
+    batch = max(1, min(len(windows), BATCH_BYTES // (4 * len(errors) * windows.shape[1] * columns)))
+    return list(batches(windows, batch))
+
+
+def _logit_changes(model: Llama, errors: Mapping[str, np.ndarray], rows: np.ndarray, live: int) -> Iterator[tuple[str, np.ndarray]]:
+    tangents = {name: jnp.asarray(np.asarray(error), jnp.float32) for name, error in errors.items()}
+    columns = min(model.config.vocab_size, SKETCH)
+    for name in tangents:
+        chosen = {other: jnp.float32(other == name) for other in tangents}
+        vectors = _fisher_weighted(model, jnp.asarray(rows), tangents, chosen, columns=columns)
+        yield name, np.asarray(vectors)[:live].reshape(-1)
 
 
 @partial(jax.jit, static_argnames=("columns",))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import getitem
 
 import numpy as np
 
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.solver import Solution
+from qlr_jax.engine import Call
 
 Matrix = np.ndarray | Lazy
 """(out, in), in memory or read where it is used."""
@@ -32,6 +34,10 @@ class Statistics:
     hessians: Mapping[str, np.ndarray]
     outputs: Mapping[str, np.ndarray]
     backbones: Mapping[str, Matrix] = field(default_factory=dict)
+
+    def weight(self, name: str) -> Call:
+        """What stands for W in a piece."""
+        return Call(getitem, (self.weights, name))
 
     def problem(self, name: str, spec: str) -> SolveArguments:
         """One matrix to solve, as `solve_many` takes it: (W, H, spec, G or None, Q or None)."""

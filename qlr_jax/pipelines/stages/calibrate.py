@@ -11,6 +11,7 @@ from qlr_jax import calibration
 from qlr_jax.calibration import Corpus, RowMetric
 from qlr_jax.calibration.tokens import WANTED
 from qlr_jax.core.objective import checked_hessian
+from qlr_jax.engine import HERE, Engine, Here
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import Reference, reference
 from qlr_jax.pipelines.source import Source
@@ -23,7 +24,9 @@ Spill = Callable[[str], Callable[[str, np.ndarray], np.ndarray]]
 """kind -> (name, array) -> the same array, on disk."""
 
 
-def calibrate(source: Source, text: str | Corpus, progress: Progress, spill: Spill | None = None) -> tuple[Statistics, Reference]:
+def calibrate(
+    source: Source, text: str | Corpus, progress: Progress, spill: Spill | None = None, engine: Engine = HERE
+) -> tuple[Statistics, Reference]:
     """Hessians of inputs and outputs, and the original's log-probabilities on a part of the text.
 
     Sequences on which the original is not finite are left out of all of them, and named: `left_out` of both kinds of Hessians
@@ -32,23 +35,25 @@ def calibrate(source: Source, text: str | Corpus, progress: Progress, spill: Spi
     Args:
         text: of calibration.
         spill: puts Hessians on disk; used where the model streams.
+        engine: where the text goes through the model. Elsewhere than here, what stands for Hessians is returned.
 
     Raises:
         QLRError: too little text, more than 1 % of the sequences not finite, or logits that are not.
     """
     recipe, model, names = source.recipe, source.model, list(source.settings.matrices)
-    keep = spill if spill is not None and source.settings.streaming else lambda kind: lambda name, array: array
+    here = isinstance(engine, Here)
+    keep = spill if spill is not None and source.settings.streaming and here else lambda kind: lambda name, array: array
     tokens = calibration_tokens(source, text, progress.say)
     if recipe.hessians_from:
         sizes = {name: shape[1] for name, shape in source.settings.matrices.items()}
         hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
     else:
-        hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"))
+        hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"), engine)
         tokens = np.delete(tokens, list(hessians.left_out), axis=0)
-    outputs, sums = {}, calibration.VocabularySums(model) if source.settings.vocabulary else None
+    outputs, sums = {}, calibration.EndSums() if source.settings.vocabulary else None
     if recipe.outputs == "fisher":
-        if source.settings.outputs_fit or (source.settings.streaming and spill):
-            outputs = _output_hessians(source, tokens, progress, keep("outputs"), sums)
+        if source.settings.outputs_fit or (source.settings.streaming and spill) or not here:
+            outputs = _output_hessians(source, tokens, progress, keep("outputs"), sums, engine)
         else:
             needed, room = source.settings.output_bytes, OUTPUTS_SHARE * machine_memory()
             progress.say(
@@ -58,11 +63,16 @@ def calibrate(source: Source, text: str | Corpus, progress: Progress, spill: Spi
     if sums is not None:
         counts = np.bincount(tokens.reshape(-1), minlength=model.config.vocab_size)
         # the pass of the output Hessians, where there was one, has them too
-        found = sums.metrics(counts) if outputs else _vocabulary_metrics(source, tokens, counts, progress)
+        length = tokens.shape[1]
+        found = (
+            calibration.row_metrics(model, sums, counts, length, engine)
+            if outputs
+            else _vocabulary_metrics(source, tokens, counts, progress, engine)
+        )
         metrics = {name: found[name] for name in source.settings.vocabulary}
         hessians |= {name: checked_hessian(m.hessian, len(m.hessian)) for name, m in metrics.items()}
         outputs |= {name: m.row_weights for name, m in metrics.items()}
-    sample = reference(model, calibration.subsample(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES)
+    sample = reference(model, calibration.subsample(tokens, recipe.measure_tokens), max_bytes=REFERENCE_BYTES, engine=engine)
     if np.isnan(sample.perplexity):
         raise QLRError(
             "the original's logits on the calibration text are not finite, so that nothing can be compared with it; load it in "
@@ -83,7 +93,8 @@ def _output_hessians(
     tokens: np.ndarray,
     progress: Progress,
     keep: Callable[[str, Any], Any],
-    beside: calibration.VocabularySums | None,
+    ends: calibration.EndSums | None,
+    engine: Engine,
 ) -> Any:
     recipe = source.recipe
     with progress.stage("calibrating: outputs", total=source.model.config.num_hidden_layers) as stage:
@@ -93,20 +104,28 @@ def _output_hessians(
             list(source.settings.matrices),
             seed=recipe.seed,
             progress=stage.advance,
-            keep=lambda name, g: keep(name, checked_hessian(g, len(g), "outputs")),
-            beside=beside,
+            keep=lambda name, g: keep(name, engine.submit(_checked_output, g)),
+            ends=ends,
+            engine=engine,
         )
     if outputs.left_out:
         progress.say(f"calibrating: outputs: {outputs.summary()}")
     return outputs
 
 
-def _vocabulary_metrics(source: Source, tokens: np.ndarray, counts: np.ndarray, progress: Progress) -> dict[str, RowMetric]:
+def _checked_output(g: np.ndarray) -> np.ndarray:
+    return checked_hessian(g, len(g), "outputs")
+
+
+def _vocabulary_metrics(
+    source: Source, tokens: np.ndarray, counts: np.ndarray, progress: Progress, engine: Engine
+) -> dict[str, RowMetric]:
     """The metrics of embedding and head in a pass of their own, on as much text as they need."""
     recipe, config = source.recipe, source.model.config
     sample = calibration.subsample(tokens, vocabulary_tokens(config, recipe))
     with progress.stage("calibrating: vocabulary", total=config.num_hidden_layers) as stage:
-        return calibration.vocabulary_metrics(source.model, sample, counts=counts, seed=recipe.seed, progress=stage.advance)
+        how = {"counts": counts, "seed": recipe.seed, "progress": stage.advance, "engine": engine}
+        return calibration.vocabulary_metrics(source.model, sample, **how)
 
 
 def calibration_tokens(source: Source, text: str | Corpus, say: Callable[[str], None] = lambda line: None) -> np.ndarray:

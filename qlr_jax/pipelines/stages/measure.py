@@ -15,7 +15,8 @@ def measure(run: Run) -> sensitivity.Sensitivity:
     known = run.original, run.statistics, run.reference, run.source.prices
     config = run.settings.solver
     if run.source.backbones:
-        return sensitivity.measure_given(*known, config=config, seed=recipe.seed, method=method, progress=progress)
+        how = {"config": config, "seed": recipe.seed, "method": method, "progress": progress, "engine": run.engine}
+        return sensitivity.measure_given(*known, **how)
     return sensitivity.measure(
         *known,
         config=config,
@@ -24,4 +25,5 @@ def measure(run: Run) -> sensitivity.Sensitivity:
         method=method,
         progress=progress,
         solver=run.solver("probe"),
+        engine=run.engine,
     )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import allocators
 from allocators.strategies import DEFAULT
-from qlr_jax.core.lazy import LazyMap
+from qlr_jax.core.lazy import LazyMap, handle
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import Comparison, divergence
 from qlr_jax.models import is_linear, kind_of, layer_of
-from qlr_jax.pipelines.run import Candidate, Run, with_weights
+from qlr_jax.pipelines.run import Candidate, Run
 from qlr_jax.pipelines.stages.solve import solutions_of
 from qlr_jax.run.workspace import Key
 
@@ -30,7 +31,7 @@ def refine(
     measured: dict[tuple[tuple[str, str], ...], Comparison] = {}
     for candidate in known.values():
         assert candidate.calibration is not None, "candidates are measured before they are refined"
-        solved.update(LazyMap(candidate.plan.specs.items(), lambda key, c=candidate: c.solutions[key[0]]))
+        solved.update(LazyMap(candidate.plan.specs.items(), _Solved(candidate.solutions)))
         measured[tuple(candidate.plan.specs.items())] = candidate.calibration
 
     def measure(specs: Mapping[str, str]) -> float:
@@ -38,8 +39,8 @@ def refine(
         if key not in measured:
             missing = {item: run.statistics.problem(*item) for item in specs.items() if item not in solved}
             solved.update(run.solver("final")(missing, seed=run.recipe.seed, config=run.settings.solver))
-            matrices = LazyMap(specs, lambda name: solved[name, specs[name]].value)
-            measured[key] = divergence(with_weights(run.original, matrices), run.reference)
+            trial = Candidate(known[DEFAULT].plan, solutions_of(specs, solved))
+            measured[key] = divergence(trial.parts(run.original), run.reference, engine=run.engine)
         return measured[key].kl
 
     groups: dict[str, set[str]] = {}
@@ -67,3 +68,16 @@ def refine(
     plan = dataclasses.replace(found.allocation, baselines=start.baselines)
     better = Candidate(plan, solutions_of(plan.specs, solved), measured[tuple(plan.specs.items())])
     return {**candidates, DEFAULT: better}, found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solved:
+    """What a candidate has solved, by matrix and spec."""
+
+    solutions: Mapping[str, Solution]
+
+    def __call__(self, key: Key) -> Solution:
+        return self.solutions[key[0]]
+
+    def stands_for(self, key: Key) -> Any:
+        return handle(self.solutions, key[0])

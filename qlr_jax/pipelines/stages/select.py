@@ -10,13 +10,13 @@ from allocators.strategies import DEFAULT, STRATEGIES, delivered
 from qlr_jax import calibration, evaluation
 from qlr_jax.calibration import Corpus
 from qlr_jax.evaluation import Comparison
-from qlr_jax.models import Llama
+from qlr_jax.models.forward import Parts
 from qlr_jax.pipelines.run import Candidate, Run
 
 
 def evaluate_on_calibration(run: Run, candidates: Mapping[str, Candidate]) -> dict[str, Candidate]:
     """The candidates with their KL on calibration text."""
-    compare = lambda model: evaluation.divergence(model, run.reference)  # noqa: E731
+    compare = lambda parts: evaluation.divergence(parts, run.reference, engine=run.engine)  # noqa: E731
     return _evaluated(run, candidates, "evaluating on calibration text", "calibration", "calibration_kl", compare)
 
 
@@ -34,13 +34,13 @@ def held_out_rows(run: Run, text: str | Corpus, say: Callable[[str], None] = lam
 def evaluate_held_out(run: Run, candidates: Mapping[str, Candidate], text: str | Corpus) -> dict[str, Candidate]:
     """The candidates with their perplexity and KL on held-out text."""
     rows = calibration.subsample(held_out_rows(run, text, run.progress.say), run.recipe.evaluation_tokens)
-    original = evaluation.run_windows(run.original, rows)  # once for all candidates
-    compare = lambda model: evaluation.compare(original, model, rows)  # noqa: E731
+    original = evaluation.run_windows(run.original, rows, engine=run.engine)  # once for all candidates
+    compare = lambda parts: evaluation.compare(original, parts, rows, engine=run.engine)  # noqa: E731
     return _evaluated(run, candidates, "evaluating on held-out text", "held_out", "kl", compare)
 
 
 def _evaluated(
-    run: Run, candidates: Mapping[str, Candidate], title: str, part: str, known_as: str, compare: Callable[[Llama], Comparison]
+    run: Run, candidates: Mapping[str, Candidate], title: str, part: str, known_as: str, compare: Callable[[Parts], Comparison]
 ) -> dict[str, Candidate]:
     found: dict[str, Candidate] = {}
     measured: dict[int, Comparison] = {}  # by the solutions, which plans of the same specs share
@@ -48,7 +48,7 @@ def _evaluated(
         for name, candidate in candidates.items():
             which = id(candidate.solutions)
             if which not in measured:
-                measured[which] = compare(candidate.model(run.original))
+                measured[which] = compare(candidate.parts(run.original))
             found[name] = candidate.replace(**{part: measured[which]})
             run.note(**{known_as: {other: getattr(done, part).kl for other, done in found.items()}})
             stage.advance(note=name)

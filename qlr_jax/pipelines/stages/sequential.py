@@ -50,7 +50,7 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Can
         found = _solve_blocks(run, linear, calibration_tokens(run.source, text), solved, behind.embed)
     found.update({(name, specs[name]): solution for name, solution in vocabulary.items()})
     again = Candidate(candidate.plan, solutions_of(specs, found))
-    again = again.replace(calibration=divergence(again.model(run.original), run.reference))
+    again = again.replace(calibration=divergence(again.parts(run.original), run.reference, engine=run.engine))
     message = f"solved in sequence the KL on the calibration text is {again.kl:.5f}, before {candidate.kl:.5f}"
     run.progress.say(message + (": kept" if again.kl < candidate.kl else ": not kept"))
     return again if again.kl < candidate.kl else candidate

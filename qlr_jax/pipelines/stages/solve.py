@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import allocators
 from allocators.strategies import DEFAULT
-from qlr_jax.core.lazy import LazyMap
+from qlr_jax.core.lazy import LazyMap, handle
 from qlr_jax.core.solution import Solution
 from qlr_jax.pipelines.run import Candidate, Run
 from qlr_jax.run.workspace import Key
@@ -45,4 +47,16 @@ def _solved(run: Run, kind: str, wanted: Mapping[Key, None]) -> Mapping[Key, Sol
 
 def solutions_of(specs: Mapping[str, str], solved: Mapping[Key, Solution]) -> LazyMap[str, Solution]:
     """The solutions of one plan's specs by matrix, each looked up when it is used."""
-    return LazyMap(specs, lambda name: solved[name, specs[name]])
+    return LazyMap(specs, _Named(specs, solved))
+
+
+@dataclass(frozen=True)
+class _Named:
+    specs: Mapping[str, str]
+    solved: Mapping[Key, Solution]
+
+    def __call__(self, name: str) -> Solution:
+        return self.solved[name, self.specs[name]]
+
+    def stands_for(self, name: str) -> Any:
+        return handle(self.solved, (name, self.specs[name]))
