@@ -39,6 +39,19 @@ class Call:
     kept: bool = False
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """What every machine makes once and keeps: the model.
+
+    Attributes:
+        name: which of them.
+        call: what makes it.
+    """
+
+    name: str
+    call: Call = field(compare=False)
+
+
 class Engine(Protocol):
     """Runs pieces.
 
@@ -47,6 +60,11 @@ class Engine(Protocol):
     """
 
     ahead: int
+
+    @property
+    def status(self) -> str:
+        """How many pieces are done and running, where that is worth saying; else empty."""
+        ...
 
     def submit(self, function: Callable[..., Any], *arguments: Any, title: str = "") -> Any:
         """What stands for `function(*arguments)`.
@@ -74,17 +92,30 @@ class Engine(Protocol):
         """Let go what `Call.kept` has kept."""
         ...
 
+    def share(self, value: Any, call: Any) -> None:
+        """Let an object be made anew where pieces run, wherever it stands among their arguments."""
+        ...
+
+    def share_items(self, mapping: Mapping[str, Any]) -> None:
+        """The same for the values of a shared mapping."""
+        ...
+
 
 @dataclass
 class Maker:
     """Makes the arguments of pieces; of each function of a `Call` it keeps what was made last, where that is to be kept."""
 
     _kept: dict[Any, tuple[tuple[Any, ...], Any]] = field(default_factory=dict)
+    _pinned: dict[str, Any] = field(default_factory=dict)
 
     def made(self, value: Any) -> Any:
         """The value with every `Call` in it replaced by what it makes."""
         if isinstance(value, Call):
             return self._call(value)
+        if isinstance(value, Pinned):
+            if value.name not in self._pinned:
+                self._pinned[value.name] = self._call(value.call)
+            return self._pinned[value.name]
         if type(value) in (list, tuple):
             return type(value)(map(self.made, value))
         if type(value) is dict:
@@ -117,13 +148,13 @@ def _same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(_same, one, other))
     if type(one) is dict:
         return list(one) == list(other) and all(_same(one[key], other[key]) for key in one)
-    return type(one) in (int, str, bool, float) and one == other
+    return type(one) in (int, str, bool, float, Pinned) and one == other
 
 
 class Here:
     """Runs every piece at once, in this process."""
 
-    ahead = 0
+    ahead, status = 0, ""
 
     def __init__(self) -> None:
         self._maker = Maker()
@@ -143,6 +174,12 @@ class Here:
 
     def forget(self) -> None:
         self._maker.forget()
+
+    def share(self, value: Any, call: Any) -> None:
+        pass  # it is here
+
+    def share_items(self, mapping: Mapping[str, Any]) -> None:
+        pass
 
 
 HERE = Here()

@@ -8,17 +8,17 @@ from typing import Any
 
 import allocators
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.engine import HERE
 from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.pipelines import stages
 from qlr_jax.pipelines.evaluate import evaluate
 from qlr_jax.pipelines.inspect import inspect
 from qlr_jax.pipelines.measure import sensitivity
 from qlr_jax.pipelines.run import Outcome, Run
-from qlr_jax.pipelines.source import machine_notes, open_source, saved_table
+from qlr_jax.pipelines.source import machine_notes, open_source, saved_table, share
 from qlr_jax.pipelines.texts import Files, Texts
 from qlr_jax.progress import Progress
 from qlr_jax.run.facts import job_facts
-from qlr_jax.run.processes import Cluster
 from qlr_jax.run.session import Session
 from qlr_jax.sensitivity import Sensitivity
 from qlr_jax.settings.constraints import Constraints
@@ -28,7 +28,7 @@ from qlr_jax.settings.recipe import DEMO, Recipe
 
 @dataclass(frozen=True)
 class JobResult:
-    """Where the compressed model lies, and what report.json holds; of a process that only assists, how many matrices it solved."""
+    """Where the compressed model lies, and what report.json holds."""
 
     out: Path
     report: dict[str, Any]
@@ -46,7 +46,7 @@ def compress(
     table: allocators.OptionTable | None = None,
     constraints: Constraints | None = None,
     resume: bool = False,
-    cluster: Cluster | None = None,
+    cluster: Any = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> JobResult:
@@ -67,8 +67,8 @@ def compress(
         constraints: locks and ties.
         resume: go on with a job that was interrupted, where `out` holds one of the same recipe, model and texts: what it has
             finished is not done again, and the result is that of a job that nothing interrupted.
-        cluster: what `run.processes.join` returned, where several processes work on this job; each calls this with the same
-            arguments, process 0 returns the report and the others how many matrices they solved.
+        cluster: a Dask cluster whose workers do the work: `tcp://scheduler:8786`, `local:4` for so many processes here, a scheduler
+            file, or a `distributed.Client` (docs/clusters.md). The bytes that are left are those of this process alone.
         progress, command: where to say how far the job is, and what was typed, for the report.
 
     Raises:
@@ -85,11 +85,12 @@ def demo(
     budget: str | None = None,
     recipe: Recipe | None = None,
     resume: bool = False,
+    cluster: Any = None,
     progress: Progress | None = None,
     command: str = "qlr demo",
 ) -> JobResult:
     """`compress` on the bundled model, calibrated and evaluated on the standard library's text of this machine."""
-    session = Session(out, command, resume, progress=progress, sources=[BUNDLED])
+    session = Session(out, command, resume, cluster, progress, sources=[BUNDLED])
     return _job(BUNDLED, Recipe.of(recipe or DEMO, budget), Texts.standard_library(), session, None, Constraints())
 
 
@@ -114,15 +115,15 @@ def _job(
             budget.on(constraints.on(source.prices if table is None else table))
         contents = texts.calibration.content, texts.held_out.content if texts.held_out else ""
         facts = job_facts(source.identity, source.model.config, recipe, *contents, table, constraints)
-        if session.assists:  # a process that only solves for process 0
-            return JobResult(session.out, session.assist(facts, source.weights, source.backbones))
         notes = [*source.notes, *texts.notes, *machine_notes(source)]
         session.begin(facts, {"model": source.name, "budget": recipe.budget, "target": recipe.target}, notes)
 
-        with session.stage("calibrate"), stages.compiling_ahead(source, wanted=table is None and not session.resume):
-            statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill)
-            session.publish(statistics)
-        run = Run(source, statistics, reference, session.progress, session.solver, session.note)
+        share(source, session.engine)
+
+        wanted = table is None and not session.resume and session.engine is HERE
+        with session.stage("calibrate"), stages.compiling_ahead(source, wanted):
+            statistics, reference = stages.calibrate(source, texts.calibration, session.progress, session.spill, session.engine)
+        run = Run(source, statistics, reference, session.progress, session.solver, session.note, session.engine)
 
         with session.stage("measure"):
             found = Sensitivity(session.table(lambda: stages.measure(run).table) if table is None else table)

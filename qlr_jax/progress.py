@@ -76,6 +76,11 @@ def logged(progress: Progress, write: Callable[[str], None]) -> Progress:
     return _Logged(progress, write)
 
 
+def with_status(progress: Progress, status: Callable[[], str]) -> Progress:
+    """What `progress` shows, every note followed by what `status` says just then, where it says something."""
+    return _WithStatus(progress, status)
+
+
 def duration(seconds: float) -> str:
     """A span of time as people say it.
 
@@ -242,3 +247,24 @@ class _LoggedStage:
             now = time.monotonic()
             self._log(f"{self._title}: {note}, {now - self._last:.1f} s")  # of several that end together, the first has it
             self._last = now
+
+
+class _WithStatus:
+    def __init__(self, shown: Progress, status: Callable[[], str]):
+        self._shown, self._status = shown, status
+
+    def say(self, line: str) -> None:
+        self._shown.say(line)
+
+    @contextmanager
+    def stage(self, title: str, total: int | None = None) -> Iterator[Stage]:
+        with self._shown.stage(title, total) as stage:
+            yield _WithStatusStage(stage, self._status)
+
+
+class _WithStatusStage:
+    def __init__(self, shown: Stage, status: Callable[[], str]):
+        self._shown, self._status = shown, status
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self._shown.advance(count, " · ".join(filter(None, (note, self._status()))))

@@ -2,4 +2,5 @@
 
 from qlr_jax.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a cluster starts here import this too
+    main()

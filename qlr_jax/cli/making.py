@@ -13,6 +13,7 @@ from qlr_jax.cli.options import (
     BudgetText,
     Calibration,
     Chat,
+    Cluster,
     CompileCache,
     Controls,
     Exclude,
@@ -45,6 +46,7 @@ def demo(
     budget: Annotated[str, typer.Option("--budget", help="Bits per weight of the compressed layers.")] = "2.25bpw",
     controls: Controls = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a demo that was interrupted.")] = False,
+    cluster: Cluster = None,
     compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
@@ -63,7 +65,8 @@ def demo(
 
         recipe = DEMO.updated(**gathered(None, controls=controls))
         shown = progress.choose(as_json)
-        show_job(job.demo(out, budget=budget, recipe=recipe, resume=resume, progress=shown, command=command()), as_json)
+        settings = {"recipe": recipe, "resume": resume, "cluster": cluster, "progress": shown, "command": command()}
+        show_job(job.demo(out, budget=budget, **settings), as_json)
 
 
 # The options of a command are its signature, and its help is its docstring: nothing here would be clearer apart.
@@ -114,12 +117,10 @@ def compress(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was interrupted; what it finished is not done again.")
     ] = False,
-    coordinator: Annotated[
-        str | None,
-        typer.Option("--coordinator", metavar="HOST:PORT", help="Of process 0, where several processes share this job."),
-    ] = None,
-    processes: Annotated[int | None, typer.Option("--processes", min=1, help="How many share it.")] = None,
-    process: Annotated[int | None, typer.Option("--process", min=0, help="Which of them this is, from 0.")] = None,
+    cluster: Cluster = None,
+    coordinator: Annotated[str | None, typer.Option("--coordinator", hidden=True)] = None,
+    processes: Annotated[int | None, typer.Option("--processes", hidden=True)] = None,
+    process: Annotated[int | None, typer.Option("--process", hidden=True)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what the job would need, as qlr plan does.")] = False,
     force: Force = False,
     compile_cache: CompileCache = None,
@@ -130,9 +131,8 @@ def compress(
     OUT holds the packed weights, the recipe, report.json and report.html. While the job is under way OUT/job holds what is
     finished: after an interruption the same command with --resume goes on from there.
 
-    Several machines that all see MODEL and OUT share a job: the same command on each, with --coordinator, --processes and its own
-    --process. Process 0 calibrates, measures and writes; matrices are solved by all. If one is lost the job ends, what is solved is
-    kept, and --resume goes on with as many as there are.
+    Many machines share a job with --cluster: what it leaves are the bytes of one machine's. A worker that is lost costs its part of
+    the work, and a scheduler that is lost ends the job, with which --resume goes on.
 
     \b
     Example:
@@ -142,7 +142,7 @@ def compress(
         qlr compress path/to/llama small --budget 3bpw --calibration text.txt --table measured --lock '*v_proj=trellis-4'
         qlr compress path/to/llama small --budget 4bpw --calibration text.txt --target gguf
         qlr compress path/to/llama small --budget 0.3bpw --calibration text.txt --backbone-from path/to/llama-gptq-dense
-        qlr compress path/to/llama small --budget 2bpw --calibration text.txt --coordinator 10.0.0.1:9911 --processes 4 --process 2
+        qlr compress path/to/llama small --budget 2bpw --calibration text.txt --cluster tcp://10.0.0.1:8786
     """
     with computing(as_json, compile_cache):
         from qlr_jax.settings.recipe import Recipe, gathered
@@ -166,15 +166,18 @@ def compress(
         if "budget" not in settings:
             raise QLRError("no budget is given; pass --budget, e.g. --budget 2.25bpw, or name it in the recipe")
         chosen = Recipe(**settings)
+        if (coordinator, processes, process) != (None, None, None):
+            raise QLRError(
+                "--coordinator, --processes and --process are no more; start a Dask scheduler and workers, and give --cluster "
+                "tcp://HOST:PORT (docs/clusters.md), or --cluster local:N for N processes of this machine"
+            )
         if dry_run:
-            return show_plan(model, chosen, None, processes or 1, out, as_json)
+            return show_plan(model, chosen, None, 1, out, as_json)
 
         from qlr_jax import job, progress
         from qlr_jax.pipelines.allocate import read_table
-        from qlr_jax.run import processes as distributed
         from qlr_jax.settings.constraints import Constraints
 
-        cluster = distributed.join(out, coordinator, processes, process)
         saved = read_table(table) if table else None
         result = job.compress(
             model,
@@ -273,6 +276,7 @@ def sensitivity(
     ] = None,
     target: Target = None,
     hessians: HessiansFrom = None,
+    cluster: Cluster = None,
     force: Force = False,
     compile_cache: CompileCache = None,
     as_json: AsJson = False,
@@ -314,6 +318,7 @@ def sensitivity(
             chat=chat,
             recipe=chosen,
             matrix=matrix,
+            cluster=cluster,
             progress=progress.choose(as_json),
             command=command(),
         )
@@ -345,8 +350,6 @@ def show_job(result: JobResult, as_json: bool) -> None:
     """A finished job: the report, where it lies, how to load the model."""
     if as_json:
         return show({"out": str(result.out), **result.report}, True, str)
-    if "solved" in result.report:
-        return typer.echo(f"solved {result.report['solved']} matrices for process 0, which writes {result.out}")
     from qlr_jax.report import summary
 
     out = result.out

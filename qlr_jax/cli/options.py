@@ -94,6 +94,14 @@ Compressed = Annotated[
     Path, typer.Argument(parser=given, metavar="OUT", help="Folder of a compressed model, made by qlr compress or qlr demo.")
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="YAML of settings; options win over it.")]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="WHERE",
+        help="Workers of a Dask cluster that share the work: tcp://SCHEDULER:8786, a scheduler's file, or local:N for N processes.",
+    ),
+]
 Force = Annotated[bool, typer.Option("--force", help="Accept less calibration text than a matrix has inputs.")]
 Include = Annotated[
     list[str] | None, typer.Option("--include", metavar="PATTERN", help="Only such linear layers, e.g. '*.mlp.*'; may repeat.")

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qlr_jax.cli.options import AsJson, Chat, CompileCache, Compressed, HeldOut, IgnoreConfig, Original, Windows, given
+from qlr_jax.cli.options import AsJson, Chat, Cluster, CompileCache, Compressed, HeldOut, IgnoreConfig, Original, Windows, given
 from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
@@ -42,6 +42,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="Documents of a task, at most.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Windows or requests at a time, at most.")] = 8,
+    cluster: Cluster = None,
     compile_cache: CompileCache = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,6 +73,7 @@ def evaluate(
             task_path=task_path,
             limit=limit,
             batch=batch,
+            cluster=cluster,
         )
         show(result, as_json, report.evaluation)
 

@@ -1,17 +1,21 @@
 """How far a compressed model's hidden states have drifted from the original's, after every block."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
-from qlr_jax.models.forward import through
+from qlr_jax.models.forward import Parts, entering, leaving
 from qlr_jax.models.llama import Llama
 from qlr_jax.progress import Stage
+
+TITLE = "comparing hidden states"  # of its pieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,8 @@ def drift(
     windows: Int[np.ndarray, "windows length"],
     batch: int = 1,
     progress: Stage | None = None,
+    *,
+    engine: Engine = HERE,
 ) -> Drift:
     """Run both models side by side, block by block, each on its own hidden states.
 
@@ -52,6 +58,7 @@ def drift(
         windows: tokens, (windows, length).
         batch: windows of one pass.
         progress: advanced block by block.
+        engine: where the windows go through both.
 
     Raises:
         QLRError: the two models differ in their layers or in their width.
@@ -69,25 +76,30 @@ def drift(
             f"the models differ: {shapes[0][0]} layers of width {shapes[0][1]} and {shapes[1][0]} of {shapes[1][1]}; "
             "give a compressed model of this original"
         )
-    models, rows = (original, compressed), list(batches(windows, batch))
-    ropes = [model.rope(windows.shape[1]) for model in models]
-    states = [[np.asarray(model.embed(jnp.asarray(tokens))) for model in models] for tokens, _ in rows]
+    models, rows = [Parts.of(original), Parts.of(compressed)], list(batches(windows, batch))
+    ropes = [parts.rope(windows.shape[1]) for parts in models]
+    states = [[engine.submit(entering, parts.embedding(), tokens, title=TITLE) for parts in models] for tokens, _ in rows]
 
-    def total() -> float:
-        """Over all tokens."""
-        return sum(float(np.asarray(_ratio(x, y), np.float64)[:live].sum()) for (x, y), (_, live) in zip(states, rows, strict=True))
+    def total() -> list[Any]:
+        """Over all tokens of each batch."""
+        return [engine.submit(_ratios, *pair, live, title=TITLE) for pair, (_, live) in zip(states, rows, strict=True)]
 
     sums = [total()]
     for i in range(shapes[0][0]):
-        for k, model in enumerate(models):
-            block = model.block(i)
+        for k, parts in enumerate(models):
+            block = parts.block(i)
             for pair in states:
-                pair[k] = np.asarray(through(block, jnp.asarray(pair[k]), ropes[k]))
+                pair[k] = engine.submit(leaving, block, ropes[k], pair[k], title=TITLE)
         sums.append(total())
         if progress is not None:
             progress.advance()
-    means = np.array(sums) / windows.size
+    engine.forget()
+    means = np.array([sum(engine.result(part) for part in parts) for parts in sums]) / windows.size
     return Drift(float(means[0]), tuple(map(float, means[1:])), int(windows.size))
+
+
+def _ratios(x: np.ndarray, y: np.ndarray, live: int) -> float:
+    return float(np.asarray(_ratio(x, y), np.float64)[:live].sum())
 
 
 @jax.jit

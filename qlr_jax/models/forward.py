@@ -83,20 +83,22 @@ def last_states(
     for tokens in batches:
         check_tokens(tokens, parts.model.config.vocab_size)
     embedding, rope = parts.embedding(), parts.rope(batches[0].shape[1])
-    states = [engine.submit(_entering, embedding, tokens, title=title) for tokens in batches]
+    states = [engine.submit(entering, embedding, tokens, title=title) for tokens in batches]
     for i in range(parts.model.config.num_hidden_layers):
         block = parts.block(i)
         for j, x in enumerate(states):  # one by one: two sets of hidden states are never in memory
-            states[j] = engine.submit(_leaving, block, rope, x, title=title)
+            states[j] = engine.submit(leaving, block, rope, x, title=title)
     engine.forget()
     return states
 
 
-def _entering(embedding: Embedding, tokens: np.ndarray) -> np.ndarray:
+def entering(embedding: Embedding, tokens: np.ndarray) -> np.ndarray:
+    """The hidden states that enter the first block, on the host."""
     return np.asarray(embedded(embedding, tokens))
 
 
-def _leaving(block: Block, rope: Rope, x: np.ndarray) -> np.ndarray:
+def leaving(block: Block, rope: Rope, x: np.ndarray) -> np.ndarray:
+    """Those that leave a block, on the host."""
     return np.asarray(through(block, jax.device_put(x), rope))
 
 

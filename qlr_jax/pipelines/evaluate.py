@@ -12,6 +12,7 @@ import numpy as np
 
 from qlr_jax import calibration, evaluation
 from qlr_jax.calibration import Corpus
+from qlr_jax.engine import Call, Engine, Pinned
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load
@@ -20,6 +21,7 @@ from qlr_jax.models.bundled import BUNDLED
 from qlr_jax.paths import local
 from qlr_jax.pipelines.original import find_original, load_original
 from qlr_jax.progress import Progress, silent
+from qlr_jax.run.session import on_cluster
 from qlr_jax.settings.resolved import sequence_length
 
 DRIFT_TOKENS = 32_768  # the mean over tokens has settled long before
@@ -41,6 +43,7 @@ def evaluate(
     batch: int = 8,
     ignore_config: Sequence[str] = (),
     chat: bool = False,
+    cluster: Any = None,
 ) -> dict[str, Any]:
     """How good a compressed folder is beside its original: on a text, on zero-shot tasks, or on both.
 
@@ -57,6 +60,7 @@ def evaluate(
         batch: windows or requests at a time, at most; fewer where logits would take more than 1 GB.
         ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
         chat: apply the tokenizer's chat template to the text (`calibration.Corpus`).
+        cluster: where the windows of the text go through both models, as for `compress`.
 
     Returns:
         The fields of `evaluation.Comparison` and perplexity_ratio; intervals (95 %, windows resampled) by the same names; worst
@@ -90,7 +94,10 @@ def evaluate(
         length, vocabulary = sequence_length(compressed.config, window), compressed.config.vocab_size
         whole = evaluation.cut_corpus(corpus, tokenizer, length, vocabulary, say if window is None else None)
         rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
-        result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress)
+        with on_cluster(cluster, progress) as engine:
+            engine.share(compressed, Pinned("compressed", Call(_compressed, (str(local(out)),))))
+            engine.share(uncompressed, Pinned("original", Call(_original, (str(local(out)), base, tuple(ignore_config)))))
+            result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress, engine)
         result |= _protocol(out, tokenizer, whole, rows, chat) | {"notes": notes}
     if tasks:
         settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
@@ -98,19 +105,34 @@ def evaluate(
     return result
 
 
+def _compressed(out: str) -> Llama:
+    return load(out).densified()
+
+
+def _original(out: str, base: Any, ignored: tuple[str, ...]) -> Llama:
+    return load_original(out, base, load(out).config, ignored, lambda line: None)
+
+
 def _on_text(
-    original: Llama, compressed: Llama, tokenizer: Any, rows: np.ndarray, drift: bool, batch: int, progress: Progress
+    original: Llama,
+    compressed: Llama,
+    tokenizer: Any,
+    rows: np.ndarray,
+    drift: bool,
+    batch: int,
+    progress: Progress,
+    engine: Engine,
 ) -> dict[str, Any]:
     size = fitting_batch(compressed.config.vocab_size, rows.shape[1], batch)
     with progress.stage(f"evaluating {rows.size} tokens"):
-        found = evaluation.positions(original, compressed, rows, size)
+        found = evaluation.positions(original, compressed, rows, size, engine=engine)
     figures = evaluation.summary(found)
     result = dataclasses.asdict(figures) | {"perplexity_ratio": figures.perplexity_ratio}
     result |= {"intervals": evaluation.intervals(found), "worst": evaluation.worst_token(found, tokenizer)}
     if drift:
         some = calibration.subsample(rows, DRIFT_TOKENS)
         with progress.stage("comparing hidden states", total=original.config.num_hidden_layers) as stage:
-            drifted = evaluation.drift(original, compressed, some, size, stage)
+            drifted = evaluation.drift(original, compressed, some, size, stage, engine=engine)
         result["drift"] = dataclasses.asdict(drifted) | {"worst_layer": drifted.worst, "worst": drifted.layers[drifted.worst]}
     return result
 

@@ -8,20 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.formats.files import staged
 from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.models.bundled import BUNDLED_NAME
 from qlr_jax.paths import output_folder
 from qlr_jax.pipelines.allocate import TABLE
 from qlr_jax.pipelines.run import Run
-from qlr_jax.pipelines.source import machine_notes, open_source
+from qlr_jax.pipelines.source import machine_notes, open_source, share
 from qlr_jax.pipelines.stages.ahead import compiling_ahead
 from qlr_jax.pipelines.stages.calibrate import calibrate, check_texts
 from qlr_jax.pipelines.stages.measure import measure
 from qlr_jax.pipelines.texts import Files, Texts
-from qlr_jax.progress import Progress, silent
+from qlr_jax.progress import Progress, silent, with_status
 from qlr_jax.report.html.sensitivity_page import write_pictures
 from qlr_jax.run.journal import Clock
+from qlr_jax.run.session import on_cluster, solver_on
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
 
@@ -35,6 +37,7 @@ def sensitivity(
     *,
     matrix: str | None = None,
     chat: bool = False,
+    cluster: Any = None,
     progress: Progress | None = None,
     command: str = "",
 ) -> dict[str, Any]:
@@ -47,6 +50,7 @@ def sensitivity(
         recipe: a Recipe or a YAML file; its budget plays no part.
         chat: apply the tokenizer's chat template to the text.
         matrix: whose error is drawn against bits; that of the largest damage where not given.
+        cluster: where the work is done, as for `compress`.
         progress, command: where to report how far it is, and what was typed, for the table's notes.
 
     Returns:
@@ -59,8 +63,9 @@ def sensitivity(
     prepare()
     progress, recipe, out, clock = progress or silent(), Recipe.of(recipe).located(), output_folder(out, sources=[model]), Clock()
     refuse_locked(out)
-    with locked(out):
-        return _measured(model, out, calibration, chat, recipe, matrix, progress, clock, command)
+    with locked(out), on_cluster(cluster, progress) as engine:
+        shown = with_status(progress, lambda: engine.status)
+        return _measured(model, out, calibration, chat, recipe, matrix, shown, clock, command, engine)
 
 
 def _measured(
@@ -73,6 +78,7 @@ def _measured(
     progress: Progress,
     clock: Clock,
     command: str,
+    engine: Engine,
 ) -> dict[str, Any]:
     own = str(model) == BUNDLED_NAME and not calibration
     texts = Texts.standard_library() if own else Texts.read(calibration, chat=chat)
@@ -83,10 +89,12 @@ def _measured(
         check_texts(source, texts.calibration)
         for note in texts.notes:
             progress.say(note)
-    with clock.stage("calibrate"), compiling_ahead(source):
-        statistics, reference = calibrate(source, texts.calibration, progress)
+    share(source, engine)
+    with clock.stage("calibrate"), compiling_ahead(source, engine is HERE):
+        statistics, reference = calibrate(source, texts.calibration, progress, engine=engine)
     with clock.stage("measure"):
-        table = measure(Run(source, statistics, reference, progress)).table
+        solver = solver_on(engine)
+        table = measure(Run(source, statistics, reference, progress, lambda kind: solver, engine=engine)).table
     seconds = dict(clock.seconds) | {"total": time.perf_counter() - clock.started}
     facts: dict[str, Any] = {"model": source.name, "original": dict(source.identity), "import": list(source.notes)}
     facts |= {"command": command, "seconds": seconds, "target": recipe.target, "recipe": recipe.to_yaml()}

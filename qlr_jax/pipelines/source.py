@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.objective import checked_weight
 from qlr_jax.core.reconstruction import checked_backbone
 from qlr_jax.cost.prices import price_options
+from qlr_jax.engine import Call, Engine, Here, Pinned
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
@@ -91,6 +93,39 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
     prices = price_options(config, recipe, settings)
     known = identity(folder, name)
     return Source(name, folder, original, tokenizer, recipe, settings, weights, prices, backbones, known, tuple(notes))
+
+
+def share(source: Source, engine: Engine) -> None:
+    """Let an engine elsewhere open the same model on every machine, from where it lies or from the hub.
+
+    Args:
+        source: opened here.
+        engine: whose workers see the model's folder, or have it in their hub's cache, or load it from there.
+    """
+    if not isinstance(engine, Here):
+        known = source.identity
+        places = [known["path"], *([known["hub"]] if known["hub"] else [])]
+        opened = Pinned("source", Call(_opened, (places, source.recipe, bool(source.settings.vocabulary), known["digest"])))
+        engine.share(source.model, Call(getattr, (opened, "model")))
+        for name in ("weights", "backbones"):
+            engine.share(getattr(source, name), Call(getattr, (opened, name)))
+            engine.share_items(getattr(source, name))
+
+
+def _opened(places: list[str], recipe: Recipe, whole: bool, digest: str) -> Source:
+    """The model on a worker, from the first of these places that it has."""
+    place = next((place for place in places if Path(place).exists()), places[-1])
+    if not Path(place).exists() and len(places) == 1:
+        raise QLRError(
+            f"a worker on {platform.node()} does not see {place}; give a folder that all see, a hub name, or the same path on each"
+        )
+    source = open_source(place, recipe, whole)
+    if source.identity["digest"] != digest:
+        raise QLRError(
+            f"a worker on {platform.node()} has another model at {place} ({source.identity['digest']} where the job has {digest}); "
+            "give all of them the same"
+        )
+    return source
 
 
 def machine_notes(source: Source) -> list[str]:

@@ -1,8 +1,8 @@
-"""The work of a job as it goes on: its folder, its journal, and the processes that share it."""
+"""The work of a job as it goes on: its folder, its journal, and where its pieces run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from allocators import OptionTable
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.lazy import LazyMap
 from qlr_jax.core.solution import Solution
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.formats.qlr.packed import JOB
 from qlr_jax.locks import locked, refuse_locked
 from qlr_jax.paths import output_folder
-from qlr_jax.progress import Progress, logged, silent
+from qlr_jax.progress import Progress, logged, silent, with_status
 from qlr_jax.run.journal import Clock, Journal
-from qlr_jax.run.processes import Cluster, WorkerGroup
 from qlr_jax.run.workspace import Key, Workspace
-from qlr_jax.sensitivity import Statistics
+
+TITLES = {"probe": "probing", "final": "compressing", "control": "compressing controls"}  # of solves on a cluster
 
 
 class Session:
@@ -32,11 +34,11 @@ class Session:
         resume: whether to go on with a job that was interrupted.
         progress: where it says how far it is; once begun, into the log as well.
         clock: seconds of every stage.
-        assists: whether this process only solves for process 0.
+        engine: where its pieces run, once it is entered.
 
     Raises:
         QLRError: `out` cannot be written, holds something other than a job, another job is at work there, or it lies inside one of
-            `sources`, which are read.
+            `sources`, which are read; on entering, a cluster that does not answer.
     """
 
     _space: Workspace  # these two since it was begun
@@ -47,28 +49,27 @@ class Session:
         out: str | Path,
         command: str,
         resume: bool = False,
-        cluster: Cluster | None = None,
+        cluster: Any = None,
         progress: Progress | None = None,
         sources: Iterable[str | Path | None] = (),
     ):
         self.out, self.command, self.resume = output_folder(out, (JOB,), sources), command, resume
         self.progress, self.clock = progress or silent(), Clock()
-        self._workers = WorkerGroup(cluster or Cluster(), self.out / JOB)
-        self.assists = self._workers.cluster.process > 0
-        self._lock = ExitStack()
-        if not self.assists:
-            refuse_locked(self.out)
+        self.engine: Engine = HERE
+        self._cluster, self._open = cluster, ExitStack()
+        refuse_locked(self.out)
 
     def __enter__(self) -> Session:
-        if not self.assists:
-            self._lock.enter_context(locked(self.out))
-        self._workers.__enter__()
+        with ExitStack() as opened:
+            opened.enter_context(locked(self.out))
+            self.engine = opened.enter_context(on_cluster(self._cluster, self.progress))
+            self.progress = with_status(self.progress, lambda: self.engine.status)
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with self._lock:
-            self._workers.__exit__(*error)
-            if error[0] is None and not self.assists:
+        with self._open:
+            if error[0] is None:
                 self._space.finish()
 
     @contextmanager
@@ -101,31 +102,57 @@ class Session:
         """(name, array) -> the same array, in a file of the job's folder."""
         return self._space.spill(kind)
 
-    def publish(self, statistics: Statistics) -> None:
-        """Let the other processes have the Hessians."""
-        self._workers.publish(self._space, statistics.hessians, statistics.outputs)
-
     def table(self, measure: Callable[[], OptionTable]) -> OptionTable:
         """The option table that an interrupted run kept, or the one measured now."""
         return self._space.table(measure)
 
     def solver(self, kind: str) -> Callable[..., LazyMap[Key, Solution]]:
-        """What solves matrices of this kind, on all processes, and keeps each as soon as it is done."""
+        """What solves matrices of this kind, and keeps each as soon as it is done."""
+        return self._journal.watched(self._solve, kind)
+
+    def _solve(self, kind: str, problems: Any, **settings: Any) -> LazyMap[Key, Solution]:
         # in sequence each block waits for the one before it: nothing to share
-        workers = WorkerGroup(Cluster(), self._space.root) if kind == "sequential" else self._workers
-        return self._journal.watched(partial(workers.solve, self._space), kind)
+        engine, store = HERE if kind == "sequential" else self.engine, self._space.store(kind)
+        solved = solver_on(engine, store, TITLES.get(kind, kind))(problems, **settings)
+        return LazyMap(problems, store.__getitem__) if engine is HERE else solved
 
     def note(self, **facts: Any) -> None:
         """Put what is known so far into job/report.json."""
         self._journal.add(**facts)
 
-    def assist(self, facts: Mapping[str, Any], weights: Mapping[str, Any], backbones: Mapping[str, Any]) -> dict[str, Any]:
-        """Solve this process's share of what process 0 asks for, until it needs no more; says how much that was."""
-        with self.progress.stage("waiting for process 0"):
-            statistics = Statistics(weights, *self._workers.statistics(), backbones)
-            space = Workspace.open(self.out, facts, resume=True)
-        with self.progress.stage("solving for process 0") as stage:
-            done = lambda key, found: stage.advance(note=f"{key[0]} {found.summary()}")  # noqa: E731
-            solved = self._workers.serve(space, statistics.problem, done)
-        cluster = self._workers.cluster
-        return {"process": cluster.process, "processes": cluster.processes, "solved": solved}
+
+def solver_on(engine: Engine, store: MutableMapping[Key, Solution] | None = None, title: str = "probing") -> Callable[..., Any]:
+    """`solve_many`, or on a cluster what does the same there.
+
+    Args:
+        engine: where pieces run.
+        store: where solutions go, and those of an earlier run are; None: a dict.
+        title: of the pieces.
+    """
+    if engine is HERE:
+        return partial(solve_many, into=store)
+    from qlr_jax.cluster.engine import DaskEngine
+    from qlr_jax.cluster.solves import solve_remotely
+
+    assert isinstance(engine, DaskEngine)
+    return partial(solve_remotely, engine, {} if store is None else store, title)
+
+
+@contextmanager
+def on_cluster(cluster: Any, progress: Progress) -> Iterator[Engine]:
+    """The engine of a cluster, or this process where there is none.
+
+    Args:
+        cluster: as `qlr_jax.cluster.connected` takes it, or None.
+        progress: is told who comes and goes.
+
+    Raises:
+        QLRError: as `connected`.
+    """
+    if cluster is None:
+        yield HERE
+        return
+    from qlr_jax.cluster import connected
+
+    with connected(cluster, progress.say) as engine:
+        yield engine
