@@ -273,15 +273,15 @@ def test_accelerators_hold_weights_and_hosts_statistics_and_their_times_are_no_m
     assert plan_job(config, Recipe(), ROOMY).rates.measured
 
 
-def test_hosts_share_the_solves_and_nothing_else():
+def test_hosts_share_all_but_loading_and_saving():
     config = known_config("Llama-2-7B")  # of which compiling is no large part
     one, four = (plan_job(config, Recipe(), Machine.parse("cpu:256GiB,cores=2", hosts=n)) for n in (1, 4))
     assert one.host == four.host and one.disk["statistics"] < four.disk["statistics"]
     for first, second in zip(one.stages, four.stages, strict=True):
-        shared = first.name in ("measure: probes", "solve")
-        assert (second.seconds < 0.3 * first.seconds) if shared else second.seconds == pytest.approx(first.seconds)
+        shared = first.name not in ("load", "save")
+        assert second.seconds <= (0.3 if shared else 1.001) * first.seconds
         assert second.seconds >= 0.24 * first.seconds and second.cpu_seconds >= 0.999 * first.cpu_seconds
-    assert len(four.notes) == len(one.notes) + 1 and "4 hosts share the solves" in four.notes[-1]
+    assert len(four.notes) == len(one.notes) + 1 and "4 hosts share the work" in four.notes[-1]
 
 
 def test_work_adds_up():

@@ -24,7 +24,7 @@ class Machine:
         memory: bytes of one device; of a CPU the machine's own.
         host: bytes of a host's own memory; the same as `memory` of a CPU.
         cores: of a host.
-        hosts: machines that share the solves (`run.processes`), a process each; the first does all else.
+        hosts: machines that share the work, a worker of a Dask cluster each.
 
     Example:
         >>> Machine.parse("cpu:24GiB,cores=2")

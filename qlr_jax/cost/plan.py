@@ -153,6 +153,6 @@ def _working_files(job: Counted, budget: Mapping[str, Any], stages: Sequence[Sta
     needed = budget["limit_bytes"] or budget["least_bytes"]
     statistics = sum(part.disk for stage in stages for part in stage.parts if part.kept)
     if job.machine.hosts > 1:
-        statistics = job.hessians + job.outputs  # where all hosts read them
+        statistics = job.hessians + job.outputs  # on the workers' disks, where their memories do not hold them
     plans = len(job.plans) * needed + (probed(job) if job.recipe.target == "qlr" else needed)
     return {"job": plans, "statistics": statistics, "temporary": temporary(job)}

@@ -11,7 +11,7 @@ from qlr_jax.cost.rates import Work
 from qlr_jax.cost.work import work
 
 MEMORY_ERROR = 0.3  # of the peak, found on real jobs
-SHARED = ("measure: probes", "solve")  # among hosts; the rest is the first one's alone
+ALONE = ("load", "save")  # every host reads the model, the job's own process writes; all else is shared among them
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def find_stages(job: Counted) -> tuple[Stage, ...]:
         kept_host += sum(part.host for part in own if part.kept)
         kept_device += sum(part.device for part in own if part.kept)
         host, device = (host + device, host + device) if cpu else (host, device)
-        hosts = job.machine.hosts if name in SHARED else 1
+        hosts = 1 if name in ALONE else job.machine.hosts
         once = Work(compiled=amount.compiled)  # by every host
         divided = amount + once * -1
         wall = rates.wall(once, job.machine.cores) + rates.wall(divided, job.machine.cores) / hosts
