@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 Key = TypeVar("Key", bound=Hashable)
@@ -100,6 +101,15 @@ class Engine(Protocol):
         """The same for the values of a shared mapping."""
         ...
 
+    def offer(self, place: Path) -> Any:
+        """What has a model's files where pieces run: its `fetch` gives their place there."""
+        ...
+
+
+def place_of(path: str, files: Any) -> Path:
+    """Where a model lies for the process that asks: at the path, if it sees that, else copied there from what `offer` returned."""
+    return Path(path) if Path(path).exists() else files.fetch()
+
 
 @dataclass
 class Maker:
@@ -179,6 +189,9 @@ class Here:
         pass  # it is here
 
     def share_items(self, mapping: Mapping[str, Any]) -> None:
+        pass
+
+    def offer(self, place: Path) -> None:
         pass
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -245,6 +246,17 @@ def test_what_no_cluster_is_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(connect.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QLRError, match=r"pip install 'qlr-jax\[cluster\]'"), connected("local:1"):
         pass
+
+
+def test_workers_that_do_not_see_the_model_copy_its_files(alone, machines, tiny, text, tmp_path, monkeypatch):
+    from qlr_jax.pipelines import source
+
+    real = source.identity
+    monkeypatch.setattr(source, "identity", lambda folder, name: real(folder, name) | {"path": "/nowhere"})
+    assert_same(alone, compressed(tiny, text, tmp_path / "out", cluster=str(machines.file)))
+    with distributed.Client(scheduler_file=str(machines.file)) as client:
+        copies = client.run(lambda dask_worker: len(list(Path(dask_worker.local_directory).glob("model-*/model.safetensors"))))
+    assert 1 in copies.values()
 
 
 def test_another_model_on_a_worker_is_refused(machines, tiny, text, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
 
+from qlr_jax.cluster.files import Offer, offer
 from qlr_jax.cluster.worker import Slot, facts, part, run
 from qlr_jax.engine import Call, Pinned
 from qlr_jax.errors import QLRError
@@ -118,6 +120,10 @@ class DaskEngine:
         whole = self._shared[id(mapping)][1]
         for name, value in mapping.items():
             self._shared[id(value)] = value, Call(part, (whole, name))
+
+    def offer(self, place: Path) -> Offer:
+        """The files of a model, for workers that do not see them."""
+        return offer(self.client, place)
 
     def _travelling(self, value: Any, futures: dict[int, Future]) -> Any:
         if id(value) in self._shared:

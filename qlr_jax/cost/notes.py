@@ -35,8 +35,8 @@ def notes(job: Counted) -> list[str]:
         )
     if job.machine.hosts > 1:
         found.append(
-            f"{job.machine.hosts} hosts share the work as workers of a Dask cluster (--cluster); memory is that of a process that does "
-            "all of it. How evenly they end has not been measured on real machines"
+            f"{job.machine.hosts} hosts share the work as workers of a Dask cluster (--cluster); memory is that of a process that "
+            "does all of it. How evenly they end has not been measured on real machines"
         )
     return found
 

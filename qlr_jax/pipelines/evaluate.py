@@ -12,7 +12,7 @@ import numpy as np
 
 from qlr_jax import calibration, evaluation
 from qlr_jax.calibration import Corpus
-from qlr_jax.engine import Call, Engine, Pinned
+from qlr_jax.engine import Call, Engine, Pinned, place_of
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load
@@ -95,8 +95,9 @@ def evaluate(
         whole = evaluation.cut_corpus(corpus, tokenizer, length, vocabulary, say if window is None else None)
         rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
         with on_cluster(cluster, progress) as engine:
-            engine.share(compressed, Pinned("compressed", Call(_compressed, (str(local(out)),))))
-            engine.share(uncompressed, Pinned("original", Call(_original, (str(local(out)), base, tuple(ignore_config)))))
+            folders = [(str(place), engine.offer(place)) for place in (local(out).absolute(), base)]
+            engine.share(compressed, Pinned("compressed", Call(_compressed, folders[0])))
+            engine.share(uncompressed, Pinned("original", Call(_original, (*folders, tuple(ignore_config)))))
             result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress, engine)
         result |= _protocol(out, tokenizer, whole, rows, chat) | {"notes": notes}
     if tasks:
@@ -105,12 +106,13 @@ def evaluate(
     return result
 
 
-def _compressed(out: str) -> Llama:
-    return load(out).densified()
+def _compressed(out: str, files: Any) -> Llama:
+    return load(place_of(out, files)).densified()
 
 
-def _original(out: str, base: Any, ignored: tuple[str, ...]) -> Llama:
-    return load_original(out, base, load(out).config, ignored, lambda line: None)
+def _original(out: tuple[str, Any], base: tuple[str, Any], ignored: tuple[str, ...]) -> Llama:
+    folder = place_of(*out)
+    return load_original(folder, place_of(*base), load(folder).config, ignored)
 
 
 def _on_text(

@@ -15,7 +15,7 @@ from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.objective import checked_weight
 from qlr_jax.core.reconstruction import checked_backbone
 from qlr_jax.cost.prices import price_options
-from qlr_jax.engine import Call, Engine, Here, Pinned
+from qlr_jax.engine import Call, Engine, Here, Pinned, place_of
 from qlr_jax.errors import QLRError
 from qlr_jax.models import Llama, LlamaConfig, find_folder, load_model, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED, BUNDLED_NAME
@@ -96,30 +96,25 @@ def open_source(model: str | Path, recipe: Recipe, whole: bool | None = None) ->
 
 
 def share(source: Source, engine: Engine) -> None:
-    """Let an engine elsewhere open the same model on every machine, from where it lies or from the hub.
+    """Let an engine elsewhere open the same model on every machine: from where it lies, or from copies of its files.
 
     Args:
         source: opened here.
-        engine: whose workers see the model's folder, or have it in their hub's cache, or load it from there.
+        engine: where pieces run.
     """
     if not isinstance(engine, Here):
-        known = source.identity
-        places = [known["path"], *([known["hub"]] if known["hub"] else [])]
-        opened = Pinned("source", Call(_opened, (places, source.recipe, bool(source.settings.vocabulary), known["digest"])))
+        known, whole = source.identity, bool(source.settings.vocabulary)
+        given = known["path"], engine.offer(source.folder), source.recipe, whole, known["digest"]
+        opened = Pinned("source", Call(_opened, given))
         engine.share(source.model, Call(getattr, (opened, "model")))
         for name in ("weights", "backbones"):
             engine.share(getattr(source, name), Call(getattr, (opened, name)))
             engine.share_items(getattr(source, name))
 
 
-def _opened(places: list[str], recipe: Recipe, whole: bool, digest: str) -> Source:
-    """The model on a worker, from the first of these places that it has."""
-    place = next((place for place in places if Path(place).exists()), places[-1])
-    if not Path(place).exists() and len(places) == 1:
-        raise QLRError(
-            f"a worker on {platform.node()} does not see {place}; give a folder that all see, a hub name, or the same path on each"
-        )
-    source = open_source(place, recipe, whole)
+def _opened(path: str, files: Any, recipe: Recipe, whole: bool, digest: str) -> Source:
+    """The model on a worker: from the path, where it is there, else from copies of the files."""
+    source = open_source(place := place_of(path, files), recipe, whole)
     if source.identity["digest"] != digest:
         raise QLRError(
             f"a worker on {platform.node()} has another model at {place} ({source.identity['digest']} where the job has {digest}); "
