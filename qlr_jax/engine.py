@@ -101,6 +101,10 @@ class Engine(Protocol):
         """The same for the values of a shared mapping."""
         ...
 
+    def check_memory(self, needed: int) -> None:
+        """Refuse machines that have less memory, in bytes, than a job's largest piece needs."""
+        ...
+
     def offer(self, place: Path) -> Any:
         """What has a model's files where pieces run: its `fetch` gives their place there."""
         ...
@@ -190,6 +194,9 @@ class Here:
 
     def share_items(self, mapping: Mapping[str, Any]) -> None:
         pass
+
+    def check_memory(self, needed: int) -> None:
+        pass  # plans say what a job needs (`cost`)
 
     def offer(self, place: Path) -> None:
         pass

@@ -267,3 +267,18 @@ def test_another_model_on_a_worker_is_refused(machines, tiny, text, tmp_path, mo
     )
     with pytest.raises(QLRError, match=r"has another model at .* \(sha256:\w+ where the job has sha256:0\)"):
         compressed(tiny, text, tmp_path / "out", cluster=str(machines.file))
+
+
+def test_workers_with_too_little_memory_are_refused(machines, tiny, text, tmp_path, monkeypatch):
+    from qlr_jax import cost
+
+    assert cost.of_a_worker(cost.Counted(tiny_config(tiny), RECIPE, cost.Machine.parse())) > 500_000_000  # Python and JAX alone
+    monkeypatch.setattr(cost, "of_a_worker", lambda counted: 10**15)
+    with pytest.raises(QLRError, match=r"may use \d+\.\d\d GB, and the largest piece of this job takes about 1000000\.00 GB"):
+        compressed(tiny, text, tmp_path / "out", cluster=str(machines.file))
+
+
+def tiny_config(folder):
+    from qlr_jax.models import LlamaConfig
+
+    return LlamaConfig.from_hf(folder)

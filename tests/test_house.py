@@ -20,6 +20,7 @@ ROOMS = (
     "qlr_jax.job",
     "qlr_jax.pipelines",
     "qlr_jax.run",
+    "qlr_jax.cluster",
     "qlr_jax.report",
     "qlr_jax.cost",
     "qlr_jax.settings",

@@ -184,3 +184,19 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "_kernels.so").write_bytes(b"no library")
     found, why = native._find.__wrapped__()
     assert found is None and "cannot be loaded" in why and "install qlr-jax again" in why
+
+
+@there
+def test_a_library_that_jax_refuses_is_as_none(monkeypatch):
+    """One that was built with the headers of a newer jaxlib."""
+
+    def refuse(*given, **named):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: the handler's API version (0.5) is incompatible with (0.3)")
+
+    monkeypatch.setattr(native, "_refused", "")
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", refuse)
+    native.registered.cache_clear()
+    try:
+        assert not native.registered("qlr_search") and "built for a newer jaxlib" in native.missing()
+    finally:
+        native.registered.cache_clear()

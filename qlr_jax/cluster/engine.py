@@ -159,6 +159,25 @@ class DaskEngine:
                 raise QLRError(str(error) if isinstance(error, QLRError) else f"worker {address}: {type(error).__name__}: {error}")
         self._workers = dict.fromkeys(found, 0)
 
+    def check_memory(self, needed: int) -> None:
+        """Refuse workers that would be killed by a job's largest piece.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            QLRError: naming the one with the least memory.
+        """
+        with self._scheduler():
+            workers = self.client.scheduler_info(n_workers=-1)["workers"]
+        limits = {address: worker["memory_limit"] for address, worker in workers.items() if worker["memory_limit"]}
+        least = min(limits, key=limits.__getitem__, default=None)
+        if least is not None and limits[least] < needed:
+            raise QLRError(
+                f"worker {least} may use {limits[least] / 1e9:.2f} GB, and the largest piece of this job takes about "
+                f"{needed / 1e9:.2f} GB; start workers with at least that (--memory-limit), fewer on a machine"
+            )
+
     @property
     def status(self) -> str:
         """How many pieces are done, running and lost.

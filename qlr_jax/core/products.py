@@ -12,11 +12,11 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
+from qlr_jax import native
 from qlr_jax.core import hadamard
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.typing import Array, Float
 from qlr_jax.errors import QLRError
-from qlr_jax.native import product
 from qlr_jax.native.product import MOST_TOKENS, Format, Kind
 
 PARTS = ("backbone", "left", "right")
@@ -68,12 +68,7 @@ def packed_matmul(
 @lru_cache
 def has_native() -> bool:
     """Whether products on a CPU can run in C++."""
-    library = product.library()
-    if library is None:
-        return False
-    for name in ("qlr_product", "qlr_decode"):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, f"{name}_call")), platform="cpu")
-    return True
+    return native.registered("qlr_product", "qlr_decode")
 
 
 def knows(matrix: QLRMatrix) -> bool:

@@ -18,7 +18,7 @@ from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.find import find_config
 from qlr_jax.cost.machine import Machine
 from qlr_jax.cost.measured import measured_rates
-from qlr_jax.cost.memory import Part
+from qlr_jax.cost.memory import Part, of_a_worker
 from qlr_jax.cost.plan import Plan, plan_job
 from qlr_jax.cost.rates import RATES, Rates, Work
 from qlr_jax.cost.stages import MEMORY_ERROR, Stage
@@ -35,5 +35,6 @@ __all__ = [
     "Work",
     "find_config",
     "measured_rates",
+    "of_a_worker",
     "plan_job",
 ]

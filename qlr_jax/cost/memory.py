@@ -232,6 +232,12 @@ def solving(job: Counted) -> tuple[int, int]:
     return max(found, key=sum)
 
 
+def of_a_worker(job: Counted) -> int:
+    """Bytes that a worker of a cluster needs: Python and JAX, the model or a block of it, the largest batch of a solve."""
+    resident = 4 * (job.outside_blocks + job.weights // job.config.num_hidden_layers) if job.streaming else 4 * job.weights
+    return RUNTIME + resident + sum(solving(job))
+
+
 def packed(job: Counted) -> int:
     """Bytes of one plan's solutions, at the budget where it is one of bits, at three bits a weight elsewhere."""
     bits = allocators.Budget.parse(job.recipe.budget).bits

@@ -38,7 +38,31 @@ def missing() -> str:
         >>> (library() is None) == bool(missing())
         True
     """
-    return _find()[1]
+    return _find()[1] or _refused
+
+
+_refused = ""
+
+
+@lru_cache
+def registered(*names: str) -> bool:
+    """Whether JAX calls these functions of the library: `<name>_call`, as targets of its foreign function interface.
+
+    It refuses a library that was built with the headers of a newer jaxlib; `missing` says so from then on.
+    """
+    global _refused
+    found = library()
+    if found is None:
+        return False
+    import jax
+
+    try:
+        for name in names:
+            jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(found, f"{name}_call")), platform="cpu")
+    except jax.errors.JaxRuntimeError:
+        _refused = "it was built for a newer jaxlib than is installed; install qlr-jax again (pip install --force-reinstall)"
+        return False
+    return True
 
 
 @lru_cache

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import allocators
+from qlr_jax import cost
 from qlr_jax.core.lazy import Lazy
 from qlr_jax.core.objective import checked_weight
 from qlr_jax.core.reconstruction import checked_backbone
@@ -101,8 +102,12 @@ def share(source: Source, engine: Engine) -> None:
     Args:
         source: opened here.
         engine: where pieces run.
+
+    Raises:
+        QLRError: a worker with too little memory for the largest batch of matrices.
     """
     if not isinstance(engine, Here):
+        engine.check_memory(cost.of_a_worker(cost.Counted(source.model.config, source.recipe, cost.Machine.parse())))
         known, whole = source.identity, bool(source.settings.vocabulary)
         given = known["path"], engine.offer(source.folder), source.recipe, whole, known["digest"]
         opened = Pinned("source", Call(_opened, given))

@@ -40,7 +40,7 @@ def slow_search() -> str:
         >>> slow_search() == "" or "install" in slow_search() or "QLR_NATIVE" in slow_search()
         True
     """
-    return _without_library("trellises are searched in XLA, about ten times slower than in C++")
+    return _without_library("trellises are searched in XLA, about ten times slower than in C++", "qlr_search")
 
 
 def slow_products() -> str:
@@ -50,12 +50,14 @@ def slow_products() -> str:
         >>> slow_products() == "" or "decoded" in slow_products()
         True
     """
-    return _without_library("packed weights are decoded once, to the size of dense ones, not multiplied by from their codes")
+    what = "packed weights are decoded once, to the size of dense ones, not multiplied by from their codes"
+    return _without_library(what, "qlr_product", "qlr_decode")
 
 
-def _without_library(what: str) -> str:
+def _without_library(what: str, *names: str) -> str:
     import jax
 
     from qlr_jax import native
 
+    native.registered(*names)  # JAX may refuse the library
     return f"{what}: {native.missing()}" if jax.default_backend() == "cpu" and native.missing() else ""

@@ -36,11 +36,7 @@ def code_values(states: Array, gain: float | Array) -> Array:
 @lru_cache
 def has_native() -> bool:
     """Whether searches on a CPU run in C++."""
-    library = native.library()
-    if library is None:
-        return False
-    jax.ffi.register_ffi_target("qlr_search", jax.ffi.pycapsule(library.qlr_search_call), platform="cpu")
-    return True
+    return native.registered("qlr_search")
 
 
 def _batch(sequences: int, state_bits: int) -> int:
