@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -146,29 +146,34 @@ class DescentRun:
         self.batches, self._sequences = batches_of(tokens, -(-min(batch, len(tokens)) // placed) * placed), len(tokens)
         self.checked: list[Any] = []
 
-    def by_block(
-        self, progress: Callable[[int], None] | None = None, ends: "EndSums | None" = None
-    ) -> Iterator[tuple[int, tuple[Any, ...]]]:
-        """From the last block to the first: (block, what stands for what its probes received, batch by batch)."""
-        engine, work, values, waiting = self._engine, self._work, list[Any](), 0
-        steps = backward(self._model, self.batches, work, min(work.watched), devices=work.devices, engine=engine, title=self._title)
-        for i, j, value in steps:
-            values.append(value)
-            if j + 1 < len(self.batches):
-                continue
+    def steps(self, progress: Callable[[int], None] | None = None, ends: "EndSums | None" = None) -> Iterator[tuple[int, int, Any]]:
+        """From the last block to the first, and there batch by batch: (block, batch, what stands for what its probes received).
+
+        With the last batch of a block, `checked` has what is left out there.
+        """
+        engine, work, infos = self._engine, self._work, list[Any]()
+        first, how = min(work.watched), {"devices": work.devices, "engine": engine, "title": self._title}
+        for i, j, value in backward(self._model, self.batches, work, first, **how):
             head = i == self._model.config.num_hidden_layers
-            infos, *received, at_ends = zip(*(engine.split(value, 2 if head else 3) for value in values), strict=True)
-            self.checked.append(engine.submit(checked, list(infos), self._sequences, title=self._title))
-            values = []
-            if ends is not None and (head or i == min(work.watched)):
-                ends.add(engine, at_ends, head, self.checked[-1])
+            info, *received, at_end = engine.split(value, 2 if head else 3)
+            infos.append(info)
+            if ends is not None and (head or i == first):
+                ends.add(engine, at_end, head)
+            if self.is_last(j):
+                self.checked.append(engine.submit(checked, infos, self._sequences, title=self._title))
+                infos = []
             if not head:
-                yield i, received[0]
-            waiting += 1
-            if waiting > engine.ahead:
+                yield i, j, received[0]
+            if self.is_last(j) and len(self.checked) > engine.ahead:
                 self._settle(len(self.checked) - engine.ahead - 1, progress)
-        for step in range(max(0, waiting - engine.ahead), waiting):
+        for step in range(max(0, len(self.checked) - engine.ahead), len(self.checked)):
             self._settle(step, progress)
+        if ends is not None:
+            ends.checked = self.checked[-1]
+
+    def is_last(self, j: int) -> bool:
+        """Whether batch j is the last of a block."""
+        return j + 1 == len(self.batches)
 
     def _settle(self, step: int, progress: Callable[[int], None] | None) -> None:
         """Wait for a step: 0 is the head, and 1 the last block."""
@@ -186,27 +191,27 @@ class EndSums:
     """What a backward pass has at its two ends, summed over all sequences that count, in float64: for embedding and head.
 
     Attributes:
-        moment: Σ x xᵀ of the normed states that enter the head.
-        spread: Σ p (1 − p), (vocab,).
-        gradients: Σ g gᵀ of the gradients at what enters the first block.
         checked: as of `DescentRun`, at the end.
     """
 
-    moment: Any
-    spread: Any
-    gradients: Any
     checked: Any
 
-    def add(self, engine: Engine, parts: Sequence[Any], head: bool, known: Any) -> None:
-        """Of all batches: at the head, or at the embedding."""
-        sums = TreeSum(engine, _plus, TITLE)
-        for part in parts:
-            sums.add(part)
-        self.checked = known
-        if head:
-            self.moment, self.spread = engine.split(sums.value, 2)
-        else:
-            self.gradients = sums.value
+    def __init__(self) -> None:
+        self._sums: dict[bool, TreeSum] = {}
+
+    def add(self, engine: Engine, part: Any, head: bool) -> None:
+        """Of one batch: at the head, or at the embedding."""
+        self._sums.setdefault(head, TreeSum(engine, _plus, TITLE)).add(part)
+
+    @property
+    def head(self) -> Any:
+        """What stands for Σ x xᵀ of the normed states that enter the head, and Σ p (1 − p), (vocab,)."""
+        return self._sums[True].value
+
+    @property
+    def embedding(self) -> Any:
+        """What stands for Σ g gᵀ of the gradients at what enters the first block."""
+        return self._sums[False].value
 
 
 def _plus(one: Any, other: Any) -> Any:

@@ -62,10 +62,20 @@ def squared_gradients(
     layers = range(model.config.num_hidden_layers)
     work = Descent({i: dict.fromkeys(BY_PATH, 0) for i in layers}, "squares", None)
     run = DescentRun(model, tokens, work, batch, devices, engine, "calibrating: gradients")
-    for i, received in run.by_block(progress):
-        for part, value in zip(run.batches, received, strict=True):
+    waiting: list[tuple[int, int, Any]] = []
+
+    def settle() -> None:
+        for i, j, value in waiting:
+            rows = run.batches[j]
             for name, own in engine.result(value).items():
-                out[f"model.layers.{i}.{name}"][part.start : part.start + part.live] = np.asarray(own)[: part.live]
+                out[f"model.layers.{i}.{name}"][rows.start : rows.start + rows.live] = np.asarray(own)[: rows.live]
+        waiting.clear()
+
+    for step in run.steps(progress):
+        waiting.append(step)
+        if not engine.ahead:
+            settle()
+    settle()
     for name, value in out.items():
         _finite(name, value)[list(run.left_out)] = 0
     return CalibrationResult(out, len(tokens), run.left_out)
@@ -124,11 +134,12 @@ def output_hessians(
         watched.setdefault(i, {})[name.removeprefix(f"model.layers.{i}.")] = shape_of(model.config, name)[0]
     run = DescentRun(model, tokens, Descent(watched, "products", seed, ends is not None), batch, devices, engine, TITLE)
     out: dict[str, Any] = {}
-    for i, received in run.by_block(progress, ends):
-        sums = TreeSum(engine, added, TITLE)
-        for value in received:
-            sums.add(value)
-        total = sums.value
+    sums = TreeSum(engine, added, TITLE)
+    for i, j, received in run.steps(progress, ends):
+        sums.add(received)
+        if not run.is_last(j):
+            continue
+        total, sums = sums.value, TreeSum(engine, added, TITLE)
         for local in watched.get(i, {}):
             name = f"model.layers.{i}.{local}"
             out[name] = keep(name, engine.submit(_mean, total, run.checked[-1], local, tokens.shape[1], name, title=TITLE))

@@ -71,7 +71,7 @@ def vocabulary_metrics(
     """
     sums, tokens = EndSums(), np.asarray(tokens, np.int32)
     work = Descent({i: {} for i in range(model.config.num_hidden_layers)}, "products", seed, ends=True)
-    for _ in DescentRun(model, tokens, work, batch, devices, engine, "calibrating: vocabulary").by_block(progress, sums):
+    for _ in DescentRun(model, tokens, work, batch, devices, engine, "calibrating: vocabulary").steps(progress, sums):
         pass
     counts = np.bincount(np.ravel(tokens), minlength=model.config.vocab_size) if counts is None else counts
     return row_metrics(model, sums, counts, tokens.shape[1], engine)
@@ -88,7 +88,7 @@ def row_metrics(model: Llama, sums: EndSums, counts: np.ndarray, time: int, engi
         engine: where the pass was made.
     """
     seen = engine.result(sums.checked)[1][0] * time
-    moment, spread, gradients = (engine.result(own) for own in (sums.moment, sums.spread, sums.gradients))
+    (moment, spread), gradients = engine.result(sums.head), engine.result(sums.embedding)
     scale = model.model.embed_tokens.scale**2
     embedding = RowMetric((scale * gradients / seen).astype(np.float32), counts / counts.sum())
     head = RowMetric((moment / seen).astype(np.float32), spread / seen)

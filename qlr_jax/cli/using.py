@@ -12,7 +12,7 @@ from qlr_jax.cli.shell import app, clear_errors, command, computing, show
 from qlr_jax.errors import QLRError
 
 EARLIER_NAMES = {"fresh": "added", "states": "hidden-states", "reround-backbone": "requantize-backbone"}  # still taken
-EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf")
+EXPORT_TARGETS = ("dense", "peft", "compressed-tensors", "gguf", "orbax")
 HIDDEN_STATES = 2.5  # weight of hidden-state distillation, beside a trained backbone
 VALIDATE_EVERY, VALIDATIONS = 50, 15  # validation on held-out text: every 50 steps, or 15 times in a long training
 
@@ -316,6 +316,7 @@ def export(
     peft                 Q as the model, L R as its LoRA adapter, in one folder
     compressed-tensors   packed integers, for vLLM and transformers; L R in adapter/
     gguf                 Q4_0, Q8_0, Q2_K, Q3_K and BF16 blocks, for llama.cpp; L R as adapter.gguf
+    orbax                a checkpoint that qlr.load restores, sharded over a mesh of devices
 
     \b
     Example:

@@ -7,6 +7,7 @@ import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import stream
 from qlr_jax.evaluation.sampling import GenerationSettings
@@ -36,6 +37,7 @@ class HarnessModel(TemplateLM):
         max_length: tokens that the model reads at most; its max_position_embeddings where not given.
         seed: of sampled generations.
         progress: where it is shown; nowhere if not given.
+        engine: where batches go through the model, which must be decoded where that is elsewhere than here.
 
     Raises:
         QLRError: a batch below 1.
@@ -50,11 +52,13 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         seed: int = 0,
         progress: Progress | None = None,
+        engine: Engine = HERE,
     ):
         super().__init__()
         if batch < 1:
             raise QLRError(f"batch is {batch}; give at least 1")
         self.model, self.tokenizer, self.batch, self.seed = model.densified(), tokenizer, batch, seed
+        self._given, self._engine = model, engine
         self.max_length, self.progress = max_length or model.config.max_position_embeddings, progress or silent()
 
     @property
@@ -109,11 +113,12 @@ class HarnessModel(TemplateLM):
         self._check(token for _, *parts in requests for ids in parts for token in ids)
         with self.progress.stage("scoring", total=len(requests)) as stage:
             results = scores(
-                self.model,
+                self.model if self._engine is HERE else self._given,  # which the engine knows by that very object
                 [(context, continuation) for _, context, continuation in requests],
                 max_length=self.max_length,
                 batch=self.batch,
                 on_done=stage.advance,
+                engine=self._engine,
             )
         for (texts, _, _), score in zip(requests, results, strict=True):
             if texts is not None:

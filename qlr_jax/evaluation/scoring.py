@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.generation import bucket
 from qlr_jax.evaluation.windows import batches, fitting_batch
@@ -34,6 +35,7 @@ def scores(
     max_length: int | None = None,
     batch: int = 8,
     on_done: Callable[[int], None] | None = None,
+    engine: Engine = HERE,
 ) -> list[Score]:
     """The score of each (context, continuation), as lm_eval defines it: the model reads both but for the last token.
 
@@ -49,6 +51,7 @@ def scores(
             the first tokens are cut off.
         batch: rows of a batch, at most; fewer where their logits would take more than 1 GB.
         on_done: called with how many more requests are done.
+        engine: where the batches go through the model.
 
     Raises:
         QLRError: an empty part, a continuation that is longer than `max_length`, or a token that the vocabulary lacks.
@@ -69,6 +72,18 @@ def scores(
         by_bucket.setdefault(bucket(len(whole) - 1, most), []).append((whole, count))
 
     results: list[Score] = [Score(0.0, False)] * len(requests)
+    asked: list[tuple[list[tuple[tuple[int, ...], int]], Any]] = []
+
+    def settle() -> None:
+        """The batches that are handed out."""
+        for number, (logp, greedy) in engine.results({number: found for number, (_, found) in enumerate(asked)}):
+            for key, value, same in zip(asked[number][0], logp, greedy, strict=True):
+                for i in waiting[key]:
+                    results[i] = Score(float(value), bool(same))
+                if on_done is not None:
+                    on_done(len(waiting[key]))
+        asked.clear()
+
     for length, keys in by_bucket.items():
         rows = np.zeros((len(keys), length + 1), np.int32)
         counts = np.zeros(len(keys), np.int32)
@@ -78,14 +93,18 @@ def scores(
         size = fitting_batch(model.config.vocab_size, length, batch)
         done = 0
         for part, live in batches(np.concatenate([rows, ends[:, None], counts[:, None]], axis=1), size):
-            logp, greedy = _scored(model, *map(jnp.asarray, (part[:, :-2], part[:, -2], part[:, -1])))
-            for key, value, same in zip(keys[done : done + live], np.asarray(logp), np.asarray(greedy), strict=False):
-                for i in waiting[key]:
-                    results[i] = Score(float(value), bool(same))
-                if on_done is not None:
-                    on_done(len(waiting[key]))
+            asked.append((keys[done : done + live], engine.submit(_scored_rows, model, part, live, title="scoring")))
+            if not engine.ahead:
+                settle()
             done += live
+    settle()
     return results
+
+
+def _scored_rows(model: Llama, part: np.ndarray, live: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a batch: log-likelihoods, and whether greedy decoding gives the same. A row is tokens, its end, and how many count."""
+    logp, greedy = _scored(model, *map(jnp.asarray, (part[:, :-2], part[:, -2], part[:, -1])))
+    return np.asarray(logp)[:live], np.asarray(greedy)[:live]
 
 
 @jax.jit

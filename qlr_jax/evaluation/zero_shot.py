@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from qlr_jax.engine import HERE, Engine
 from qlr_jax.errors import QLRError
 from qlr_jax.models.llama import Llama
 from qlr_jax.paths import local
@@ -42,6 +43,7 @@ class ZeroShotOptions:
         shots: examples before each question; the task's own number (0 for the paper's) where not given.
         seed: of the choice of these examples.
         progress: where it is shown; nowhere if not given.
+        engine: where batches of requests go through the model.
     """
 
     include_path: str | Path | None = None
@@ -50,6 +52,7 @@ class ZeroShotOptions:
     shots: int | None = None
     seed: int = 1234
     progress: Progress | None = None
+    engine: Engine = HERE
 
 
 def zero_shot(
@@ -176,7 +179,7 @@ def _measure(model: Llama, tokenizer: Any, tasks: Sequence[str], options: ZeroSh
 
     if options.limit is not None and options.limit < 1:
         raise QLRError(f"limit is {options.limit}; give a number of documents, at least 1")
-    wrapped = HarnessModel(model, tokenizer, batch=options.batch, progress=options.progress or silent())
+    wrapped = HarnessModel(model, tokenizer, batch=options.batch, progress=options.progress or silent(), engine=options.engine)
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -17,13 +17,14 @@ from qlr_jax.errors import QLRError
 from qlr_jax.paths import local
 
 CARD = "README.md"
-LIBRARIES = {"gguf": "gguf"}  # by target; transformers loads the others
+LIBRARIES = {"gguf": "gguf", "orbax": "jax"}  # by target; transformers loads the others
 FORMATS = {
     "qlr": "Packed: codes, scales and factors as they were compressed, decoded by the `modeling_qlr.py` that lies beside them.",
     "dense": "Dense: every weight decoded, a plain Llama folder for any tool that reads one.",
     "peft": "Backbones as the base model, low-rank factors beside them as a LoRA adapter.",
     "compressed-tensors": "Backbones as packed integers in the compressed-tensors format.",
     "gguf": "Backbones as GGUF blocks, for llama.cpp.",
+    "orbax": "Packed, as an Orbax checkpoint that qlr-jax restores on a mesh of devices.",
 }
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -60,7 +60,7 @@ def evaluate(
         batch: windows or requests at a time, at most; fewer where logits would take more than 1 GB.
         ignore_config: attributes of the original's config.json to go on without, beside those that the folder records.
         chat: apply the tokenizer's chat template to the text (`calibration.Corpus`).
-        cluster: where the windows of the text go through both models, as for `compress`.
+        cluster: where windows and requests go through both models, as for `compress`; texts that are generated stay here.
 
     Returns:
         The fields of `evaluation.Comparison` and perplexity_ratio; intervals (95 %, windows resampled) by the same names; worst
@@ -84,6 +84,7 @@ def evaluate(
         progress.say(note)
 
     result: dict[str, Any] = {}
+    rows = whole = None
     if text or not tasks:
         corpus = Corpus.read(text, chat) if text else Corpus.of(calibration.standard_library("heldout"))
         for note in corpus.notes:
@@ -94,15 +95,16 @@ def evaluate(
         length, vocabulary = sequence_length(compressed.config, window), compressed.config.vocab_size
         whole = evaluation.cut_corpus(corpus, tokenizer, length, vocabulary, say if window is None else None)
         rows = whole.rows if windows is None else calibration.subsample(whole.rows, windows * whole.rows.shape[1])
-        with on_cluster(cluster, progress) as engine:
-            folders = [(str(place), engine.offer(place)) for place in (local(out).absolute(), base)]
-            engine.share(compressed, Pinned("compressed", Call(_compressed, folders[0])))
-            engine.share(uncompressed, Pinned("original", Call(_original, (*folders, tuple(ignore_config)))))
+    with on_cluster(cluster, progress) as engine:
+        folders = [(str(place), engine.offer(place)) for place in (local(out).absolute(), base)]
+        engine.share(compressed, Pinned("compressed", Call(_compressed, folders[0])))
+        engine.share(uncompressed, Pinned("original", Call(_original, (*folders, tuple(ignore_config)))))
+        if rows is not None and whole is not None:
             result = _on_text(uncompressed, compressed, tokenizer, rows, drift, batch, progress, engine)
-        result |= _protocol(out, tokenizer, whole, rows, chat) | {"notes": notes}
-    if tasks:
-        settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress}
-        result["zero_shot"] = evaluation.compare_zero_shot(uncompressed, compressed, tokenizer, tasks, **settings)
+            result |= _protocol(out, tokenizer, whole, rows, chat) | {"notes": notes}
+        if tasks:
+            settings = {"include_path": task_path, "limit": limit, "batch": batch, "progress": progress, "engine": engine}
+            result["zero_shot"] = evaluation.compare_zero_shot(uncompressed, compressed, tokenizer, tasks, **settings)
     return result
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+from jax.sharding import Mesh
 
 import qlr_jax
 from qlr_jax.core.matrix import Layout, QLRMatrix
@@ -20,6 +21,7 @@ from qlr_jax.core.quantizers import e8 as lattice
 from qlr_jax.core.quantizers import search as codes
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
+from qlr_jax.formats import orbax
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
 from qlr_jax.models import Llama, LlamaConfig, find_folder, is_linear, tensor_names
@@ -94,12 +96,14 @@ def save_packed(
     return out
 
 
-def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
+def load(out: str | Path, dtype: Any = jnp.float32, *, mesh: Mesh | None = None) -> Llama:
     """A compressed model in JAX: `logits = load(out)(tokens)`. Weights stay packed in memory and are decoded when used.
 
     Args:
-        out: a folder that `save_packed` (or, in PyTorch, `save_pretrained`) wrote.
+        out: a folder that `save_packed` (or, in PyTorch, `save_pretrained`) wrote, or `qlr export --to orbax`.
         dtype: of activations and of the weights that are not packed.
+        mesh: of devices along whose first axis every array is divided by its rows, of codes by rows of tiles, where that divides
+            them; the others lie on all of them. None: one device.
 
     Returns:
         The model; `.densified()` decodes it once, for many calls.
@@ -109,7 +113,8 @@ def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
             checksums.json. Comparing reads all weights once more; QLR_SKIP_CHECKSUMS=1 in the environment skips it.
     """
     folder, config, layouts = _open(out)
-    readers = open_tensors(folder)
+    readers = orbax.readers(folder, mesh) if orbax.is_checkpoint(folder) else open_tensors(folder)
+    placed = lambda array: jax.device_put(array, orbax.row_sharding(array.shape, mesh)) if mesh else jnp.asarray(array)  # noqa: E731
     model = jax.eval_shape(lambda: Llama(config, dtype=dtype))  # shapes first, and no memory for weights
     _check(folder, config, layouts, set(readers))
     check_weights(folder)
@@ -117,13 +122,25 @@ def load(out: str | Path, dtype: Any = jnp.float32) -> Llama:
     for name, param in model.tensors().items():
         linear = name.removesuffix(".weight")
         if linear in layouts:
-            param.set_value(_matrix(folder, linear, layouts[linear], readers))
+            param.set_value(_matrix(folder, linear, layouts[linear], readers, placed))
             continue
         array = readers[name]()
         if array.shape != shapes[name] or not np.isfinite(array.astype(np.float32)).all():
             raise QLRError(f"{folder}: {name} has shape {array.shape} for {shapes[name]}, or is not finite; the folder is damaged")
-        param.set_value(jnp.asarray(array).astype(dtype))
+        param.set_value(placed(array).astype(dtype))
     return model
+
+
+def check_folder(out: str | Path) -> set[str]:
+    """Refuse a packed folder that is damaged; the names of its tensors that are packed.
+
+    Raises:
+        QLRError: as `load`.
+    """
+    folder, config, layouts = _open(out)
+    _check(folder, config, layouts, set(open_tensors(folder)))
+    check_weights(folder)
+    return {f"{name}.{key}" for name, layout in layouts.items() for key in array_shapes(layout)}
 
 
 def read_matrices(out: str | Path) -> dict[str, QLRMatrix]:
@@ -293,7 +310,9 @@ def _check(folder: Path, config: LlamaConfig, layouts: Mapping[str, Layout], fou
     check_names(folder, found, expected)
 
 
-def _matrix(folder: Path, name: str, layout: Layout, readers: Mapping[str, Any]) -> QLRMatrix:
+def _matrix(
+    folder: Path, name: str, layout: Layout, readers: Mapping[str, Any], placed: Callable[[Any], jax.Array] = jnp.asarray
+) -> QLRMatrix:
     arrays = {}
     for key, (shape, kind) in array_shapes(layout).items():
         stored = f"{name}.weight" if layout.spec == "bf16" else f"{name}.{key}"
@@ -303,5 +322,5 @@ def _matrix(folder: Path, name: str, layout: Layout, readers: Mapping[str, Any])
         if array.shape != shape or array.dtype != kind:
             asked = f"{layout.spec} asks for {kind} {shape}"
             raise QLRError(f"{folder}: {stored} is {array.dtype} {array.shape}, but {asked}; the folder is damaged")
-        arrays[key] = jnp.asarray(array)
+        arrays[key] = placed(array)
     return QLRMatrix(arrays, layout)
