@@ -42,7 +42,9 @@ def test_what_cannot_be_exported_or_read_is_one_sentence(packed, tmp_path):
     with pytest.raises(QLRError, match="dtype 'int8' is not offered"):
         export_orbax(packed, tmp_path / "a", "int8")
     dest = export_orbax(packed, tmp_path / "b")
-    next((dest / "weights").rglob("*METADATA*")).write_text("{")
+    for path in (dest / "weights").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"{")
     with pytest.raises(QLRError, match=r"the Orbax checkpoint cannot be read .*export it again"):
         qlr.load(dest)
     assert not (tmp_path / "a").exists()
@@ -58,7 +60,7 @@ wanted = np.asarray(qlr.load(folders[0])(tokens))
 for folder in folders:
     model = qlr.load(folder, mesh=mesh)
     leaves = [leaf for param in model.tensors().values() for leaf in jax.tree.leaves(param.get_value())]
-    shared = sum(len({shard.index for shard in leaf.addressable_shards}) > 1 for leaf in leaves)
+    shared = sum(len({str(shard.index) for shard in leaf.addressable_shards}) > 1 for leaf in leaves)
     logits = np.asarray(model(tokens))
     jitted = np.asarray(jax.jit(lambda model, tokens: model(tokens))(model, tokens))
     far = max(float(np.abs(found - wanted).max()) for found in (logits, jitted))

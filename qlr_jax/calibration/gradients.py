@@ -16,6 +16,7 @@ from qlr_jax.models.names import layer_of, linear_names, shape_of
 from qlr_jax.models.sites import BY_PATH
 
 
+# most of the lines say what it is
 def squared_gradients(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],

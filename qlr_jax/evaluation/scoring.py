@@ -1,7 +1,7 @@
 """Log-likelihoods of given continuations, for many requests of many lengths with few compilations."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ class Score(NamedTuple):
     greedy: bool
 
 
+# one piece: what is handed out, and what is settled, share the requests that wait
 def scores(
     model: Llama,
     requests: Sequence[tuple[Sequence[int], Sequence[int]]],

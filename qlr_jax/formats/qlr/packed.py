@@ -21,9 +21,9 @@ from qlr_jax.core.quantizers import e8 as lattice
 from qlr_jax.core.quantizers import search as codes
 from qlr_jax.core.spec import Spec
 from qlr_jax.errors import QLRError
-from qlr_jax.formats import orbax
 from qlr_jax.formats.checksums import check_weights, write_checksums
 from qlr_jax.formats.files import SHARD_BYTES, Entry, copy_companions, staged, with_type, write_json, write_tensors
+from qlr_jax.formats.qlr import placed
 from qlr_jax.models import Llama, LlamaConfig, find_folder, is_linear, tensor_names
 from qlr_jax.models.checkpoint import open_tensors
 from qlr_jax.models.config import carried, read_config_json
@@ -113,8 +113,8 @@ def load(out: str | Path, dtype: Any = jnp.float32, *, mesh: Mesh | None = None)
             checksums.json. Comparing reads all weights once more; QLR_SKIP_CHECKSUMS=1 in the environment skips it.
     """
     folder, config, layouts = _open(out)
-    readers = orbax.readers(folder, mesh) if orbax.is_checkpoint(folder) else open_tensors(folder)
-    placed = lambda array: jax.device_put(array, orbax.row_sharding(array.shape, mesh)) if mesh else jnp.asarray(array)  # noqa: E731
+    readers = placed.readers(folder, mesh) if placed.is_checkpoint(folder) else open_tensors(folder)
+    put = lambda array: jax.device_put(array, placed.row_sharding(array.shape, mesh)) if mesh else jnp.asarray(array)  # noqa: E731
     model = jax.eval_shape(lambda: Llama(config, dtype=dtype))  # shapes first, and no memory for weights
     _check(folder, config, layouts, set(readers))
     check_weights(folder)
@@ -122,12 +122,12 @@ def load(out: str | Path, dtype: Any = jnp.float32, *, mesh: Mesh | None = None)
     for name, param in model.tensors().items():
         linear = name.removesuffix(".weight")
         if linear in layouts:
-            param.set_value(_matrix(folder, linear, layouts[linear], readers, placed))
+            param.set_value(_matrix(folder, linear, layouts[linear], readers, put))
             continue
         array = readers[name]()
         if array.shape != shapes[name] or not np.isfinite(array.astype(np.float32)).all():
             raise QLRError(f"{folder}: {name} has shape {array.shape} for {shapes[name]}, or is not finite; the folder is damaged")
-        param.set_value(placed(array).astype(dtype))
+        param.set_value(put(array).astype(dtype))
     return model
 
 
@@ -311,7 +311,7 @@ def _check(folder: Path, config: LlamaConfig, layouts: Mapping[str, Layout], fou
 
 
 def _matrix(
-    folder: Path, name: str, layout: Layout, readers: Mapping[str, Any], placed: Callable[[Any], jax.Array] = jnp.asarray
+    folder: Path, name: str, layout: Layout, readers: Mapping[str, Any], put: Callable[[Any], jax.Array] = jnp.asarray
 ) -> QLRMatrix:
     arrays = {}
     for key, (shape, kind) in array_shapes(layout).items():
@@ -322,5 +322,5 @@ def _matrix(
         if array.shape != shape or array.dtype != kind:
             asked = f"{layout.spec} asks for {kind} {shape}"
             raise QLRError(f"{folder}: {stored} is {array.dtype} {array.shape}, but {asked}; the folder is damaged")
-        arrays[key] = placed(array)
+        arrays[key] = put(array)
     return QLRMatrix(arrays, layout)
