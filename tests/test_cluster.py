@@ -233,6 +233,17 @@ def test_a_worker_of_other_versions_is_refused(machines, monkeypatch):
         pass
 
 
+def test_what_fails_in_a_piece_is_not_taken_for_a_lost_scheduler(machines):
+    with connected(str(machines.file)) as engine:
+        failed = engine.submit(open, "/nowhere", title="reading")
+        with pytest.raises(QLRError, match=r"a piece of work \(reading\) failed on a worker: FileNotFoundError: .*/nowhere"):
+            engine.result(failed)
+        first, _ = engine.split(failed, 2)
+        with pytest.raises(QLRError, match="FileNotFoundError"):
+            engine.result(first)
+        assert engine.result(engine.submit(len, [1, 2])) == 2
+
+
 def test_what_no_cluster_is_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(connect, "ANSWER", 0.5)
     cases = {

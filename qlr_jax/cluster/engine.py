@@ -97,9 +97,17 @@ class DaskEngine:
         futures = list({v.future.key: v.future for v in values.values() if isinstance(v, Remote)}.values())
         with self._scheduler():
             for future in self._completed(futures):
-                found = future.result()
+                found = self._found(future)
                 for key in waiting[future.key]:
                     yield key, found
+
+    def _found(self, future: Future) -> Any:
+        """What a piece returned; its own error is told as such, and not taken for one of the cluster."""
+        error = future.exception() if future.status == "error" else None
+        if error is None or isinstance(error, (QLRError, KilledWorker)):
+            return future.result()
+        title = str(future.key).rpartition("-")[0]
+        raise QLRError(f"a piece of work ({title}) failed on a worker: {type(error).__name__}: {error}") from error
 
     def forget(self) -> None:
         pass  # workers keep the last block that they had
@@ -225,9 +233,9 @@ class DaskEngine:
         try:
             yield
         except KilledWorker as error:
-            last = getattr(error.last_worker, "address", "")
+            last, title = getattr(error.last_worker, "address", ""), str(error.task).rpartition("-")[0]
             raise QLRError(
-                f"a piece of work ({str(error.task).split('-')[0]}) was lost with {error.allowed_failures + 1} workers, one after "
+                f"a piece of work ({title}) was lost with {error.allowed_failures + 1} workers, one after "
                 f"the other, the last {last}: most likely it needs more memory than they have; give workers more (--memory-limit), "
                 "and go on with --resume"
             ) from None
