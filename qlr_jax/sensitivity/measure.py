@@ -119,7 +119,7 @@ def measure(
     errors = {key: final_error(solution) for key, solution in solved.items()}
     correction = _correction({key: errors[key] for key in keys}, profiles, search.state_bits)
     asked = {
-        name: engine.submit(_row_errors, *_row_problem(statistics, name), listed, config, search, seed, title="probing")
+        name: engine.submit(row_errors, *_row_problem(statistics, name), listed, config, search, seed, title="probing")
         for name, listed in vocabulary.items()
     }
     of_rows = dict(engine.results(asked))
@@ -158,18 +158,6 @@ def _change(solution: Solution, weight: Any) -> np.ndarray:
 
 def _row_problem(statistics: Statistics, name: str) -> tuple[Any, ...]:
     return statistics.weight(name), statistics.hessians[name], statistics.outputs[name]
-
-
-def _row_errors(
-    weight: Any,
-    hessian: np.ndarray,
-    row_weights: np.ndarray,
-    specs: Sequence[Spec],
-    config: SolverConfig,
-    search: SolverConfig,
-    seed: int,
-) -> dict[str, float]:
-    return row_errors(np.asarray(weight), hessian, row_weights, specs, config=config, search=search, seed=seed)
 
 
 def measured_profiles(

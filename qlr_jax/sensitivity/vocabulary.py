@@ -31,7 +31,6 @@ def row_errors(
     hessian: np.ndarray,
     row_weights: np.ndarray,
     specs: Sequence[Spec],
-    *,
     config: SolverConfig,
     search: SolverConfig,
     seed: int,
@@ -50,13 +49,14 @@ def row_errors(
         search: of this one.
         seed: of the sample and of rotations.
     """
+    weight = np.asarray(weight)
     energies = row_energies(weight, hessian)
     shares = np.maximum(np.asarray(row_weights, np.float64) * energies, 0.0)
     if not shares.sum():
         return {str(spec): 0.0 for spec in specs}
     drawn = np.random.default_rng(seed).choice(len(shares), SAMPLED, p=shares / shares.sum())
     rows, times = np.unique(drawn, return_counts=True)
-    sample, own = np.asarray(weight)[rows], times / energies[rows]
+    sample, own = weight[rows], times / energies[rows]
     found: dict[str, float] = {}
     anchored: dict[type, tuple[Spec, float]] = {}
     for spec in sorted(specs, key=lambda s: abs(s.quantizer().bits - PROBE_BITS)):
