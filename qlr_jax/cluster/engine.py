@@ -103,11 +103,15 @@ class DaskEngine:
 
     def _found(self, future: Future) -> Any:
         """What a piece returned; its own error is told as such, and not taken for one of the cluster."""
-        error = future.exception() if future.status == "error" else None
-        if error is None or isinstance(error, (QLRError, KilledWorker)):
+        try:
             return future.result()
-        title = str(future.key).rpartition("-")[0]
-        raise QLRError(f"a piece of work ({title}) failed on a worker: {type(error).__name__}: {error}") from error
+        except (QLRError, KilledWorker):
+            raise
+        except Exception as error:
+            if future.status != "error":  # the connection's, not the piece's
+                raise
+            title = str(future.key).rpartition("-")[0]
+            raise QLRError(f"a piece of work ({title}) failed on a worker: {type(error).__name__}: {error}") from error
 
     def forget(self) -> None:
         pass  # workers keep the last block that they had
