@@ -37,7 +37,7 @@ def in_cpp(x: np.ndarray, code: Trellis, by: str, exact: bool) -> np.ndarray | N
 def in_xla(x: jax.Array, shifts: jax.Array, gain: float, state_bits: int) -> jax.Array:
     """States by XLA's search, whatever else there is."""
     free = jnp.full(len(x), -1, jnp.int32)
-    return _in_xla(x, shifts, jnp.float32(gain), free, state_bits=state_bits, free=True)
+    return _in_xla(x, shifts[None], jnp.float32(gain)[None], free, jnp.zeros(0, int), state_bits=state_bits, free=True)
 
 
 def main() -> None:

@@ -70,7 +70,7 @@ def test_paths_close_and_cost_what_those_of_xla_do(sequences, state_bits, rate):
 @partial(jax.jit, static_argnums=3)
 def xla(x, shifts, gain, state_bits):
     shifts, ends = jnp.asarray(shifts, jnp.int32), jnp.full(len(x), -1, jnp.int32)
-    return search._in_xla(x, shifts, jnp.float32(gain), ends, state_bits=state_bits, free=True)
+    return search._in_xla(x, shifts[None], jnp.float32(gain)[None], ends, jnp.zeros(0, int), state_bits=state_bits, free=True)
 
 
 @there

@@ -4,10 +4,12 @@ import gc
 import itertools
 import weakref
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from qlr_jax.core.quantizers import parse_quantizer  # noqa: E402
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402  after torch
 from qlr_jax.formats.qlr import native_products  # noqa: E402
 from qlr_jax.native import product  # noqa: E402
@@ -17,7 +19,9 @@ SETS = ("avx2", "avx512", "neon")
 TRELLIS = ["1", "1.5", "2", "2.0625", "3.25", "4", "6"]
 SPECS = [
     *(f"trellis-{rate}" for rate in TRELLIS),
+    *(f"trellis-{rate}w" for rate in ("1", "2.25", "4")),
     *(
+        "trellis-2.5w+r4@trellis-4",
         "trellis-2+r4@trellis-4",
         "trellis-2+r16@trellis-2",
         "trellis-3+r6@trellis-3",
@@ -36,7 +40,11 @@ def filled(spec, shape, **others):
     """A layer of random codes: any byte is a valid one."""
     linear = runtime.QLRLinear(spec, shape, seed=5, **others)
     for name, buffer in linear.named_buffers():
-        if buffer.dtype == torch.uint8:
+        if name.endswith("rates"):
+            draw, grid = np.random.default_rng(0), parse_quantizer(spec.partition("+")[0]).for_backbone(shape)
+            rates = grid.metric_qparams(*(np.exp(draw.standard_normal((1, tiles))) for tiles in grid.tiles(*shape)[::-1]))
+            buffer.copy_(torch.from_numpy(grid.segments(*rates)))
+        elif buffer.dtype == torch.uint8:
             buffer.random_(0, 2 if "zeros" in name else 256)  # a zero point lies among the codes
         elif "signs" in name or buffer.dtype == torch.bfloat16:
             buffer.normal_()

@@ -160,10 +160,14 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         gain = np.asarray(noise_gain(factor))
     else:
         factor, gain = metric.factor(width), metric.noise_gain(width)
-    rows, output = None, problem.output
+    rows, output, height = None, problem.output, quantizer.tile[0]
+    down = -(-problem.layout.shape[0] // height)
+    costs = metric.spread(width), np.ones((1, down))
     if output is not None:
-        group = row_group(-(-problem.layout.shape[0] // quantizer.tile[0]) * quantizer.tile[0], quantizer.tile[0])
+        group = row_group(down * height, height)
         rows, gain = output.factor(group), (1 + gain) * (1 + output.noise_gain(group)) - 1
+        costs = costs[0], np.repeat(output.spread(group), group // height, axis=1)
+    given = quantizer.metric_qparams(*(np.broadcast_to(c, (len(problem.weight), c.shape[1])) for c in costs))
     fitted = problem.config.backbone_scale == "fitted"
     correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(
@@ -175,6 +179,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         quantizer.traced(),
         problem.output_metric,
         rows,
+        tuple(problem.placement.place(array) for array in given),
         static=quantizer.static(),
         refit=fitted,
     )

@@ -96,6 +96,7 @@ def round_backbone(
     traced: Traced,
     output: Array | None = None,
     rows: Array | None = None,
+    given: QParams = (),
     *,
     static: Quantizer,
     refit: bool,
@@ -113,6 +114,7 @@ def round_backbone(
         correction: (b,), of a unit grid's scale (`scale_correction`).
         traced, static: the quantizer.
         output, rows: G and its feedback factor, of a group of rows at a time (`ldlq_rows`); None: the identity.
+        given: the qparams that the metric decides (`Quantizer.metric_qparams`).
         refit: fit a unit grid's scale to the result.
     """
     m, n = residual.shape[-2:]
@@ -124,6 +126,8 @@ def round_backbone(
     )
     if static.unit_scale:
         scales = (scales[0] * correction[:, None, None], *scales[1:])
+    if given:
+        scales = (*scales[: len(scales) - len(given)], *given)
     padded, qparams = pad_to_tiles(residual, *static.tile), static.broadcast_qparams(scales, n)
     if rows is None:
         q, codes = by_rows(lambda w, *g: ldlq(w, factor, g, traced, static), (padded, *qparams), static.tile[0])

@@ -19,8 +19,8 @@ GROUP = 64  # columns that are rounded, at most, between two products with all o
 
 
 @partial(jax.jit, static_argnames=("block",))
-def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, "*b n n"], Float[Array, "*b"]]:
-    """F and tr(D) of the block LDLᵀ factor: H = (I + F) D (I + F)ᵀ, F strictly block-lower, D block-diagonal.
+def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, "*b n n"], Float[Array, "*b blocks"]]:
+    """F and tr(D_k) of the block LDLᵀ factor: H = (I + F) D (I + F)ᵀ, F strictly block-lower, D block-diagonal, D_k its blocks.
 
     If column blocks are rounded from last to first, each as W_b + Σ_{c > b} E_c F_cb with E = W − Ŵ, then
     tr(E H Eᵀ) = tr(η D ηᵀ), η the rounding errors alone (QuIP, arXiv 2307.13304, section 3; in blocks: QuIP#, section 4.1).
@@ -30,9 +30,9 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
         block: columns a block; n must be a multiple of it.
 
     Example:
-        >>> f, trace = feedback(jnp.array([[1.0, 0.0], [0.5, 1.0]]) @ jnp.array([[1.0, 0.5], [0.0, 1.0]]), 1)
-        >>> f.tolist(), float(trace)
-        ([[0.0, 0.0], [0.5, 0.0]], 2.0)
+        >>> f, traces = feedback(jnp.array([[1.0, 0.0], [0.5, 1.0]]) @ jnp.array([[1.0, 0.5], [0.0, 1.0]]), 1)
+        >>> f.tolist(), traces.tolist()
+        ([[0.0, 0.0], [0.5, 0.0]], [1.0, 1.0])
     """
     n = hessian.shape[-1]
     lower = jnp.linalg.cholesky(hessian)
@@ -40,7 +40,7 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
     lead = hessian.shape[:-2]
     tiles = lower.reshape(*lead, count, block, count, block)
     corner = jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)  # (*b, count, block, block)
-    trace = jnp.sum(jnp.square(corner), axis=(-3, -2, -1))
+    traces = jnp.sum(jnp.square(corner), axis=(-2, -1))
     # C · blockdiag(C_bb)⁻¹, a column block at a time: solve X C_bb = C_:b
     columns = jnp.moveaxis(lower.reshape(*lead, n, count, block), -2, -3)  # (*b, count, n, block)
     if block == 1:
@@ -49,7 +49,7 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
         unit = jnp.swapaxes(solve_triangular(jnp.swapaxes(corner, -1, -2), jnp.swapaxes(columns, -1, -2), lower=False), -1, -2)
     factor = jnp.moveaxis(unit, -3, -2).reshape(*lead, n, n)
     index = jnp.arange(n) // block
-    return jnp.where(index[:, None] > index[None, :], factor, 0.0), trace
+    return jnp.where(index[:, None] > index[None, :], factor, 0.0), traces
 
 
 @partial(sharded, factors=True)

@@ -39,7 +39,7 @@ class Metric:
     damping: float
     placement: Placement = HERE
     source: Metric | None = field(default=None, repr=False)
-    _factors: dict[int, tuple[Array, np.ndarray]] = field(default_factory=dict, repr=False)
+    _factors: dict[int, tuple[Array, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
     _norms: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -72,11 +72,15 @@ class Metric:
         """φ: what feedback with that factor adds to what is rounded."""
         return self._made(width)[1]
 
+    def spread(self, width: int) -> np.ndarray:
+        """tr(D_k) of that factor's column blocks, (b or 1, blocks): what rounding noise in each of them costs."""
+        return self._made(width)[2]
+
     def root(self) -> Array:
         """C, lower triangular, with C Cᵀ = the damped H."""
         if 0 not in self._factors:
             found = self.placement.place(self.source.root()) if self.source else _cholesky(self.regular)
-            self._factors[0] = found, np.zeros(0)
+            self._factors[0] = found, np.zeros(0), np.zeros(0)
         return self._factors[0][0]
 
     def block_norms(self, i: int, width: int) -> np.ndarray:
@@ -93,13 +97,14 @@ class Metric:
         source = self if len(self.original) == 1 else None  # else it would keep the room of all on one device
         return replace(self, hessian=hessian, regular=regular, placement=placement, source=source, _factors={}, _norms={})
 
-    def _made(self, width: int) -> tuple[Array, np.ndarray]:
+    def _made(self, width: int) -> tuple[Array, np.ndarray, np.ndarray]:
         if width not in self._factors:
             if self.source:
-                self._factors[width] = self.placement.place(self.source.factor(width)), self.source.noise_gain(width)
+                factor, gain, spread = self.source._made(width)
+                self._factors[width] = self.placement.place(factor), gain, spread
             else:
-                factor, gain = _ldl_and_gain(self.regular, width=width)
-                self._factors[width] = factor, np.asarray(gain)
+                factor, gain, spread = _ldl_and_gain(self.regular, width=width)
+                self._factors[width] = factor, np.asarray(gain), np.asarray(spread)
         return self._factors[width]
 
 
@@ -125,10 +130,10 @@ _cholesky = sharded(jax.jit(jnp.linalg.cholesky), factors=True)
 
 @partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("width",))
-def _ldl_and_gain(regular: Array, width: int) -> tuple[Array, Array]:
-    """F of the damped H, padded to whole blocks, and its φ."""
-    factor = feedback(pad_metric(regular, width), width)[0]
-    return factor, noise_gain(factor)
+def _ldl_and_gain(regular: Array, width: int) -> tuple[Array, Array, Array]:
+    """F of the damped H, padded to whole blocks, its φ, and the traces of its D."""
+    factor, traces = feedback(pad_metric(regular, width), width)
+    return factor, noise_gain(factor), traces
 
 
 @partial(sharded, factors=True)

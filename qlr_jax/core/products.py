@@ -20,7 +20,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.native.product import MOST_TOKENS, Format, Kind
 
 PARTS = ("backbone", "left", "right")
-ARRAYS = ("codes", "scales", "zeros")  # of a part
+ARRAYS = (("codes",), ("scales",), ("zeros", "rates"))  # of a part, or what is passed in its place
 OTHERS = ("component_scale", "scale", "row_scales", "output_signs", "input_signs")
 Implementation = Literal["xla", "native"]
 Formats = tuple[tuple[Format, int, int], ...]
@@ -157,7 +157,7 @@ def _by_decoding(x: Array, matrix: QLRMatrix, formats: Formats) -> Array:
 
 def _arrays(matrix: QLRMatrix, part: str) -> list[Any]:
     own = matrix.part(part)
-    return [own.get(name, _nothing()) for name in ARRAYS]
+    return [next((own[name] for name in names if name in own), _nothing()) for names in ARRAYS]
 
 
 def _nothing() -> Array:

@@ -65,7 +65,7 @@ class Requantizer:
         layout = matrix.layout
         quantizer = matrix.spec.quantizer(layout.state_bits, layout.shape)
         scale = jnp.asarray(matrix.arrays["scale"][0], jnp.float32)
-        return cls(quantizer, layout, scale, quantizer.stored_qparams(matrix.part("backbone")), metric, output)
+        return cls(quantizer, layout, scale, quantizer.stored_qparams(matrix.part("backbone"), layout.shape), metric, output)
 
     def round(
         self, wanted: Float[Array, "m n"], warm: Int[np.ndarray, "down across"] | None = None

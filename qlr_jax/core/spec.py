@@ -3,7 +3,7 @@
 <backbone>[/rot | /rows][+r<rank>@<factors>[,<factors of R>]]
 
 trellis-2.25      trellis-2+r32@trellis-4      e8-2+r256@e8-4      int-4g32+r16@bf16      nf-4g64/rot      none+r64@int-8,bf16
-nvfp4             nvfp4/rot+r16@nvfp4        trellis-3/rows
+nvfp4             nvfp4/rot+r16@nvfp4        trellis-3/rows             trellis-2.25w+r8@trellis-2
 """
 
 from __future__ import annotations
@@ -76,13 +76,12 @@ class Spec:
         always = backbone.always_rotated
         rank = int(match["rank"] or 0)
         if match["rot"] == "/rows":
-            if match["rank"] or not backbone.unit_scale:
-                why = (
-                    "/rows has no factors; leave +r out"
-                    if match["rank"]
-                    else "its rows are read one by one as it is; leave /rows out"
-                )
-                raise QLRError(f"{text!r}: {why}")
+            if match["rank"]:
+                raise QLRError(f"{text!r}: /rows has no factors; leave +r out")
+            if backbone.follows_metric:
+                raise QLRError(f"{text!r}: /rows has one rate for all columns; leave w out")
+            if not backbone.unit_scale:
+                raise QLRError(f"{text!r}: its rows are read one by one as it is; leave /rows out")
             return cls(backbone.name, False, by_rows=True)
         if always and match["rot"]:
             raise QLRError(f"{text!r}: {backbone.name} is rotated always; leave /rot out")
@@ -95,6 +94,8 @@ class Spec:
         left, right = parse_quantizer(match["left"]), parse_quantizer(match["right"] or match["left"])
         if left.empty or right.empty:
             raise QLRError(f"{text!r}: factors cannot be none; leave +r out for rank 0")
+        if left.follows_metric or right.follows_metric:
+            raise QLRError(f"{text!r}: a factor has one rate; leave w out of {left.name if left.follows_metric else right.name}")
         return cls(backbone.name, always or bool(match["rot"]), rank, left.name, right.name)
 
     def __str__(self) -> str:
@@ -174,7 +175,7 @@ def _factor(name: str, rank: int, state_bits: int) -> Quantizer:
 
 
 def expand_backbones(backbones: Sequence[str]) -> list[str]:
-    """Backbones with ranges written out: `trellis-1.5..4` is every sixteenth from 1.5 to 4.
+    """Backbones with ranges written out: `trellis-1.5..4` is every sixteenth from 1.5 to 4, `trellis-1.5..4w` the same with w.
 
     Args:
         backbones: names as a recipe writes them.
@@ -193,6 +194,7 @@ def expand_backbones(backbones: Sequence[str]) -> list[str]:
     for text in backbones:
         head, dots, last = text.partition("..")
         last, slash, ending = last.partition("/")
+        last, w = last.removesuffix("w"), "w" * last.endswith("w")
         kind, _, first = head.rpartition("-")
         if not dots:
             # `none` is a backbone for those who give it factors; alone it is no spec
@@ -202,5 +204,5 @@ def expand_backbones(backbones: Sequence[str]) -> list[str]:
             steps = range(int(Fraction(first) * 16), int(Fraction(last) * 16) + 1)
         except ValueError:
             raise QLRError(f"{text!r} is not a range of backbones; write trellis-<from>..<to>, e.g. trellis-1.5..4") from None
-        out += [str(Spec.parse(f"{kind}-{s / 16:g}{slash}{ending}")) for s in steps]
+        out += [str(Spec.parse(f"{kind}-{s / 16:g}{w}{slash}{ending}")) for s in steps]
     return list(dict.fromkeys(out))

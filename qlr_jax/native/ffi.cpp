@@ -11,15 +11,17 @@ namespace ffi = xla::ffi;
 namespace {
 
 ffi::Error search(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::S32> shifts, ffi::Buffer<ffi::F32> gain,
-                  ffi::Buffer<ffi::S32> ends, ffi::ResultBuffer<ffi::S32> states, int64_t state_bits, bool exact) {
+                  ffi::Buffer<ffi::S32> ends, ffi::Buffer<ffi::S32> of, ffi::ResultBuffer<ffi::S32> states, int64_t state_bits,
+                  bool exact) {
   static const qlr::Search widest = qlr::search_of(qlr::widest());
   const int64_t count = (int64_t)x.element_count() / qlr::kLength;
-  if (shifts.element_count() != qlr::kLength || (int64_t)ends.element_count() != count)
-    return ffi::Error::InvalidArgument("a search takes 256 shifts, and an end for each sequence");
+  const int64_t kinds = (int64_t)gain.element_count(), chosen = (int64_t)of.element_count();
+  if ((int64_t)shifts.element_count() != kinds * qlr::kLength || (int64_t)ends.element_count() != count || (chosen && chosen != count))
+    return ffi::Error::InvalidArgument("a search takes 256 shifts and a gain for each code, and an end and a code for each sequence");
+  const qlr::Codes codes = {kinds, shifts.typed_data(), gain.typed_data(), chosen ? of.typed_data() : nullptr};
   const int helpers = (int)pool.num_threads() - 1;
-  const char* wrong = qlr::search_all(widest, x.typed_data(), shifts.typed_data(), gain.typed_data()[0], ends.typed_data(), count,
-                                      (int)state_bits, exact, states->typed_data(), helpers,
-                                      [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
+  const char* wrong = qlr::search_all(widest, x.typed_data(), codes, ends.typed_data(), count, (int)state_bits, exact,
+                                      states->typed_data(), helpers, [&](std::function<void()> task) { pool.Schedule(std::move(task)); });
   return wrong == nullptr ? ffi::Error::Success() : ffi::Error::InvalidArgument(wrong);
 }
 
@@ -98,6 +100,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(qlr_search_call, search,
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Ret<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("state_bits")

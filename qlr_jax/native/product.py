@@ -69,6 +69,7 @@ class Part(ctypes.Structure):
         *((name, _at) for name in ("codes", "scales", "small_scales", "zeros", "levels", "points", "roots")),
         ("gains", _float * 2),
         ("zero", _float),
+        ("stride", _long),
         ("tail", _at),
         ("tail_row", _long),
     )

@@ -133,13 +133,15 @@ template <class S> typename S::I sequence_words(const typename S::Source& source
 
 // ------------------------------------------------------------------ a trellis backbone: rows in the lanes
 
+inline int64_t band_bytes(const Part& part, int64_t across) { return part.stride ? part.stride : across * part.count; }
+
 template <class S, int G, int C, bool Near>
 QLR_APART void bands(const Part& part, const Layout& layout, const float* x, int64_t first, int64_t last, float* y) {
   using F = typename S::F;
   const int width = kSequence / part.height;
   const int64_t across = (part.cols + width - 1) / width;
   for (int64_t band = first; band < last; band++) {
-    const uint8_t* s = part.codes + band * across * part.count;
+    const uint8_t* s = part.codes + band * band_bytes(part, across);
     F sums[G];
     for (int g = 0; g < G; g++) sums[g] = S::zero();
     for (int64_t j = 0; j < across; j++, s += part.count) {
@@ -297,7 +299,7 @@ QLR_APART void decode_bands(const Part& part, const Layout& layout, int64_t firs
   const int64_t across = (part.cols + width - 1) / width;
   alignas(64) float tile[16 * G * kStride];
   for (int64_t band = first / part.height; band * part.height < last; band++) {
-    const uint8_t* s = part.codes + band * across * part.count;
+    const uint8_t* s = part.codes + band * band_bytes(part, across);
     const int64_t row = band * part.height, rows = last - row < part.height ? last - row : part.height;
     for (int64_t start = 0; start < part.cols; start += kColumns) {
       const int64_t columns = part.cols - start < kColumns ? part.cols - start : kColumns;

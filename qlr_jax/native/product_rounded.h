@@ -20,7 +20,7 @@ QLR_APART void rounded_bands(const Part& part, const Layout& layout, const Round
   const int width = kSequence / part.height, inside = kBlock / width;
   const int64_t across = (part.cols + width - 1) / width;
   for (int64_t band = first; band < last; band++) {
-    const uint8_t* s = part.codes + band * across * part.count;
+    const uint8_t* s = part.codes + band * band_bytes(part, across);
     F sums[G];
     for (int g = 0; g < G; g++) sums[g] = S::zero();
     const uint32_t* own = x.pairs;

@@ -62,20 +62,52 @@ struct Memory {
   }
 };
 
-// Sequences that are handed out one by one. The caller's thread takes part, so that it waits only for sequences that another
-// thread has begun, never for a thread to come free: threads of a pool may call this side by side.
-struct Work {
-  Search search;
+// A code, and what a search reads of it.
+struct Tables {
   Code code;
   std::vector<int32_t> shifts;
   std::vector<float> values;
   std::vector<int16_t> small_values;
+  std::once_flag zeros_searched;
+  int32_t of_zeros[kLength];
+
+  Tables(const int32_t* given, float gain, int state_bits, bool exact) : shifts(given, given + kLength) {
+    double rate = 0;
+    for (int t = 0; t < kLength; t++) {
+      rate += shifts[t] / (double)kLength;
+      exact |= 1 << (state_bits - (shifts[t] < state_bits ? shifts[t] : state_bits)) < kLanes;
+    }
+    exact |= rate > kFinest;
+    const int count = 1 << state_bits;
+    values.resize(count);
+    float largest = 0;
+    for (int s = 0; s < count; s++) {
+      const uint32_t word = (uint32_t)s * kMultiplier + kAddend;
+      const int sum = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24);
+      values[s] = ((float)sum - 510.f) * (1.f / 147.8f) * gain;
+      largest = std::fmax(largest, std::fabs(values[s]));
+    }
+    float scale = 0;
+    if (!exact) {
+      scale = std::fmin(8192.f, 32767.f / std::fmax(largest, 1e-6f));
+      small_values.resize(count);
+      for (int s = 0; s < count; s++) small_values[s] = (int16_t)std::lrint(values[s] * scale);
+    }
+    code = {state_bits, shifts.data(), scale, doublings_of(rate), values.data(), small_values.data()};
+  }
+};
+
+// Sequences that are handed out one by one. The caller's thread takes part, so that it waits only for sequences that another
+// thread has begun, never for a thread to come free: threads of a pool may call this side by side.
+struct Work {
+  Search search;
+  int state_bits;
+  std::vector<std::unique_ptr<Tables>> tables;  // of the codes that some sequence has
+  const int32_t* of;
   const float* x;
   const int32_t* ends;
   int32_t* states;
   int64_t count;
-  std::once_flag zeros_searched;
-  int32_t of_zeros[kLength];
   std::atomic<int64_t> next{0};
   std::mutex mutex;
   std::condition_variable all_done;
@@ -85,16 +117,17 @@ struct Work {
     std::unique_ptr<Memory> memory;
     int64_t finished = 0;
     for (int64_t i; (i = next.fetch_add(1)) < count; finished++) {
-      if (!memory) memory = std::make_unique<Memory>(code.state_bits);
-      const float* own = x + i * kLength;
+      if (!memory) memory = std::make_unique<Memory>(state_bits);
+      Tables& own = *tables[of ? of[i] : 0];
+      const float* weights = x + i * kLength;
       // padding, and what only keeps shapes whole, is searched once
-      if (ends[i] < 0 && std::all_of(own, own + kLength, [](float value) { return value == 0; })) {
-        std::call_once(zeros_searched, [&] { search(code, own, -1, of_zeros, memory->room); });
-        std::memcpy(states + i * kLength, of_zeros, sizeof of_zeros);
+      if (ends[i] < 0 && std::all_of(weights, weights + kLength, [](float value) { return value == 0; })) {
+        std::call_once(own.zeros_searched, [&] { search(own.code, weights, -1, own.of_zeros, memory->room); });
+        std::memcpy(states + i * kLength, own.of_zeros, sizeof own.of_zeros);
         continue;
       }
-      const int32_t end = ends[i] < 0 ? -1 : ends[i] & ((1 << code.state_bits) - 1);
-      search(code, own, end, states + i * kLength, memory->room);
+      const int32_t end = ends[i] < 0 ? -1 : ends[i] & ((1 << state_bits) - 1);
+      search(own.code, weights, end, states + i * kLength, memory->room);
     }
     if (finished == 0) return;
     std::lock_guard<std::mutex> lock(mutex);
@@ -113,37 +146,23 @@ Search search_of(const char* name) {
 
 const char* widest() { return choices().back().name; }
 
-const char* search_all(Search search, const float* x, const int32_t* shifts, float gain, const int32_t* ends, int64_t count,
-                       int state_bits, bool exact, int32_t* states, int helpers, const Spread& spread) {
+const char* search_all(Search search, const float* x, const Codes& codes, const int32_t* ends, int64_t count, int state_bits,
+                       bool exact, int32_t* states, int helpers, const Spread& spread) {
   if (state_bits < kLeastBits || state_bits > kMostBits) return "state bits are 6 to 16";
-  double rate = 0;
-  for (int t = 0; t < kLength; t++) {
-    if (shifts[t] < 1 || shifts[t] > kMostShift) return "a step has 1 to 6 new bits";
-    rate += shifts[t] / (double)kLength;
-    exact |= 1 << (state_bits - (shifts[t] < state_bits ? shifts[t] : state_bits)) < kLanes;
-  }
-  exact |= rate > kFinest;
+  if (codes.codes < 1) return "there is a code";
+  for (int64_t t = 0; t < codes.codes * kLength; t++)
+    if (codes.shifts[t] < 1 || codes.shifts[t] > kMostShift) return "a step has 1 to 6 new bits";
   if (count == 0) return nullptr;
   auto work = std::make_shared<Work>();
-  const int states_count = 1 << state_bits;
-  work->search = search;
-  work->shifts.assign(shifts, shifts + kLength);
-  work->values.resize(states_count);
-  float largest = 0;
-  for (int s = 0; s < states_count; s++) {
-    const uint32_t word = (uint32_t)s * kMultiplier + kAddend;
-    const int sum = (word & 255) + ((word >> 8) & 255) + ((word >> 16) & 255) + (word >> 24);
-    work->values[s] = ((float)sum - 510.f) * (1.f / 147.8f) * gain;
-    largest = std::fmax(largest, std::fabs(work->values[s]));
-  }
-  float scale = 0;
-  if (!exact) {
-    scale = std::fmin(8192.f, 32767.f / std::fmax(largest, 1e-6f));
-    work->small_values.resize(states_count);
-    for (int s = 0; s < states_count; s++) work->small_values[s] = (int16_t)std::lrint(work->values[s] * scale);
-  }
-  work->code = {state_bits, work->shifts.data(), scale, doublings_of(rate), work->values.data(), work->small_values.data()};
+  work->search = search, work->state_bits = state_bits, work->of = codes.of;
   work->x = x, work->ends = ends, work->states = states, work->count = count;
+  work->tables.resize(codes.codes);
+  for (int64_t i = 0; i < (codes.of ? count : 1); i++) {
+    const int32_t own = codes.of ? codes.of[i] : 0;
+    if (own < 0 || own >= codes.codes) return "a sequence has one of the codes";
+    if (!work->tables[own])
+      work->tables[own] = std::make_unique<Tables>(codes.shifts + own * kLength, codes.gains[own], state_bits, exact);
+  }
   for (int64_t h = 0; h < helpers && h < count - 1; h++) spread([work] { work->run(); });
   work->run();
   std::unique_lock<std::mutex> lock(work->mutex);
@@ -160,7 +179,8 @@ QLR_EXPORT int qlr_search(const char* set, const float* x, const int32_t* shifts
                           int state_bits, int exact, int32_t* states) {
   const qlr::Search search = qlr::search_of(set);
   if (search == nullptr) return 1;
-  return qlr::search_all(search, x, shifts, gain, ends, count, state_bits, exact != 0, states, 0, nullptr) != nullptr;
+  const qlr::Codes codes = {1, shifts, &gain, nullptr};
+  return qlr::search_all(search, x, codes, ends, count, state_bits, exact != 0, states, 0, nullptr) != nullptr;
 }
 
 QLR_EXPORT const char* qlr_widest() { return qlr::widest(); }

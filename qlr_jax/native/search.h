@@ -44,8 +44,16 @@ const char* widest();
 // Runs the task on other threads too: once for each call of it that a thread is there for, at any time, or never.
 using Spread = std::function<void(std::function<void()>)>;
 
+// The codes that sequences may have: shifts[codes][256] and gains[codes]; of[count] says which, null: the first.
+struct Codes {
+  int64_t codes;
+  const int32_t* shifts;
+  const float* gains;
+  const int32_t* of;
+};
+
 // x[count][256] -> states[count][256]; null, or what is wrong. `helpers`: how many other threads may help.
-const char* search_all(Search search, const float* x, const int32_t* shifts, float gain, const int32_t* ends, int64_t count,
-                       int state_bits, bool exact, int32_t* states, int helpers, const Spread& spread);
+const char* search_all(Search search, const float* x, const Codes& codes, const int32_t* ends, int64_t count, int state_bits,
+                       bool exact, int32_t* states, int helpers, const Spread& spread);
 
 }  // namespace qlr

@@ -9,10 +9,10 @@ import numpy as np
 from allocators import OptionTable
 from qlr_jax.core.spec import Spec
 from qlr_jax.models import is_linear, kind_of, layer_of
-from qlr_jax.sensitivity.correction import correction_key
+from qlr_jax.sensitivity.correction import METRIC_BACKBONE
 
-# Solved for every matrix: it anchors the predictions, and its error is what KL is attributed to. Where no trellis nor lattice is
-# offered it is the offered one of about so many bits.
+# Solved for every matrix: it anchors the predictions, and its error is what KL is attributed to; the second where a backbone whose
+# rates follow the metrics is offered. Where no trellis nor lattice is offered it is the offered one of about so many bits.
 PROBE, PLAIN_BITS = "trellis-2", 3
 NEAR_LOSSLESS = 8  # bits, from which on an unrotated grid is predicted from its error alone: what outliers add matters no more
 ANCHORED = 21  # matrices, at most, that are solved with factors as well: a hundred predict the others no better (benchmarks)
@@ -25,7 +25,10 @@ def probe(offered: Sequence[Spec]) -> str:
         >>> probe([Spec.parse("int-2"), Spec.parse("int-3")]), probe([Spec.parse("int-2"), Spec.parse("trellis-3")])
         ('int-3', 'trellis-2')
     """
-    if any(spec.quantizer().always_rotated or spec.quantizer().empty for spec in offered):
+    grids = [spec.quantizer() for spec in offered]
+    if any(grid.follows_metric for grid in grids):
+        return METRIC_BACKBONE
+    if any(grid.always_rotated or grid.empty for grid in grids):
         return PROBE
     bare = {str(spec): spec for spec in offered if not spec.rank}
     listed = sorted(bare, key=lambda text: abs(bare[text].quantizer().bits - PLAIN_BITS))
@@ -84,8 +87,8 @@ def _plain(offered: Sequence[Spec], everything: bool) -> list[str]:
     """The rank-0 options that no rotation makes alike: all, or the middle one at every number of bits."""
     by_bits: dict[tuple[type, float], list[str]] = {}
     for spec in offered:
-        if not spec.rank and correction_key(spec).backbone and spec.quantizer().bits < NEAR_LOSSLESS:
-            by_bits.setdefault((type(spec.quantizer()), spec.quantizer().bits), []).append(str(spec))
+        if not spec.rank and not (grid := spec.quantizer()).always_rotated and not grid.empty and grid.bits < NEAR_LOSSLESS:
+            by_bits.setdefault((type(grid), grid.bits), []).append(str(spec))
     return [text for texts in by_bits.values() for text in (texts if everything else texts[len(texts) // 2 :][:1])]
 
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from qlr_jax.core.spec import Spec
 
+METRIC_BACKBONE = "trellis-2w"  # stands for all of its rates
+
 
 class CorrectionKey(NamedTuple):
     """What of a spec a correction depends on, as the spec writes it.
@@ -17,7 +19,8 @@ class CorrectionKey(NamedTuple):
     Attributes:
         rank: 0 without factors.
         grids: the factors'; "" without them.
-        backbone: "" for every backbone of unit variance, which are rotated and err alike at all rates.
+        backbone: "" for every backbone of unit variance, which are rotated and err alike at all rates; one of them for all whose
+            rates follow the metrics.
     """
 
     rank: int
@@ -34,6 +37,8 @@ def correction_key(spec: Spec) -> CorrectionKey:
         ((4, 'bf16', 'int-3g64/rot'), (0, '', ''))
     """
     grid = spec.quantizer()
+    if grid.follows_metric:
+        return CorrectionKey(spec.rank, spec.grids, METRIC_BACKBONE)
     alike = grid.always_rotated or grid.empty
     return CorrectionKey(spec.rank, spec.grids, "" if alike else str(replace(spec, rank=0, left="", right="")))
 

@@ -40,6 +40,7 @@ class Profile:
         absorbed: the leading eigenvalues of D_G over its trace, (k,): what each component takes from Q's error.
         noise: tr(D_H) / n · tr(D_G) / m of the damped, rotated H and G.
         noise_gain: φ of their feedback.
+        spreads: tr(D_k) of H's blocks and of G's, one a column and one a row of a trellis's tiles (`Quantizer.relative_gain`).
     """
 
     shape: tuple[int, int]
@@ -50,6 +51,7 @@ class Profile:
     absorbed: np.ndarray
     noise: float
     noise_gain: float
+    spreads: tuple[np.ndarray, np.ndarray]
 
 
 def profile(
@@ -83,13 +85,14 @@ def profile(
     _, values = top_subspace(weighted, h, start, 3)
     _, captured = top_subspace(w, np.eye(n, dtype=np.float32)[None], start, 3)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
-    noise, gain, _ = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
-    absorbed = np.full(columns, 1 / m)
+    noise, gain, _, inputs = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
+    absorbed, outputs = np.full(columns, 1 / m), np.ones(-(-m // height))
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        noise_out, gain_out, lower = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
+        noise_out, gain_out, lower, of_rows = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
         noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
         absorbed = _absorbed(lower, m, group)[:columns]
+        outputs = np.repeat(of_rows, group // height)
     return Profile(
         (m, n),
         max(float(np.asarray(energy)[0]), 0.0),
@@ -99,6 +102,7 @@ def profile(
         absorbed,
         noise,
         gain,
+        (inputs, outputs),
     )
 
 
@@ -112,26 +116,29 @@ def _weighted(w: Array, h: Array, g: Array | None, damping: float) -> tuple[Arra
 
 @partial(jax.jit, static_argnames=("width", "block"))
 def _factored(metric: Array, sign: Array, damping: float, width: int, block: int) -> tuple[Array, Array, Array, Array]:
-    """Of a metric, rotated and damped: its Cholesky factor, padded to whole blocks, its trace, and tr(D) and φ of its feedback."""
+    """Of a metric, rotated and damped: its Cholesky factor, padded to whole blocks; its trace; tr(D_k), φ of its feedback."""
     regular = damped(hadamard.rotate_hessian(metric, sign, block), damping)
     padded = pad_metric(regular, width)
-    factor, trace = feedback(padded, width)
+    factor, traces = feedback(padded, width)
     # one factorization after the other: side by side they can wait for each other for ever (`core.factors`)
-    padded, factor, trace = lax.optimization_barrier((padded, factor, trace))
+    padded, factor, traces = lax.optimization_barrier((padded, factor, traces))
     lower = jnp.linalg.cholesky(padded)
     lower, factor = lax.optimization_barrier((lower, factor))
-    return lower[0], jnp.trace(regular[0]), trace[0], noise_gain(factor)[0]
+    return lower[0], jnp.trace(regular[0]), traces[0], noise_gain(factor)[0]
 
 
-def _feedback_noise(metric: Array, salt: int, width: int, seed: int, block: int, damping: float) -> tuple[float, float, Array]:
-    """tr(D) / n and φ of one metric's feedback at `width` columns a block, and its Cholesky factor."""
+def _feedback_noise(
+    metric: Array, salt: int, width: int, seed: int, block: int, damping: float
+) -> tuple[float, float, Array, np.ndarray]:
+    """tr(D) / n and φ of one metric's feedback at `width` columns a block, its Cholesky factor, and tr(D_k) of the blocks."""
     n = metric.shape[-1]
     lower, trace, of_blocks, gain = _factored(
         metric, hadamard.signs(seed, salt, n), damping, width=width, block=hadamard.block_size(n, block)
     )
     # a block's D is spread over its columns; padding added an identity of the mean diagonal
     padding = (-n % width) * float(trace) / n
-    return max(float(of_blocks) - padding, 0.0) / n, float(gain), lower
+    traces = np.asarray(of_blocks)
+    return max(float(traces.sum()) - padding, 0.0) / n, float(gain), lower, traces
 
 
 def _absorbed(lower: Array, m: int, group: int) -> np.ndarray:
@@ -164,6 +171,7 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = DEFAULT_STATE_
         of_error = profile.size * (1 - (1 - coarse) * float(profile.absorbed[: spec.rank].sum()))
         left_over = min(of_weight, of_error)
     error = _backbone_error(spec.backbone, state_bits)
+    error *= spec.quantizer(state_bits, profile.shape).relative_gain(*profile.spreads)
     return math.sqrt(error * float(variance_gain(error, profile.noise_gain)) * left_over * profile.noise / profile.energy)
 
 

@@ -9,6 +9,7 @@ from qlr_jax.core.quantizers.integer import Integer
 from qlr_jax.core.quantizers.normal_float import NormalFloat
 from qlr_jax.core.quantizers.nvfp4 import NVFP4
 from qlr_jax.core.quantizers.scalar import ScalarGrid
+from qlr_jax.core.quantizers.segmented import SegmentedTrellis
 from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.errors import QLRError
 
@@ -20,8 +21,12 @@ QUANTIZERS: dict[str, type[Quantizer]] = {
     "nvfp4": NVFP4,
     "e8": Lattice,
     "trellis": Trellis,
+    "trellis-w": SegmentedTrellis,
 }
-"""What a name begins with, up to the first "-" -> its class. A row more is a quantizer more: docs/add-a-quantizer.md."""
+"""What a name begins with, up to the first "-", and with "-w" where it ends so -> its class.
+
+A row more is a quantizer more: docs/add-a-quantizer.md.
+"""
 
 
 def parse_quantizer(text: str, *, tile_rows: int | None = None, state_bits: int = DEFAULT_STATE_BITS) -> Quantizer:
@@ -38,7 +43,7 @@ def parse_quantizer(text: str, *, tile_rows: int | None = None, state_bits: int 
         >>> parse_quantizer("int-3g128a").bits
         3.0
     """
-    kind = QUANTIZERS.get(text.partition("-")[0])
+    kind = QUANTIZERS.get(text.partition("-")[0] + ("-w" if text.endswith("w") else ""))
     quantizer = _parsed(kind, text) if kind else None
     if quantizer is None:
         raise QLRError(f"{text!r} is not a quantizer; pass {usage()}")
@@ -58,7 +63,7 @@ def usage() -> str:
         >>> usage().startswith("bf16, none, int-<1..8>[g<group>][a]")
         True
     """
-    *first, last = (kind.usage for kind in QUANTIZERS.values())
+    *first, last = dict.fromkeys(kind.usage for kind in QUANTIZERS.values())
     return f"{', '.join(first)} or {last}"
 
 
@@ -77,6 +82,7 @@ __all__ = [
     "Quantizer",
     "ScalarGrid",
     "SearchCost",
+    "SegmentedTrellis",
     "Trellis",
     "parse_quantizer",
     "stored_bytes",

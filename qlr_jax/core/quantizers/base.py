@@ -55,6 +55,7 @@ class Quantizer(ABC):
         always_rotated: a backbone of it is rotated without saying so; all rates of it then err alike (`sensitivity.predict`).
         plain: it stores the weights themselves, as the original model has them.
         empty: it stores nothing; factors must carry everything.
+        follows_metric: some of its qparams are `metric_qparams`: it is for backbones, which have metrics, and not for `/rows`.
         decodes_on_host: `decode` computes with numpy what lies on the host: for codes whose programs would be too many.
         group: weights that share a scale, 0 where a row does or nothing is shared.
         runtime_version: of the first PyTorch runtime that reads it.
@@ -66,6 +67,7 @@ class Quantizer(ABC):
     always_rotated: ClassVar[bool] = False
     plain: ClassVar[bool] = False
     empty: ClassVar[bool] = False
+    follows_metric: ClassVar[bool] = False
     decodes_on_host: ClassVar[bool] = False
     runtime_version: ClassVar[int] = 5
     group: int = 0
@@ -136,6 +138,26 @@ class Quantizer(ABC):
         """The scale of the whole that a `unit_scale` quantizer chooses for a batch, (*b, 1 or rows, 1)."""
         return root_mean_square(x, per_row)
 
+    def metric_qparams(self, inputs: np.ndarray, outputs: np.ndarray) -> QParams:
+        """The stored qparams that the metrics decide before anything is rounded; none, for most grids.
+
+        Args:
+            inputs: tr(D_k) of the blocks of H's LDLᵀ factor, one a column of tiles, (b, across): what rounding noise there costs.
+            outputs: the same of G, one a row of tiles, (b, down); ones where all outputs count alike.
+
+        Returns:
+            In place of the last ones that `fit_qparams` gives, (b, ...).
+        """
+        return ()
+
+    def relative_gain(self, inputs: np.ndarray, outputs: np.ndarray) -> float:
+        """The error that `metric_qparams` leaves over that of qparams which no metric decides, for one matrix.
+
+        Args:
+            inputs, outputs: as for `metric_qparams`, (across,) and (down,).
+        """
+        return 1.0
+
     def broadcast_qparams(self, qparams: QParams, cols: int) -> QParams:
         """The qparams of every weight: each (*b, rows or 1, cols or 1)."""
         return qparams
@@ -194,8 +216,13 @@ class Quantizer(ABC):
             qparams: those that are stored, not broadcast.
         """
 
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        """The qparams that are stored, float32, as `fit_qparams` gives them; the scale of a `unit_scale` quantizer is none."""
+    def stored_qparams(self, arrays: Arrays, shape: tuple[int, int]) -> QParams:
+        """The qparams that are stored, as `fit_qparams` gives them; the scale of a `unit_scale` quantizer is none.
+
+        Args:
+            arrays: that are stored.
+            shape: (rows, cols) of the matrix.
+        """
         return ()
 
     @abstractmethod

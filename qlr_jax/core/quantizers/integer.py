@@ -107,6 +107,6 @@ class Integer(ScalarGrid):
         zeros = {"zeros": np.asarray(qparams[1]).astype(np.uint8)} if self.asymmetric else {}
         return super().pack(codes, qparams) | zeros
 
-    def stored_qparams(self, arrays: Arrays) -> QParams:
-        (scale,) = super().stored_qparams(arrays)
+    def stored_qparams(self, arrays: Arrays, shape: tuple[int, int]) -> QParams:
+        (scale,) = super().stored_qparams(arrays, shape)
         return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)

@@ -115,7 +115,7 @@ class ScalarGrid(Quantizer):
             "scales": np.asarray(self.cast_scales(np.asarray(qparams[0]))),
         }
 
-    def stored_qparams(self, arrays: Arrays) -> QParams:
+    def stored_qparams(self, arrays: Arrays, shape: tuple[int, int]) -> QParams:
         return (jnp.asarray(arrays["scales"]).astype(jnp.float32),)
 
     def grouped_format(self, kind: Kind, cols: int, **others: Any) -> Format | None:
@@ -132,7 +132,7 @@ class ScalarGrid(Quantizer):
 
     def decode(self, arrays: Arrays, rows: int, cols: int) -> Array:
         codes = unpack_stream(arrays["codes"], self.width, cols)
-        return self.from_codes(codes, *(spread(q, self.group, cols) for q in self.stored_qparams(arrays)))
+        return self.from_codes(codes, *(spread(q, self.group, cols) for q in self.stored_qparams(arrays, (rows, cols))))
 
 
 def grid_name(kind: str, width: int, group: int, asymmetric: bool = False) -> str:

@@ -49,10 +49,11 @@ def _batch(sequences: int, state_bits: int) -> int:
 
 def search(
     x: Float[Array, "sequences 256"],
-    shifts: Int[Array, "256"],
+    shifts: Int[Array, "*codes 256"],
     state_bits: int,
     gain: float | Array,
     ends: Int[Array, "sequences"] | None = None,
+    codes: Int[Array, "sequences"] | None = None,
 ) -> Int[Array, "sequences 256"]:
     """States of the nearest closed sequence for each row of x: two Viterbi passes.
 
@@ -61,11 +62,12 @@ def search(
 
     Args:
         x: weights in units of the code.
-        shifts: new bits of each weight.
+        shifts: new bits of each weight, (256,); or of each of several codes, (codes, 256).
         state_bits: L.
-        gain: of the code.
+        gain: of the code, or (codes,).
         ends: the tail-biting state of each sequence, its last, where it is known, which saves the first pass (half of the time;
             in XLA only where those of all sequences are); negative: it is not.
+        codes: which of several codes each sequence has; None: there is one. In XLA the search then takes some three times as long.
 
     Example:
         >>> x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 256)), jnp.float32)
@@ -74,46 +76,58 @@ def search(
         True
     """
     known = jnp.full(x.shape[:1], -1, jnp.int32) if ends is None else ends.astype(jnp.int32)
-    given = (x.astype(jnp.float32), jnp.asarray(shifts, jnp.int32), jnp.asarray(gain, jnp.float32), known)
+    of = jnp.zeros((0,), jnp.int32) if codes is None else codes.astype(jnp.int32)
+    rates = jnp.asarray(shifts, jnp.int32).reshape(-1, LENGTH), jnp.asarray(gain, jnp.float32).reshape(-1)
+    given = (x.astype(jnp.float32), *rates, known, of)
     in_xla = partial(_in_xla, state_bits=state_bits, free=ends is None)
     if not has_native():
         return in_xla(*given)
     return lax.platform_dependent(*given, cpu=partial(_in_cpp, state_bits=state_bits), default=in_xla)
 
 
-def _in_cpp(x: Array, shifts: Array, gain: Array, ends: Array, *, state_bits: int) -> Array:
+def _in_cpp(x: Array, shifts: Array, gain: Array, ends: Array, codes: Array, *, state_bits: int) -> Array:
     call = jax.ffi.ffi_call("qlr_search", jax.ShapeDtypeStruct(x.shape, jnp.int32))
-    return call(x, shifts, gain, ends, state_bits=np.int64(state_bits), exact=False)
+    return call(x, shifts, gain, ends, codes, state_bits=np.int64(state_bits), exact=False)
 
 
-def _in_xla(x: Array, shifts: Array, gain: Array, ends: Array, *, state_bits: int, free: bool) -> Array:
+def _in_xla(x: Array, shifts: Array, gain: Array, ends: Array, codes: Array, *, state_bits: int, free: bool) -> Array:
     count = x.shape[0]
     size = max(1, _batch(count, state_bits))
     more = -count % size
     padded = jnp.pad(x, ((0, more), (0, 0))).reshape(-1, size, LENGTH)
     first = 0 if free else jnp.all(ends >= 0).astype(jnp.int32)  # of the two passes
     parts = (padded, jnp.pad(ends, (0, more)).reshape(-1, size))
-    states = lax.map(lambda part: _closed_sequence(part[0].T, shifts, state_bits, gain, part[1], first).T, parts)
+    if codes.shape[0]:
+        own = jnp.pad(codes, (0, more)).reshape(-1, size)
+        states = lax.map(
+            lambda part: _closed_sequence(part[0].T, shifts[part[2]].T, state_bits, gain[part[2]], part[1], first).T, (*parts, own)
+        )
+    else:
+        states = lax.map(lambda part: _closed_sequence(part[0].T, shifts[0], state_bits, gain[0], part[1], first).T, parts)
     return states.reshape(-1, LENGTH)[:count]
 
 
-def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: float | Array, known: Array, first: int | Array) -> Array:
-    """`known`: tail-biting states, negative where they are not; `first`: which pass is the first, 1 where all are."""
-    values = code_values(jnp.arange(2**state_bits), 1.0) * gain
+def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: Array, known: Array, first: int | Array) -> Array:
+    """Of sequences (256, count) that share their shifts (256,) and gain (), or each with its own, (256, count) and (count,).
+
+    `known`: tail-biting states, negative where they are not; `first`: which pass is the first, 1 where all are.
+    """
+    values = code_values(jnp.arange(2**state_bits), 1.0)[:, None] * gain
     half = LENGTH // 2
     states = jnp.arange(2**state_bits)[:, None]
+    forward = _forward if shifts.ndim == 1 else _forward_each
 
     def sweep(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         (end, _), (weights, steps, closed) = carry, jax.tree.map(lambda a: a[i], passes)
         start = jnp.where(closed & (states != end), jnp.float32(1e30), 0.0)
-        cost, back = _forward(weights, steps, values, start, state_bits)
+        cost, back = forward(weights, steps, values, start, state_bits)
         found = _trace(jnp.where(closed, end, jnp.argmin(cost, axis=0)), back, steps, state_bits)
         return jnp.where(known >= 0, known, found[half - 1]), found
 
     # one loop of two sweeps rather than two calls: the search is compiled once
     passes = (
         jnp.stack([jnp.roll(x, -half, axis=0), x]),
-        jnp.stack([jnp.roll(shifts, -half), shifts]),
+        jnp.stack([jnp.roll(shifts, -half, axis=0), shifts]),
         jnp.array([False, True]),
     )
     return lax.fori_loop(first, 2, sweep, (known, jnp.zeros(x.shape, jnp.int32)))[1]
@@ -126,7 +140,7 @@ def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: in
         def advance(cost: Array, weight: Array) -> tuple[Array, Array]:
             count = cost.shape[1]
             best, oldest = _tournament(cost.reshape(2**shift, -1, count))
-            distance = jnp.square(weight[None, :] - values[:, None]).reshape(-1, 2**shift, count)
+            distance = jnp.square(weight[None, :] - values).reshape(-1, 2**shift, count)
             grown = (best[:, None, :] + distance).reshape(cost.shape)
             return grown, jnp.pad(oldest, ((0, 2 ** (state_bits - 1) - oldest.shape[0]), (0, 0)))
 
@@ -134,6 +148,24 @@ def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: in
 
     branches = [branch(shift) for shift in range(1, MOST_BITS + 1)]
     return lax.scan(lambda c, step: lax.switch(step[1] - 1, branches, c, step[0]), cost, (x, shifts))
+
+
+def _forward_each(x: Array, shifts: Array, values: Array, cost: Array, state_bits: int) -> tuple[Array, Array]:
+    """`_forward` where each sequence has shifts of its own, (256, count): a step of k bits is k halvings of the states."""
+
+    def advance(cost: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
+        (weight, shift), count = step, cost.shape[1]
+        best, oldest = jnp.zeros_like(cost), jnp.zeros((2 ** (state_bits - 1), count), jnp.uint8)
+        least, index = cost, jnp.zeros(cost.shape, jnp.uint8)
+        for k in range(1, min(MOST_BITS, state_bits) + 1):
+            (low, high), (before, after) = (a.reshape(2, -1, count) for a in (least, index))
+            later = high < low
+            least, index = jnp.where(later, high, low), jnp.where(later, after, before) << 1 | later.astype(jnp.uint8)
+            best = jnp.where(shift == k, jnp.repeat(least, 2**k, axis=0), best)
+            oldest = jnp.where(shift == k, jnp.pad(index, ((0, oldest.shape[0] - index.shape[0]), (0, 0))), oldest)
+        return best + jnp.square(weight[None, :] - values), oldest
+
+    return lax.scan(advance, cost, (x, shifts))
 
 
 def _tournament(costs: Array) -> tuple[Array, Array]:

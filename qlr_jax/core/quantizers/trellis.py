@@ -49,6 +49,11 @@ def backbone_rows(rows: int, cols: int) -> int:
     return next(height for height in TILE_ROWS if 32 * tiles[height] <= 33 * min(tiles.values()))
 
 
+def rate_gain(bits: float) -> float:
+    """`Trellis.gain` at a rate."""
+    return 1.0 + 0.1 * min(max(bits - 2.0, 0.0), 1.0) + 0.075 * min(max(bits - 4.0, 0.0), 2.0)
+
+
 @dataclass(frozen=True)
 class Trellis(Quantizer):
     """`trellis-b`: b bits a weight from 1 to 6 in sixteenths, 256 weights a sequence.
@@ -71,7 +76,7 @@ class Trellis(Quantizer):
     state_bits: int = DEFAULT_STATE_BITS
 
     examples = ("trellis-1", "trellis-2.25", "trellis-3.5", "trellis-4", "trellis-5.5625")
-    usage = f"trellis-<1..{MOST_BITS} in sixteenths>"
+    usage = f"trellis-<1..{MOST_BITS} in sixteenths>[w]"
     unit_scale = True
     always_rotated = True
     decodes_on_host = True
@@ -124,7 +129,7 @@ class Trellis(Quantizer):
     @property
     def gain(self) -> float:
         """Scale of the code for a unit Gaussian: at high rates its tails must reach further."""
-        return 1.0 + 0.1 * min(max(self.bits - 2.0, 0.0), 1.0) + 0.075 * min(max(self.bits - 4.0, 0.0), 2.0)
+        return rate_gain(self.bits)
 
     @property
     def needs_runtime(self) -> int:

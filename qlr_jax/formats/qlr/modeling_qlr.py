@@ -64,7 +64,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 10  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 11  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -629,6 +629,73 @@ def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) 
     return values.view(dtype)[:rows, :cols]
 
 
+SEGMENTS = 8  # of rows, and of columns, at most, that have rates of their own
+
+
+class SegmentedTrellisPart(Part):
+    """`trellis-<b>w`: cells of some rows and some columns of tiles, each a trellis with a rate of its own, in sixteenths of a bit.
+
+    A row of tiles is stored after the other, and in it a cell's sequences after those of the cell before.
+    """
+
+    rates: torch.Tensor
+
+    def __init__(self, rows: int, cols: int, rate: Fraction, height: int, state_bits: int):
+        super().__init__(rows, cols)
+        self.height, self.width, self.state_bits = height, LENGTH // height, state_bits
+        self.down, self.across, self.count = -(-rows // height), -(-cols // self.width), int(LENGTH * rate) // 8
+        self.store("codes", (self.down * self.across * self.count,), torch.uint8)
+        self.store("rates", (min(SEGMENTS, self.down), min(SEGMENTS, self.across)), torch.uint8)
+
+    def native(self):
+        return {"kind": "TRELLIS", "bits": self.state_bits, "count": self.count, "zeros": self.rates}
+
+    def decode(self, start, stop, dtype):
+        numbers = [stop - start, self.cols, start, self.rows, self.height, self.state_bits, *self.rates.shape]
+        if torch.compiler.is_compiling():  # an operator sees one array
+            return decode_cells(torch.cat((self.rates.view(-1), self.codes)), numbers, dtype)
+        return _decoded_cells(self.codes, self.rates, numbers, dtype)
+
+
+@opaque
+def decode_cells(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Weights from a trellis whose rate changes from cell to cell.
+
+    Args:
+        codes: uint8, the rates of all cells and then the codes.
+        numbers: [rows, cols, first row, rows of the whole, rows of a tile, state bits, segments of rows, segments of columns].
+        dtype: of the result.
+
+    Returns:
+        (rows, cols).
+    """
+    tall, wide = numbers[-2:]
+    return _decoded_cells(codes[tall * wide :], codes[: tall * wide].view(tall, wide), numbers, dtype)
+
+
+def _decoded_cells(codes: torch.Tensor, rates: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    rows, cols, first, whole, height, state_bits, tall, wide = numbers
+    width, down = LENGTH // height, -(-whole // height)
+    found = torch.empty(rows, cols, dtype=dtype, device=codes.device)
+    edges, begin = [j * -(-cols // width) // wide for j in range(wide + 1)], 0
+    for i, own in enumerate(rates.tolist()):
+        top, bottom = i * down // tall, (i + 1) * down // tall
+        sizes = [2 * rate * (right - left) for rate, left, right in zip(own, edges[:-1], edges[1:], strict=True)]
+        stride = sum(sizes)
+        bands = codes[begin : begin + (bottom - top) * stride].view(bottom - top, stride)
+        begin += (bottom - top) * stride
+        start, stop = max(first, top * height), min(first + rows, bottom * height)  # rows of these that are asked for
+        if start >= stop:
+            continue
+        bands, at = bands[start // height - top : -(-stop // height) - top], 0
+        for rate, size, left, right in zip(own, sizes, edges[:-1], edges[1:], strict=True):
+            cell = bands[:, at : at + size].reshape(len(bands), right - left, 2 * rate)
+            shape = [stop - start, min(right * width, cols) - left * width, height, state_bits]
+            found[start - first : stop - first, left * width : right * width] = decode_trellis(cell, shape, dtype)
+            at += size
+    return found
+
+
 def state_values(count: int, state_bits: int) -> torch.Tensor:
     """float32 (2^state_bits,): the value of every state, near Gaussian of unit variance, where a sequence has `count` bytes."""
     word = _times(torch.arange(2**state_bits, dtype=torch.int64, device="cpu"), TRELLIS["multiplier"])
@@ -731,7 +798,7 @@ def _group(match: re.Match) -> int:
     return int(match["group"] or 0)
 
 
-# By what a name begins with, up to the first "-".
+# By what a name begins with, up to the first "-", and with "-w" where it ends so.
 QUANTIZERS = {
     "bf16": Row("bf16", lambda name, rows, cols, *_: BFloat16Part(rows, cols)),
     "none": Row("none", lambda *_: None),
@@ -757,12 +824,18 @@ QUANTIZERS = {
         True,
         True,
     ),
+    "trellis-w": Row(
+        r"trellis-(?P<bits>[0-9.]+)w",
+        lambda name, rows, cols, height, bits: SegmentedTrellisPart(rows, cols, Fraction(name["bits"]), height, bits),
+        True,
+        True,
+    ),
 }
 
 
 def find_row(quantizer: str) -> tuple[Row, re.Match]:
     """The row of the quantizer that a spec names, e.g. `trellis-2.25`, `int-4g32`, `bf16`, and its name taken apart."""
-    row = QUANTIZERS.get(quantizer.partition("-")[0])
+    row = QUANTIZERS.get(quantizer.partition("-")[0] + ("-w" if quantizer.endswith("w") else ""))
     match = row and row.match(quantizer)
     if row is None or match is None:
         raise ValueError(
