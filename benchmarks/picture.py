@@ -30,7 +30,7 @@ def draw(report: dict, path: Path) -> None:
     middle = 0.6 * np.nanmax(bits)
     for m in report["matrices"]:
         backbone, _, factors = m["spec"].removeprefix("trellis-").partition("+")
-        text = f"{float(backbone):.3g}" + (f" + {factors.split('@')[0]}" if factors else "")
+        text = f"{float(backbone.removesuffix('w')):.3g}" + (f" + {factors.split('@')[0]}" if factors else "")
         column = KINDS.index(m["kind"])
         left.text(column, m["layer"], text, ha="center", va="center", fontsize=8, color="white" if m["bits"] > middle else "black")
     left.set_xticks(range(len(KINDS)), KINDS)

@@ -399,7 +399,9 @@ def requantized(matrix, h, g):
     return student, values, pack_matrix(matrix, student, rounded, {**right, **left}, grid)
 
 
-@pytest.mark.parametrize("spec", ["trellis-1.5+r8@trellis-2", "e8-2+r4@e8-3", "int-3g16a+r8@bf16", "nf-2/rot+r4@trellis-2"])
+@pytest.mark.parametrize(
+    "spec", ["trellis-1.5+r8@trellis-2", "e8-2+r4@e8-3", "int-3g16a+r8@bf16", "nf-2/rot+r4@trellis-2", "trellis-2w+r4@trellis-2"]
+)
 def test_what_does_not_move_is_requantized_to_itself(spec):
     rng = np.random.default_rng(0)
     h, g = (np.cov(rng.standard_normal((size, 4 * size))).astype(np.float32) for size in (64, 32))

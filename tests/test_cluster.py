@@ -170,19 +170,18 @@ def test_what_is_kept_is_made_once_and_let_go_before_the_next():
 
 
 def test_a_job_leaves_the_bytes_of_one_process_whichever_worker_is_lost(alone, machines, tiny, text, tmp_path):
-    """One is killed in every stage, and another comes late."""
+    """One is killed in three stages of different kinds (sums that stay there, solves, passes), and another comes late each time."""
     killed = []
 
     def lose_one(title):
-        if title in ("calibrating", "calibrating: outputs", "probing", "compressing", "evaluating on held-out text"):
+        if title in ("calibrating: outputs", "compressing", "evaluating on held-out text"):
             machines.kill_oldest()
             machines.add()
             killed.append(title)
 
-    machines.add(2)
     watched = Watched(lose_one)
     out = compressed(tiny, text, tmp_path / "out", cluster=str(machines.file), progress=watched)
-    assert len(killed) == 5
+    assert len(killed) == 3
     assert_same(alone, out)
     assert any("is lost; its pieces run again" in line for line in watched.said)
     assert any("pieces done" in note for note in watched.notes)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rates import some_rates
 
 from qlr_jax.core.matrix import Layout, QLRMatrix
 from qlr_jax.core.products import MOST_TOKENS, has_native, knows, packed_matmul
@@ -13,7 +14,14 @@ from qlr_jax.native import product
 
 there = pytest.mark.skipif(product.library() is None, reason="the C++ library is not built")
 SPECS = [
-    *("trellis-2", "trellis-3.25+r8@trellis-4", "trellis-2+r6@trellis-2,int-8", "none+r8@trellis-4", "trellis-4/rows"),
+    *(
+        "trellis-2",
+        "trellis-2.5w+r4@trellis-2",
+        "trellis-3.25+r8@trellis-4",
+        "trellis-2+r6@trellis-2,int-8",
+        "none+r8@trellis-4",
+        "trellis-4/rows",
+    ),
     *("int-4g32", "int-3a", "int-8g32/rot+r4@bf16", "nf-4g64+r4@nf-3", "nvfp4", "bf16+r4@bf16"),
 ]
 
@@ -33,6 +41,7 @@ def random_matrix(text, shape, seed=0, **layout):
         name: rng.integers(0, 256, size, np.uint8) if kind == np.uint8 else (0.02 * (rng.random(size) + 0.5)).astype(kind)
         for name, (size, kind) in stored.items()
     }
+    arrays |= {name: some_rates(spec, shape) for name in arrays if name.endswith("rates")}
     return QLRMatrix(arrays, Layout(str(spec), shape, seed=seed, **layout))
 
 

@@ -51,7 +51,7 @@ found = {}
 for name, (b, m, n), spec, each, outputs in [
     ("matrices G", (10, 64, 64), "trellis-2", False, True),
     ("matrices factors", (6, 64, 64), "int-2g16+r8@int-4", True, False),
-    ("rows G", (1, 512, 64), "trellis-2.25", False, True),
+    ("rows G", (1, 512, 64), "trellis-2.25w", False, True),
     ("rows G factors", (1, 500, 48), "int-3/rot+r8@int-8", False, True),
     ("both", (2, 256, 64), "trellis-2", True, False),
 ]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from rates import some_rates
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -34,7 +35,7 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
 SOLVED = {"q": "trellis-2"}  # of layer 0; solving with a rank takes long to compile, so the others hold random codes
 SPECS = [  # by layer, in the order of KINDS
     ["trellis-2", "int-4g16+r4@bf16", "int-3g16a/rot", "trellis-1.5", "trellis-2.5", "none+r16@int-8", "trellis-2+r4@trellis-4"],
-    ["e8-2+r4@e8-4", "bf16", "nf-4g16+r4@bf16", "bf16/rot", "e8-3", "none+r16@nf-4", "trellis-2"],
+    ["e8-2+r4@e8-4", "bf16", "nf-4g16+r4@bf16", "bf16/rot", "e8-3", "none+r16@nf-4", "trellis-2w"],
 ]
 
 
@@ -48,7 +49,9 @@ def random_matrix(spec, shape, seed=1, size=0.2, **layout):
         bits |= dict(zip(("left", "right"), (q.bits for q in parsed.factor_quantizers()), strict=True))
     arrays = {}
     for name, (dims, kind) in array_shapes(layout).items():
-        if kind == np.uint8:
+        if name.endswith("rates"):
+            array = some_rates(spec, shape)
+        elif kind == np.uint8:
             array = rng.integers(0, 256, dims) if not name.endswith("zeros") else rng.integers(0, 4, dims)
         elif name == "scale":
             array = np.full(dims, size if parsed.quantizer().unit_scale else 1.0)

@@ -20,7 +20,7 @@ from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 
 INPUT = torch.tensor(TOKENS)
 SPECS = [
-    "trellis-2.25+r16@trellis-2", "int-4g32", "int-3g16a/rot", "nf-4g32", "nvfp4/rot+r4@nvfp4", "e8-3+r4@e8-2,bf16",
+    "trellis-2.25+r16@trellis-2", "trellis-2w", "int-4g32", "int-3g16a/rot", "nf-4g32", "nvfp4/rot+r4@nvfp4", "e8-3+r4@e8-2,bf16",
     "none+r12@int-8",
 ]  # fmt: skip
 

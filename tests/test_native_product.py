@@ -4,12 +4,11 @@ import gc
 import itertools
 import weakref
 
-import numpy as np
 import pytest
+from rates import some_rates
 
 torch = pytest.importorskip("torch")
 
-from qlr_jax.core.quantizers import parse_quantizer  # noqa: E402
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402  after torch
 from qlr_jax.formats.qlr import native_products  # noqa: E402
 from qlr_jax.native import product  # noqa: E402
@@ -41,9 +40,7 @@ def filled(spec, shape, **others):
     linear = runtime.QLRLinear(spec, shape, seed=5, **others)
     for name, buffer in linear.named_buffers():
         if name.endswith("rates"):
-            draw, grid = np.random.default_rng(0), parse_quantizer(spec.partition("+")[0]).for_backbone(shape)
-            rates = grid.metric_qparams(*(np.exp(draw.standard_normal((1, tiles))) for tiles in grid.tiles(*shape)[::-1]))
-            buffer.copy_(torch.from_numpy(grid.segments(*rates)))
+            buffer.copy_(torch.from_numpy(some_rates(spec, shape)))
         elif buffer.dtype == torch.uint8:
             buffer.random_(0, 2 if "zeros" in name else 256)  # a zero point lies among the codes
         elif "signs" in name or buffer.dtype == torch.bfloat16:

@@ -1,0 +1,196 @@
+"""What rank and bits are worth on a real model, beside what people would pick instead.
+
+    python benchmarks/real_model.py MODEL --calibration web.txt --held-out wiki.txt --out study            all of it: days
+    python benchmarks/real_model.py MODEL ... --out study --quick                                         a night's part
+    python benchmarks/real_model.py MODEL ... --out study --parts peers --llama-cpp node_modules/@node-llama-cpp/linux-x64
+    python benchmarks/real_model.py --out study --show docs                                               tables and pictures alone
+
+MODEL is anything that `qlr compress` takes (for llama.cpp's types a GGUF file). The last tenth of the calibration text is not
+calibrated on: KL on it is that on text of the same kind. Windows of `--length` tokens, one BOS before the text where the tokenizer
+has one, line ends normalised to LF. KL(original ‖ compressed) in nats a token; intervals of 95 % by resampling windows; ratios of
+two models are of the same windows, resampled together. Sizes are bits a weight of the linear layers with everything stored counted.
+
+    sizes      allocated, rank 0 and uniform at every budget and seed
+    peers      llama.cpp's types, HQQ, round to nearest, CALDERA as published, one SVD of the residual, LQER; ours in no more bytes
+    settings   one setting changed at a time, allocated at 2.5 bits: calibration tokens, state bits, damping, weighted Hessians
+
+A part that was interrupted goes on where it was. HQQ needs `pip install hqq`; llama.cpp's types its library, as the npm package
+@node-llama-cpp/linux-x64 has it (`npm pack`, unpacked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from allocators.strategies import DEFAULT, solved_strategies
+from benchmarks.real import peers
+from benchmarks.real.show import pictures, tables
+from benchmarks.real.study import Record, Study, read_text, split
+from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.pipelines.run import Candidate, Run, with_weights
+from qlr_jax.settings.host import prepare
+from qlr_jax.settings.recipe import Recipe
+
+BUDGETS, QUICK_BUDGETS = ("2bpw", "2.25bpw", "2.5bpw", "3bpw", "4bpw"), ("2bpw", "2.5bpw", "3bpw")
+SETTINGS: dict[str, dict] = {
+    "as it is": {},
+    "one rate a matrix": {"backbones": ("trellis-1..6", "int-8g32", "bf16")},
+    "8 state bits": {"state_bits": 8},
+    "10 state bits": {"state_bits": 10},
+    "14 state bits": {"state_bits": 14},
+    "damping 0.03": {"damping": 0.03},
+    "twice the text": {"sequences": 2, "output_tokens": 2},
+    "four times the text": {"sequences": 4, "output_tokens": 4},
+    "twice the text for H alone": {"sequences": 2},
+}
+"""Name -> what changes; numbers of tokens are multiples."""
+MULTIPLES = ("sequences", "output_tokens")
+
+
+def candidate_record(study: Study, run: Run, candidate: Candidate) -> Record:
+    """What is kept of an allocation that was solved."""
+    return {
+        "bits": candidate.plan.bits_per_weight,
+        "bytes": candidate.plan.bytes,
+        "predicted": candidate.plan.damage,
+        "specs": dict(candidate.plan.specs),
+        "texts": study.figures(candidate.parts(run.original)),
+    }
+
+
+def sizes(study: Study, seeds: list[int], budgets: tuple[str, ...]) -> None:
+    """Every budget's three models."""
+    for seed in seeds:
+        for budget in budgets:
+            key = partial(dict, part="sizes", seed=seed, budget=budget)
+            names = [name for name in solved_strategies() if study.missing(**key(name=name))]
+            if not names:
+                continue
+            run, table = study.prepared(study.base.updated(seed=seed))
+            for name, candidate in study.solved(run, table, budget, names).items():
+                study.keep(key(name=name) | candidate_record(study, run, candidate))
+
+
+def against_peers(study: Study, library: Path | None, quick: bool) -> None:
+    """Every peer, and what this library makes of no more bytes."""
+    run, table = study.prepared(study.base)
+    statistics, shapes = run.statistics, dict(run.settings.matrices)
+    weights = sum(m * n for m, n in shapes.values())
+    makers = {
+        "round to nearest, int-3g64a": partial(peers.one_spec, "int-3g64a", statistics, "none"),
+        "round to nearest, int-4g32": partial(peers.one_spec, "int-4g32", statistics, "none"),
+    }
+    if importlib.util.find_spec("hqq"):
+        makers |= {f"HQQ, {b} bits g{g}": partial(peers.hqq, statistics, b, g) for b, g in ((2, 64), (3, 64), (4, 64))}
+    else:
+        print("HQQ is not installed, so it is left out", flush=True)
+    if library is not None:
+        out = study.folder / "peer.gguf"
+        config = run.original.config
+        for kind in peers.KINDS:
+            make = partial(peers.llama_cpp, Path(study.model), kind, statistics, config, library, out)
+            makers[f"llama.cpp {kind}"] = make
+    for name, (spec, how) in peers.own_specs(shapes, 2.5).items():
+        makers[f"{name}, {spec}"] = partial(peers.one_spec, spec, statistics, **how)
+    for name, make in makers.items():
+        if not study.missing(part="peers", name=name):
+            continue
+        peer = make()
+        model = with_dense(run, peer)
+        record = {"bits": 8 * peer.nbytes / weights, "bytes": peer.nbytes, "note": peer.note, "texts": study.figures(model)}
+        study.keep({"part": "peers", "name": name} | record)
+    for peer in [record for record in study.records if record["part"] == "peers"]:
+        key = {"part": "ours", "name": peer["name"]}
+        budget = f"{np.floor(peer['bits'] * 1000) / 1000:g}bpw"
+        if study.missing(**key) and not (quick and peer["bits"] > 4.6):
+            candidate = study.solved(run, table, budget, [DEFAULT])[DEFAULT]
+            study.keep(key | {"budget": budget} | candidate_record(study, run, candidate))
+
+
+def with_dense(run: Run, peer: peers.Peer) -> object:
+    """The original with a peer's weights."""
+    return with_weights(run.original, {name: _Dense(weight) for name, weight in peer.weights.items()})  # type: ignore[arg-type]
+
+
+class _Dense:
+    """A matrix that is decoded already."""
+
+    def __init__(self, weight: np.ndarray):
+        self.weight = weight
+
+    def dense(self) -> np.ndarray:
+        return self.weight
+
+
+def settings(study: Study, seeds: list[int], names: list[str], budget: str = "2.5bpw") -> None:
+    """One setting changed at a time, everything else as it is."""
+    for seed in seeds:
+        for name in names:
+            key = {"part": "settings", "seed": seed, "budget": budget, "name": name}
+            if not study.missing(**key):
+                continue
+            changes = {k: v * getattr(study.base, k) if k in MULTIPLES else v for k, v in SETTINGS[name].items()}
+            run, table = study.prepared(study.base.updated(seed=seed, **changes))
+            candidate = study.solved(run, table, budget, [DEFAULT])[DEFAULT]
+            study.keep(key | candidate_record(study, run, candidate))
+
+
+@one_blas_thread()
+def main() -> None:
+    """Parse, run, print and save."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--held-out", type=Path)
+    parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
+    parser.add_argument("--parts", default="sizes,peers,settings")
+    parser.add_argument("--budgets", nargs="+")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--sequences", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence and of a held-out window")
+    parser.add_argument("--tokens", type=int, default=32768, help="of each held-out text, at most")
+    parser.add_argument("--state-bits", type=int, default=12)
+    parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's library")
+    parser.add_argument("--quick", action="store_true", help="one seed, three sizes, 8192 tokens of each held-out text")
+    parser.add_argument("--show", type=Path, metavar="FOLDER", help="print tables and draw pictures of what is kept, no more")
+    given = parser.parse_args()
+    if not given.show:
+        for name in ("model", "calibration", "held_out"):
+            if not (path := getattr(given, name)) or (name != "model" and not path.exists()):
+                sys.exit(f"{path or '--' + name.replace('_', '-')} is not there, so nothing is measured")
+        prepare()
+        given.out.mkdir(parents=True, exist_ok=True)
+        calibrated, same_kind = split(read_text(given.calibration), 0.9)
+        held_out = {given.held_out.stem: read_text(given.held_out), f"{given.calibration.stem} (end)": same_kind}
+        base = Recipe(
+            sequences=given.sequences, sequence_length=given.length, state_bits=given.state_bits, refine=0,
+            output_tokens=given.sequences * given.length,
+        )  # fmt: skip
+        tokens = 8192 if given.quick else given.tokens
+        study = Study(given.model, calibrated, held_out, given.out, given.length, tokens, base)
+        seeds = given.seeds[:1] if given.quick else given.seeds
+        budgets = tuple(given.budgets or (QUICK_BUDGETS if given.quick else BUDGETS))
+        parts = {
+            "sizes": partial(sizes, study, seeds, budgets),
+            "peers": partial(against_peers, study, given.llama_cpp, given.quick),
+            "settings": partial(settings, study, seeds, given.settings),
+        }
+        for name in given.parts.split(","):
+            if name not in parts:
+                sys.exit(f"--parts has {name!r}; there are {', '.join(parts)}")
+            parts[name]()
+    print(tables(given.out))
+    if given.show:
+        pictures(given.out, given.show)
+
+
+if __name__ == "__main__":
+    main()
