@@ -12,6 +12,7 @@ two models are of the same windows, resampled together. Sizes are bits a weight 
 
     sizes      allocated, rank 0 and uniform at every budget and seed
     peers      llama.cpp's types, HQQ, round to nearest, CALDERA as published, one SVD of the residual, LQER; ours in no more bytes
+    rates      rates inside a matrix: weighted squared errors by kind of matrix over those of one rate, of five blocks
     settings   one setting changed at a time, allocated at 2.5 bits: calibration tokens, state bits, damping, weighted Hessians
 
 A part that was interrupted goes on where it was. HQQ needs `pip install hqq`; llama.cpp's types its library, as the npm package
@@ -33,8 +34,12 @@ from allocators.strategies import DEFAULT, solved_strategies
 from benchmarks.real import peers
 from benchmarks.real.show import pictures, tables
 from benchmarks.real.study import Record, Study, read_text, split
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.models import layer_of
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
+from qlr_jax.sensitivity.statistics import final_error
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
 
@@ -51,6 +56,7 @@ SETTINGS: dict[str, dict] = {
     "twice the text for H alone": {"sequences": 2},
 }
 """Name -> what changes; numbers of tokens are multiples."""
+RATES = ("trellis-2", "trellis-2w", "trellis-2+r8@trellis-2", "trellis-2w+r8@trellis-2")
 MULTIPLES = ("sequences", "output_tokens")
 
 
@@ -78,8 +84,8 @@ def sizes(study: Study, seeds: list[int], budgets: tuple[str, ...]) -> None:
                 study.keep(key(name=name) | candidate_record(study, run, candidate))
 
 
-def against_peers(study: Study, library: Path | None, quick: bool) -> None:
-    """Every peer, and what this library makes of no more bytes."""
+def against_peers(study: Study, library: Path | None, wanted: list[str], ours: bool) -> None:
+    """Every peer whose name has one of `wanted` in it, and, where asked for, what this library makes of no more bytes."""
     run, table = study.prepared(study.base)
     statistics, shapes = run.statistics, dict(run.settings.matrices)
     weights = sum(m * n for m, n in shapes.values())
@@ -100,18 +106,33 @@ def against_peers(study: Study, library: Path | None, quick: bool) -> None:
     for name, (spec, how) in peers.own_specs(shapes, 2.5).items():
         makers[f"{name}, {spec}"] = partial(peers.one_spec, spec, statistics, **how)
     for name, make in makers.items():
-        if not study.missing(part="peers", name=name):
+        if not study.missing(part="peers", name=name) or not any(text in name for text in wanted):
             continue
         peer = make()
         model = with_dense(run, peer)
         record = {"bits": 8 * peer.nbytes / weights, "bytes": peer.nbytes, "note": peer.note, "texts": study.figures(model)}
         study.keep({"part": "peers", "name": name} | record)
-    for peer in [record for record in study.records if record["part"] == "peers"]:
+    for peer in [record for record in study.records if record["part"] == "peers" and ours]:
         key = {"part": "ours", "name": peer["name"]}
         budget = f"{np.floor(peer['bits'] * 1000) / 1000:g}bpw"
-        if study.missing(**key) and not (quick and peer["bits"] > 4.6):
+        if study.missing(**key):
             candidate = study.solved(run, table, budget, [DEFAULT])[DEFAULT]
             study.keep(key | {"budget": budget} | candidate_record(study, run, candidate))
+
+
+def rates(study: Study, state_bits: int = 8) -> None:
+    """What rates inside a matrix take off tr(G E H Eᵀ), without and with factors."""
+    run, _ = study.prepared(study.base)
+    layers = run.original.config.num_hidden_layers
+    chosen = {round(share * (layers - 1)) for share in (0.0, 0.1, 1 / 3, 2 / 3, 1.0)}
+    names = [name for name in run.settings.matrices if layer_of(name) in chosen]
+    for spec in RATES:
+        if not study.missing(part="rates", name=spec):
+            continue
+        problems = {(name, spec): run.statistics.problem(name, spec) for name in names}
+        solved = solve_many(problems, config=SolverConfig(state_bits=state_bits))
+        errors = {name: final_error(solved[name, spec]) ** 2 for name in names}
+        study.keep({"part": "rates", "name": spec, "state_bits": state_bits, "errors": errors})
 
 
 def with_dense(run: Run, peer: peers.Peer) -> object:
@@ -150,9 +171,13 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
-    parser.add_argument("--parts", default="sizes,peers,settings")
+    parser.add_argument("--parts", default="sizes,rates,peers,settings")
     parser.add_argument("--budgets", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--peers", nargs="+", default=[""], metavar="TEXT", help="of the peers those with one of these in their names"
+    )
+    parser.add_argument("--peers-alone", action="store_true", help="without ours in no more bytes")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence and of a held-out window")
@@ -180,7 +205,8 @@ def main() -> None:
         budgets = tuple(given.budgets or (QUICK_BUDGETS if given.quick else BUDGETS))
         parts = {
             "sizes": partial(sizes, study, seeds, budgets),
-            "peers": partial(against_peers, study, given.llama_cpp, given.quick),
+            "peers": partial(against_peers, study, given.llama_cpp, given.peers, not given.peers_alone),
+            "rates": partial(rates, study),
             "settings": partial(settings, study, seeds, given.settings),
         }
         for name in given.parts.split(","):

@@ -37,8 +37,8 @@ def tables(folder: Path) -> str:
     records = read(folder)
     if not records:
         return "nothing is kept yet"
-    texts = list(records[0]["texts"])
-    parts = [_sizes(records, texts), _ranks(records), _peers(records, texts), _settings(records, texts)]
+    texts = next((list(record["texts"]) for record in records if "texts" in record), [])
+    parts = [_sizes(records, texts), _ranks(records), _rates(records), _peers(records, texts), _settings(records, texts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -95,6 +95,21 @@ def _ranks(records: list[Record]) -> str:
             cells.append(f"{mean(bits):.2f}, {sum(r > 0 for r in ranks)} of {len(ranks)}, {mean(ranks):.1f}" if own else "")
         rows.append([budget.removesuffix("bpw"), *cells])
     return _markdown(["bits", *(f"{kind}: backbone bits, with rank, mean rank" for kind in KINDS)], rows) if rows else ""
+
+
+def _rates(records: list[Record]) -> str:
+    """Weighted squared errors over those of the first spec, by kind: geometric mean over blocks."""
+    found = {record["name"]: record["errors"] for record in records if record["part"] == "rates"}
+    if not found:
+        return ""
+    first, rows = next(iter(found)), []
+    for spec, errors in found.items():
+        cells = []
+        for kind in KINDS:
+            own = [errors[n] / found[first][n] for n in errors if n.endswith(f".{kind}_proj")]
+            cells.append(f"{np.exp(np.mean(np.log(own))):.3f} ({min(own):.2f} to {max(own):.2f})" if own else "")
+        rows.append([spec, *cells])
+    return _markdown(["error²", *KINDS], rows)
 
 
 def _peers(records: list[Record], texts: list[str]) -> str:

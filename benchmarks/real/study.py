@@ -79,8 +79,8 @@ class Study:
         part = path.with_suffix(".part")
         part.write_text(json.dumps(self.records, indent=1) + "\n", encoding="utf-8")
         part.replace(path)
-        shown = {name: round(own["kl"], 4) for name, own in record["texts"].items()}
-        print(f"{record['part']} {record['name']} {record['bits']:.4f} bits: {shown}", flush=True)
+        shown = {name: round(own["kl"], 4) for name, own in record.get("texts", {}).items()}
+        print(f"{record['part']} {record['name']}: {shown or 'done'}", flush=True)
 
     # ---- what is measured with
 
