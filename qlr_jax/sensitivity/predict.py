@@ -10,7 +10,7 @@ leaves the error is smaller by the eigenvalues of D_G. Coarse factors take a par
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
 import jax
@@ -52,6 +52,14 @@ class Profile:
     noise: float
     noise_gain: float
     spreads: tuple[np.ndarray, np.ndarray]
+    _gains: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
+
+    def gain_of(self, spec: Spec, state_bits: int) -> float:
+        """What a backbone's rates take off its error here (`Quantizer.relative_gain`); the same for all ranks."""
+        key = spec.backbone, state_bits
+        if key not in self._gains:
+            self._gains[key] = spec.quantizer(state_bits, self.shape).relative_gain(*self.spreads)
+        return self._gains[key]
 
 
 def profile(
@@ -171,7 +179,7 @@ def predict(profile: Profile, spec: Spec | str, state_bits: int = DEFAULT_STATE_
         of_error = profile.size * (1 - (1 - coarse) * float(profile.absorbed[: spec.rank].sum()))
         left_over = min(of_weight, of_error)
     error = _backbone_error(spec.backbone, state_bits)
-    error *= spec.quantizer(state_bits, profile.shape).relative_gain(*profile.spreads)
+    error *= profile.gain_of(spec, state_bits)
     return math.sqrt(error * float(variance_gain(error, profile.noise_gain)) * left_over * profile.noise / profile.energy)
 
 

@@ -61,11 +61,11 @@ def cell_rates(costs: Float[np.ndarray, "cells"], sizes: np.ndarray, mean: int, 
         >>> cell_rates(np.array([4.0, 1.0]), np.array([2, 2]), 32, 8).tolist()
         [41, 23]
     """
-    return _rates(tuple(costs.tolist()), tuple(sizes.tolist()), mean, state_bits).copy()
+    return _filled(tuple(costs.tolist()), tuple(sizes.tolist()), mean, state_bits).copy()
 
 
-@lru_cache(maxsize=2**15)
-def _rates(costs: tuple[float, ...], sizes: tuple[int, ...], mean: int, state_bits: int) -> np.ndarray:
+@lru_cache(maxsize=1024)
+def _filled(costs: tuple[float, ...], sizes: tuple[int, ...], mean: int, state_bits: int) -> np.ndarray:
     cell, bits, taken = _order(costs, sizes, state_bits)
     room = mean * sum(sizes)
     count = int(np.searchsorted(taken, room, side="right"))
@@ -81,7 +81,7 @@ def _rates(costs: tuple[float, ...], sizes: tuple[int, ...], mean: int, state_bi
     return rates
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # a table asks for all means of a matrix after each other
 def _order(costs: tuple[float, ...], sizes: tuple[int, ...], state_bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(cell, sixteenths, all bits up to there) of every step, those first by which a bit takes most off."""
     errors, steps = _errors(state_bits), np.array([LEAST, *[1] * (MOST - LEAST)])
