@@ -9,10 +9,11 @@ import pytest
 from qlr_jax.core import ahead, alternation, batch
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.spec import Spec
 
 CONFIG = SolverConfig.make({"state_bits": 6, "iterations": 2}, None)
 SHAPES = {"a": (40, 48), "b": (40, 48), "c": (64, 40)}
-SPECS = ("trellis-2", "trellis-3+r4@trellis-4", "int-4g16+r4@int-8", "none+r4@int-8")
+SPECS = ("trellis-2", "trellis-3+r4@trellis-4", "trellis-2w", "int-4g16+r4@int-8", "none+r4@int-8")
 
 
 def compiled(caplog, function):
@@ -45,6 +46,7 @@ def test_the_solver_finds_what_was_compiled(small, outputs, monkeypatch, caplog)
         key: (jax.ShapeDtypeStruct(w.shape, w.dtype), shared[h.shape[0]], spec, None if g is None else shared[g.shape[0]])
         for key, (w, h, spec, g) in problems.items()
     }
+    Spec.parse("trellis-2w").quantizer(CONFIG.state_bits, (64, 64)).relative_gain(np.ones(16), np.ones(1))  # measures its code once
     made = compiled(caplog, lambda: [compile_one() for compile_one in ahead.programs(shapes, CONFIG)])
     assert set(made) == {"fit_factors", "round_backbone"} and len(made) == len(list(ahead.programs(shapes, CONFIG)))
     found = compiled(caplog, lambda: solve_many(problems, config=CONFIG))

@@ -62,7 +62,9 @@ def _calls(
         padded = m + -m % group
         correction = _array(count if outputs else metrics)
         row_feedback = _array(count, padded, padded) if outputs else None
-        arguments = (weight, hessian, energy, feedback, correction, quantizer.traced(), metric, row_feedback)
+        decided = quantizer.metric_qparams(np.ones((count, columns // width)), np.ones((count, rows // height)))
+        given = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in decided)
+        arguments = (weight, hessian, energy, feedback, correction, quantizer.traced(), metric, row_feedback, given)
         yield round_backbone, arguments, {"static": quantizer.static(), "refit": config.backbone_scale == "fitted"}
     if spec.rank:
         mask, (left, right) = component_mask(spec.rank, shape), spec.factor_quantizers(config.state_bits)

@@ -208,11 +208,12 @@ def _searches(job: Counted, bits: int) -> dict[str, list[float]]:
     quantizer = job.backbone.for_backbone(None, bits)
     height, width = quantizer.tile
     static, traced = quantizer.static(), quantizer.traced()
-    run, found = jax.jit(lambda x, scale: static.round_block(x, (scale,), traced, False)), {}
+    run, found = jax.jit(lambda x, qparams: static.round_block(x, qparams, traced, False)), {}
     for sequences in (4, 32):
         rows = np.random.default_rng(0).standard_normal((1, height * sequences, width), np.float32)
-        x, scale = jnp.asarray(rows), jnp.ones((1, 1, 1), jnp.float32)
-        found[str(sequences)] = _each(_best(lambda x=x, scale=scale: run(x, scale)), x.size)
+        x = jnp.asarray(rows)
+        qparams = quantizer.fit_qparams(x, False, jnp.ones((1, 1, 1), jnp.float32))
+        found[str(sequences)] = _each(_best(lambda x=x, qparams=qparams: run(x, qparams)), x.size)
     return found
 
 
