@@ -13,7 +13,7 @@ from qlr_jax.core.ldlq import feedback
 from qlr_jax.core.products import packed_matmul
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.quantizers import search as searching
-from qlr_jax.core.quantizers.segmented import LEAST, MOST, _errors, _number, bounds, cell_rates, cells
+from qlr_jax.core.quantizers.segmented import LEAST, MOST, _errors, bounds, cell_rates, cells
 from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.errors import QLRError
@@ -35,37 +35,33 @@ def solved(activations):
     return {spec: solver.solve(weight, h, spec, output_hessian=g, state_bits=BITS) for spec in ("trellis-2", "trellis-2w")}
 
 
-@pytest.mark.parametrize("mean", [LEAST, 20, 36])
 @pytest.mark.parametrize("seed", range(4))
-def test_rates_are_the_best_there_are(seed, mean):
-    """Against every choice of rates in steps of a quarter, or none, at four cells."""
+def test_rates_are_the_best_there_are(seed):
+    """Against every choice of rates in steps of a quarter, at four cells."""
     draw = np.random.default_rng(seed)
-    costs, sizes = np.exp(2 * draw.standard_normal(4)), draw.integers(1, 4, 4)
+    costs, sizes, mean = np.exp(draw.standard_normal(4)), draw.integers(1, 4, 4), 36
     found = cell_rates(costs, sizes, mean, 8)
-    assert ((found == 0) | (found >= LEAST)).all() and (found <= MOST).all() and sizes @ found <= mean * sizes.sum()
+    assert (found >= LEAST).all() and (found <= MOST).all() and sizes @ found <= mean * sizes.sum() < sizes @ found + sizes.max()
     error = _errors(8)
     least = min(
-        costs @ error[_number(np.array(rates))]
-        for rates in itertools.product((0, *range(LEAST, 81, 4)), repeat=4)
+        costs @ error[np.array(rates) - LEAST]
+        for rates in itertools.product(range(LEAST, 80, 4), repeat=4)
         if sizes @ np.array(rates) <= mean * sizes.sum()
     )
-    # of few large cells one may get no bits or sixteen at once, so that what comes one by one is not always the best
-    assert costs @ error[_number(found)] <= least * (1.03 if mean > 20 else 1.15)
+    assert costs @ error[found - LEAST] <= least * 1.03  # less than one tile of the largest cell is left over
 
 
 def test_where_errors_cost_alike_the_rate_is_one():
     assert (cell_rates(np.ones(64), np.ones(64, int), 37, 8) == 37).all()
 
 
-@pytest.mark.parametrize("mean", [LEAST, 18, 36, MOST])
+@pytest.mark.parametrize("mean", [LEAST, 36, MOST])
 def test_cells_fill_what_is_stored(mean):
     grid = parse_quantizer(f"trellis-{mean / 16}w")
     draw, shape = np.random.default_rng(0), (1000, 700)
     grid = grid.for_backbone(shape)
     down, across = grid.tiles(*shape)
-    falling = [np.exp(np.linspace(2, -2, count) + 0.1 * draw.standard_normal((1, count))) for count in (across, down)]
-    rates = grid.segments(*grid.metric_qparams(*falling))
-    assert (rates == 0).any() == (mean < MOST)
+    rates = grid.segments(*grid.metric_qparams(np.exp(draw.standard_normal((1, across))), np.exp(draw.standard_normal((1, down)))))
     found = cells(rates, down, across)
     ends = [c.row + (c.rows.stop - c.rows.start) * c.stride for c in found]
     (size,), _ = grid.stored(*shape)["codes"]
@@ -76,16 +72,6 @@ def test_cells_fill_what_is_stored(mean):
     assert (covered == 1).all()
 
 
-def test_a_cell_without_bits_is_zero(activations):
-    """At one bit in the mean: less is lost than with one bit everywhere, and every decoder knows of it."""
-    weight = np.random.default_rng(0).standard_normal((256, 128)).astype(np.float32)
-    h, g = steep(128, 0, activations), steep(256, 1, activations)
-    plain, value = (solver.solve(weight, h, spec, output_hessian=g, state_bits=BITS) for spec in ("trellis-1", "trellis-1w"))
-    assert value.stats["weighted_error"] < 0.9 * plain.stats["weighted_error"]
-    assert (np.asarray(value.value.arrays["backbone.rates"]) == 0).any()
-    all_decoders_agree(value.value)
-
-
 def test_it_loses_less_in_both_metrics_for_the_same_bytes(solved):
     plain, cells = solved["trellis-2"], solved["trellis-2w"]
     assert cells.value.nbytes <= plain.value.nbytes + 64 and cells.value.nbytes == Spec.parse("trellis-2w").nbytes((130, 100))
@@ -93,15 +79,12 @@ def test_it_loses_less_in_both_metrics_for_the_same_bytes(solved):
 
 
 def test_every_decoder_gives_the_same(solved):
-    all_decoders_agree(solved["trellis-2w"].value)
-
-
-def all_decoders_agree(value):
+    value = solved["trellis-2w"].value
     dense = np.asarray(value.dense())
     traced = jax.jit(lambda matrix: matrix.dense())(jax.tree.map(jnp.asarray, value))
     np.testing.assert_allclose(np.asarray(traced), dense, atol=1e-5 * np.abs(dense).max())
-    for tokens, implementation in itertools.product((3, 20), ("xla", "native") if searching.has_native() else ("xla",)):
-        x = np.random.default_rng(1).standard_normal((tokens, dense.shape[1])).astype(np.float32)
+    x = np.random.default_rng(1).standard_normal((3, 100)).astype(np.float32)
+    for implementation in ("xla", "native") if searching.has_native() else ("xla",):
         np.testing.assert_allclose(packed_matmul(x, value, implementation), x @ dense.T, atol=1e-4 * np.abs(x @ dense.T).max())
 
 

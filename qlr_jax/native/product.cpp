@@ -17,7 +17,6 @@
 #include <mutex>
 #include <thread>
 #include <tuple>
-#include <utility>
 #include <vector>
 
 namespace qlr {
@@ -131,7 +130,7 @@ const float* hartley_of(int odd) {
   return found.data();
 }
 
-constexpr char kCells[] = "a backbone's cells of 1 to 6 bits, in sixteenths, or none";
+constexpr char kCells[] = "a backbone's cells of 1 to 6 bits, in sixteenths";
 
 const char* refused(const Part& part) {
   switch (part.kind) {
@@ -408,19 +407,19 @@ class Rounding {
 // The rows of a part times some tokens, in pieces: few tokens from the codes, more from rows that are decoded once for all of them.
 struct Rows {
   const Routines& by;
-  const Part& part;
   std::vector<Strip> strips;  // none: there is no such part
   const float* x;
   int64_t wide;
   float* y;
   int64_t high, tokens;
-  const std::vector<Rounding>* rounded = nullptr;  // of every token, one a segment of columns; or null
+  const std::vector<Rounding>* rounded = nullptr;  // of every token, one a cell of a strip; or null
 
   static int64_t step(const Part& part, int64_t cols) {
     return std::max<int64_t>(1, kPiece / std::max<int64_t>(cols, 1) / part.height) * part.height;
   }
-  int64_t pieces(const Strip& strip) const {
-    const int64_t size = step(part, strip.cols);
+  static int64_t columns(const Strip& strip) { return strip.cells.back().col + strip.cells.back().part.cols; }
+  static int64_t pieces(const Strip& strip) {
+    const int64_t size = step(strip.cells[0].part, columns(strip));
     return (strip.last - strip.first + size - 1) / size;
   }
   int64_t pieces() const {
@@ -432,14 +431,14 @@ struct Rows {
     size_t i = 0;
     for (; piece >= pieces(strips[i]); i++) piece -= pieces(strips[i]);
     const Strip& strip = strips[i];
-    const int64_t size = step(part, strip.cols), rows = strip.last - strip.first;
+    const int64_t size = step(strip.cells[0].part, columns(strip)), rows = strip.last - strip.first;
     const int64_t first = piece * size, last = std::min(first + size, rows);
     if (tokens <= kFew) {
       for (int64_t t = 0; t < tokens; t++) from_codes(strip, t, first, last);
       return;
     }
     thread_local std::vector<float> decoded;
-    const int64_t stride = up(strip.cols, 16);
+    const int64_t stride = up(columns(strip), 16);
     decoded.assign((last - first) * stride, 0.f);
     for (const Cell& cell : strip.cells) by.decode(cell.part, layout_of(cell.part), first, last, decoded.data() + cell.col, stride);
     by.dense(decoded.data(), last - first, stride, x, tokens, wide, y + strip.first + first, high);
@@ -454,7 +453,7 @@ struct Rows {
       float* to = own;
       if (c) part_of_sum.resize(up(last - first, 64) + 64), to = part_of_sum.data();
       const Layout& layout = layout_of(cell.part);
-      if (rounded) by.multiply_rounded(cell.part, layout, rounded[t][cell.segment].found(), first, last, to);
+      if (rounded) by.multiply_rounded(cell.part, layout, rounded[t][c].found(), first, last, to);
       else by.multiply(cell.part, layout, x + t * wide + cell.col, first, last, to);
       for (int64_t i = 0; c && i < last - first; i++) own[i] += to[i];
     }
@@ -501,15 +500,12 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
     });
     bool rounded = !exact && count <= kFew && block_of(backbone);
     for (int64_t t = 0; rounded && t < count; t++) {
-      rounding[t].resize(kSegments);
-      bool done[kSegments] = {};
-      for (const Strip& strip : strips)
-        for (const Cell& cell : strip.cells)
-          if (rounded && !std::exchange(done[cell.segment], true))
-            rounded = rounding[t][cell.segment].of(cell.part, v + t * wide + cell.col);
+      const std::vector<Cell>& cells = strips[0].cells;  // those of all strips have the same columns
+      if (rounding[t].size() < cells.size()) rounding[t].resize(cells.size());
+      for (size_t c = 0; rounded && c < cells.size(); c++) rounded = rounding[t][c].of(cells[c].part, v + t * wide + cells[c].col);
     }
-    const Rows rows[] = {{by, right, strips_if(right, layer.rank), v, wide, z, deep, count},
-                         {by, backbone, strips, v, wide, w, high, count, rounded ? rounding : nullptr}};
+    const Rows rows[] = {{by, strips_if(right, layer.rank), v, wide, z, deep, count},
+                         {by, strips, v, wide, w, high, count, rounded ? rounding : nullptr}};
     const int64_t first = rows[0].pieces();
     spread(first + rows[1].pieces(), threads, team, [&](int64_t i) { i < first ? rows[0].multiply(i) : rows[1].multiply(i - first); });
     spread(count, threads, team, [&](int64_t t) {
@@ -543,7 +539,6 @@ const char* decode_part(const Routines& by, const Part& given, int64_t first, in
   const int64_t step = Rows::step(part, part.cols);
   spread((last - first + step - 1) / step, threads, team, [&](int64_t i) {
     const int64_t start = first + i * step, stop = std::min(start + step, last);
-    if (has_cells(part)) std::fill(out + (start - first) * part.cols, out + (stop - first) * part.cols, 0.f);
     for (const Strip& strip : strips)
       for (const Cell& cell : strip.cells) {
         const int64_t top = std::max(start, strip.first), bottom = std::min(stop, strip.last);

@@ -633,7 +633,7 @@ SEGMENTS = 8  # of rows, and of columns, at most, that have rates of their own
 
 
 class SegmentedTrellisPart(Part):
-    """`trellis-<b>w`: cells of some rows and columns of tiles, each a trellis with a rate of its own, in sixteenths, or zeros.
+    """`trellis-<b>w`: cells of some rows and some columns of tiles, each a trellis with a rate of its own, in sixteenths of a bit.
 
     A row of tiles is stored after the other, and in it a cell's sequences after those of the cell before.
     """
@@ -676,7 +676,7 @@ def decode_cells(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) ->
 def _decoded_cells(codes: torch.Tensor, rates: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
     rows, cols, first, whole, height, state_bits, tall, wide = numbers
     width, down = LENGTH // height, -(-whole // height)
-    found = torch.zeros(rows, cols, dtype=dtype, device=codes.device)
+    found = torch.empty(rows, cols, dtype=dtype, device=codes.device)
     edges, begin = [j * -(-cols // width) // wide for j in range(wide + 1)], 0
     for i, own in enumerate(rates.tolist()):
         top, bottom = i * down // tall, (i + 1) * down // tall
@@ -689,8 +689,6 @@ def _decoded_cells(codes: torch.Tensor, rates: torch.Tensor, numbers: list[int],
             continue
         bands, at = bands[start // height - top : -(-stop // height) - top], 0
         for rate, size, left, right in zip(own, sizes, edges[:-1], edges[1:], strict=True):
-            if not rate:
-                continue
             cell = bands[:, at : at + size].reshape(len(bands), right - left, 2 * rate)
             shape = [stop - start, min(right * width, cols) - left * width, height, state_bits]
             found[start - first : stop - first, left * width : right * width] = decode_trellis(cell, shape, dtype)
