@@ -12,7 +12,7 @@ two models are of the same windows, resampled together. Sizes are bits a weight 
 
     sizes      allocated, rank 0 and uniform at every budget and seed
     peers      llama.cpp's types, HQQ, round to nearest, CALDERA as published, one SVD of the residual, LQER; ours in no more bytes
-    rates      rates inside a matrix: weighted squared errors by kind of matrix over those of one rate, of five blocks
+    rates      one spec for all matrices, with one rate a matrix and with rates along its columns; 8 state bits
     settings   one setting changed at a time, allocated at 2.5 bits: calibration tokens, state bits, damping, weighted Hessians
 
 A part that was interrupted goes on where it was. HQQ needs `pip install hqq`; llama.cpp's types its library, as the npm package
@@ -34,12 +34,8 @@ from allocators.strategies import DEFAULT, solved_strategies
 from benchmarks.real import peers
 from benchmarks.real.show import pictures, tables
 from benchmarks.real.study import Record, Study, read_text, split
-from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.core.config import SolverConfig
-from qlr_jax.models import layer_of
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
-from qlr_jax.sensitivity.statistics import final_error
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
 
@@ -56,7 +52,7 @@ SETTINGS: dict[str, dict] = {
     "twice the text for H alone": {"sequences": 2},
 }
 """Name -> what changes; numbers of tokens are multiples."""
-RATES = ("trellis-2", "trellis-2w", "trellis-2+r8@trellis-2", "trellis-2w+r8@trellis-2")
+RATES = ("trellis-2.5", "trellis-2.5w")
 MULTIPLES = ("sequences", "output_tokens")
 
 
@@ -121,18 +117,14 @@ def against_peers(study: Study, library: Path | None, wanted: list[str], ours: b
 
 
 def rates(study: Study, state_bits: int = 8) -> None:
-    """What rates inside a matrix take off tr(G E H Eᵀ), without and with factors."""
+    """One spec for all matrices, with one rate a matrix and with rates along its columns."""
     run, _ = study.prepared(study.base)
-    layers = run.original.config.num_hidden_layers
-    chosen = {round(share * (layers - 1)) for share in (0.0, 0.1, 1 / 3, 2 / 3, 1.0)}
-    names = [name for name in run.settings.matrices if layer_of(name) in chosen]
+    weights = sum(m * n for m, n in run.settings.matrices.values())
     for spec in RATES:
-        if not study.missing(part="rates", name=spec):
-            continue
-        problems = {(name, spec): run.statistics.problem(name, spec) for name in names}
-        solved = solve_many(problems, config=SolverConfig(state_bits=state_bits))
-        errors = {name: final_error(solved[name, spec]) ** 2 for name in names}
-        study.keep({"part": "rates", "name": spec, "state_bits": state_bits, "errors": errors})
+        if study.missing(part="rates", name=spec):
+            peer = peers.one_spec(spec, run.statistics, state_bits=state_bits)
+            record = {"bits": 8 * peer.nbytes / weights, "state_bits": state_bits, "texts": study.figures(with_dense(run, peer))}
+            study.keep({"part": "rates", "name": spec} | record)
 
 
 def with_dense(run: Run, peer: peers.Peer) -> object:

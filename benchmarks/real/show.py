@@ -38,7 +38,7 @@ def tables(folder: Path) -> str:
     if not records:
         return "nothing is kept yet"
     texts = next((list(record["texts"]) for record in records if "texts" in record), [])
-    parts = [_sizes(records, texts), _ranks(records), _rates(records), _peers(records, texts), _settings(records, texts)]
+    parts = [_sizes(records, texts), _ranks(records), _rates(records, texts), _peers(records, texts), _settings(records, texts)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -97,19 +97,17 @@ def _ranks(records: list[Record]) -> str:
     return _markdown(["bits", *(f"{kind}: backbone bits, with rank, mean rank" for kind in KINDS)], rows) if rows else ""
 
 
-def _rates(records: list[Record]) -> str:
-    """Weighted squared errors over those of the first spec, by kind: geometric mean over blocks."""
-    found = {record["name"]: record["errors"] for record in records if record["part"] == "rates"}
-    if not found:
-        return ""
-    first, rows = next(iter(found)), []
-    for spec, errors in found.items():
+def _rates(records: list[Record], texts: list[str]) -> str:
+    """One spec for all matrices, over the first of them on the same windows."""
+    found = [record for record in records if record["part"] == "rates"]
+    rows = []
+    for record in found:
         cells = []
-        for kind in KINDS:
-            own = [errors[n] / found[first][n] for n in errors if n.endswith(f".{kind}_proj")]
-            cells.append(f"{np.exp(np.mean(np.log(own))):.3f} ({min(own):.2f} to {max(own):.2f})" if own else "")
-        rows.append([spec, *cells])
-    return _markdown(["error²", *KINDS], rows)
+        for text in texts:
+            value, (low, high) = ratio(record, found[0], text)
+            cells += [f"{record['texts'][text]['kl']:.4f}", f"{value:.3f} ({low:.3f} to {high:.3f})"]
+        rows.append([record["name"], f"{record['bits']:.4f}", *cells])
+    return _markdown(["all matrices", "bits", *(c for text in texts for c in (f"KL, {text}", "ratio"))], rows) if rows else ""
 
 
 def _peers(records: list[Record], texts: list[str]) -> str:
