@@ -66,7 +66,8 @@ def test_report_is_complete_and_says_what_was_found(done):
     assert report["peak_rss_bytes"] > 0 and report["seconds"]["total"] > 0
     assert 0.5 < report["prediction"]["median"] < 2
     html = (done.out / "report.html").read_text()
-    assert "http://" not in html.replace("http://www.w3.org", "") and f"{report['bits_per_weight']:.2f}" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    assert any(f"{report['bits_per_weight']:.{digits}f}" in html for digits in (2, 3, 4))  # 2.2396 is no 2.24
     assert Recipe.from_yaml(done.out / "recipe.yaml") == LIGHT
 
 

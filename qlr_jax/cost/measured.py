@@ -223,7 +223,8 @@ def _decoded(job: Counted) -> list[float]:
 
     m, n = sorted(job.shapes.values())[len(job.shapes) // 2]
     layout = Layout(job.backbone.name, (min(m, WIDEST), min(n, WIDEST)), state_bits=job.recipe.state_bits)
-    value = QLRMatrix({name: jnp.zeros(shape, kind) for name, (shape, kind) in array_shapes(layout).items()}, layout)
+    anything = 16 * job.backbone.bits  # but of rates inside the matrix, whose mean this is
+    value = QLRMatrix({name: jnp.full(shape, anything, kind) for name, (shape, kind) in array_shapes(layout).items()}, layout)
     return _each(_best(value.dense), math.prod(layout.shape))
 
 
