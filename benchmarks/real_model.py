@@ -42,7 +42,7 @@ from qlr_jax.settings.recipe import Recipe
 BUDGETS, QUICK_BUDGETS = ("2bpw", "2.25bpw", "2.5bpw", "3bpw", "4bpw"), ("2bpw", "2.5bpw", "3bpw")
 SETTINGS: dict[str, dict] = {
     "as it is": {},
-    "rates along the columns": {"backbones": ("trellis-1..6w", "int-8g32", "bf16")},
+    "one rate a matrix": {"backbones": ("trellis-1..6", "int-8g32", "bf16")},
     "8 state bits": {"state_bits": 8},
     "10 state bits": {"state_bits": 10},
     "14 state bits": {"state_bits": 14},

@@ -46,7 +46,7 @@ def test_the_solver_finds_what_was_compiled(small, outputs, monkeypatch, caplog)
         key: (jax.ShapeDtypeStruct(w.shape, w.dtype), shared[h.shape[0]], spec, None if g is None else shared[g.shape[0]])
         for key, (w, h, spec, g) in problems.items()
     }
-    Spec.parse("trellis-2w").quantizer(CONFIG.state_bits, (64, 64)).relative_gain(np.ones(16), np.ones(1))  # measures its code once
+    Spec.parse("trellis-2w").quantizer(CONFIG.state_bits, (64, 64)).relative_gain(np.ones(16))  # measures its code once
     made = compiled(caplog, lambda: [compile_one() for compile_one in ahead.programs(shapes, CONFIG)])
     assert set(made) == {"fit_factors", "round_backbone"} and len(made) == len(list(ahead.programs(shapes, CONFIG)))
     found = compiled(caplog, lambda: solve_many(problems, config=CONFIG))

@@ -13,7 +13,7 @@ from qlr_jax.core.ldlq import feedback
 from qlr_jax.core.products import packed_matmul
 from qlr_jax.core.quantizers import parse_quantizer
 from qlr_jax.core.quantizers import search as searching
-from qlr_jax.core.quantizers.segmented import LEAST, MOST, _errors, bounds, cell_rates, cells
+from qlr_jax.core.quantizers.segmented import LEAST, MOST, _errors, bounds, segments, water_filled
 from qlr_jax.core.quantizers.trellis import Trellis
 from qlr_jax.core.spec import Spec, expand_backbones
 from qlr_jax.errors import QLRError
@@ -37,10 +37,10 @@ def solved(activations):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_rates_are_the_best_there_are(seed):
-    """Against every choice of rates in steps of a quarter, at four cells."""
+    """Against every choice of rates in steps of a quarter, at four segments."""
     draw = np.random.default_rng(seed)
     costs, sizes, mean = np.exp(draw.standard_normal(4)), draw.integers(1, 4, 4), 36
-    found = cell_rates(costs, sizes, mean, 8)
+    found = water_filled(costs, sizes, mean, 8)
     assert (found >= LEAST).all() and (found <= MOST).all() and sizes @ found <= mean * sizes.sum() < sizes @ found + sizes.max()
     error = _errors(8)
     least = min(
@@ -48,34 +48,32 @@ def test_rates_are_the_best_there_are(seed):
         for rates in itertools.product(range(LEAST, 80, 4), repeat=4)
         if sizes @ np.array(rates) <= mean * sizes.sum()
     )
-    assert costs @ error[found - LEAST] <= least * 1.03  # less than one tile of the largest cell is left over
+    assert costs @ error[found - LEAST] <= least * 1.03  # less than one tile of the largest segment is left over
 
 
 def test_where_errors_cost_alike_the_rate_is_one():
-    assert (cell_rates(np.ones(64), np.ones(64, int), 37, 8) == 37).all()
+    assert (water_filled(np.ones(64), np.ones(64, int), 37, 8) == 37).all()
 
 
 @pytest.mark.parametrize("mean", [LEAST, 36, MOST])
-def test_cells_fill_what_is_stored(mean):
+def test_segments_fill_what_is_stored(mean):
     grid = parse_quantizer(f"trellis-{mean / 16}w")
-    draw, shape = np.random.default_rng(0), (1000, 700)
+    shape = (1000, 700)
     grid = grid.for_backbone(shape)
     down, across = grid.tiles(*shape)
-    rates = grid.segments(*grid.metric_qparams(np.exp(draw.standard_normal((1, across))), np.exp(draw.standard_normal((1, down)))))
-    found = cells(rates, down, across)
-    ends = [c.row + (c.rows.stop - c.rows.start) * c.stride for c in found]
-    (size,), _ = grid.stored(*shape)["codes"]
-    assert size * 0.98 <= max(ends) <= size
-    covered = np.zeros((down, across), int)
-    for cell in found:
-        covered[cell.rows, cell.cols] += 1
-    assert (covered == 1).all()
+    (each,) = grid.metric_qparams(np.exp(np.random.default_rng(0).standard_normal((1, across))))
+    assert each.shape == (1, 1, across * grid.tile[1])
+    found = segments(each[0, 0, :: grid.tile[1]][bounds(across)[:-1]], across)
+    (rows, size), _ = grid.stored(*shape)["codes"]
+    assert rows == down and size * 0.98 <= found[-1].bytes.stop <= size
+    assert found[0].cols.start == found[0].bytes.start == 0 and found[-1].cols.stop == across
+    assert all(a.cols.stop == b.cols.start and a.bytes.stop == b.bytes.start for a, b in itertools.pairwise(found))
 
 
-def test_it_loses_less_in_both_metrics_for_the_same_bytes(solved):
-    plain, cells = solved["trellis-2"], solved["trellis-2w"]
-    assert cells.value.nbytes <= plain.value.nbytes + 64 and cells.value.nbytes == Spec.parse("trellis-2w").nbytes((130, 100))
-    assert cells.stats["weighted_error"] < 0.95 * plain.stats["weighted_error"]
+def test_it_loses_less_for_the_same_bytes(solved):
+    plain, own = solved["trellis-2"], solved["trellis-2w"]
+    assert own.value.nbytes <= plain.value.nbytes + 8 and own.value.nbytes == Spec.parse("trellis-2w").nbytes((130, 100))
+    assert own.stats["weighted_error"] < 0.95 * plain.stats["weighted_error"]
 
 
 def test_every_decoder_gives_the_same(solved):
@@ -88,21 +86,21 @@ def test_every_decoder_gives_the_same(solved):
         np.testing.assert_allclose(packed_matmul(x, value, implementation), x @ dense.T, atol=1e-4 * np.abs(x @ dense.T).max())
 
 
-def test_a_cell_is_a_backbone_of_its_rate(solved):
+def test_a_segment_is_a_backbone_of_its_rate(solved):
     value = solved["trellis-2w"].value
     grid, arrays = Spec.parse("trellis-2w").quantizer(BITS, (130, 100)), value.part("backbone")
     whole = np.asarray(grid.decode(arrays, 130, 100))
     (height, width), (down, across) = grid.tile, grid.tiles(130, 100)
     stream, rates = np.asarray(arrays["codes"]), np.asarray(arrays["rates"])
-    assert len(np.unique(rates)) > 3 and rates.shape == (min(8, down), min(8, across))
-    cell = cells(rates, down, across)[-1]
-    own = Trellis(Fraction(cell.rate, 16), grid.tile_rows, BITS)
-    rows = [stream[cell.row + i * cell.stride + cell.start :][: 2 * cell.rate * (cell.cols.stop - cell.cols.start)]
-            for i in range(cell.rows.stop - cell.rows.start)]  # fmt: skip
-    decoded = np.asarray(own.decode({"codes": np.stack(rows).reshape(len(rows), -1, 2 * cell.rate)}, len(rows) * height,
-                                    (cell.cols.stop - cell.cols.start) * width))  # fmt: skip
-    top, left = cell.rows.start * height, cell.cols.start * width
-    np.testing.assert_array_equal(decoded[: 130 - top, : 100 - left], whole[top:, left:])
+    assert len(np.unique(rates)) > 2 and rates.shape == (min(8, across),)
+    found = segments(rates, across)
+    for segment in found:
+        columns = segment.cols.stop - segment.cols.start
+        own = Trellis(Fraction(segment.rate, 16), grid.tile_rows, BITS)
+        codes = stream[:, segment.bytes].reshape(down, columns, 2 * segment.rate)
+        decoded = np.asarray(own.decode({"codes": codes}, down * height, columns * width))
+        left = segment.cols.start * width
+        np.testing.assert_array_equal(decoded[:130, : 100 - left], whole[:, left : left + columns * width])
 
 
 def test_predictions_know_of_it(activations):
@@ -133,7 +131,7 @@ def test_the_search_in_xla_takes_a_code_a_sequence(known):
     x = jnp.asarray(np.random.default_rng(0).standard_normal((12, searching.LENGTH)), jnp.float32)
     codes = [Trellis(Fraction(r, 16)) for r in (16, 37, 96)]
     shifts, gains = np.stack([c.shifts for c in codes]), np.array([c.gain for c in codes], np.float32)
-    which = np.arange(12) % 3
+    which = np.arange(12) // 4
     ends = np.where(known, np.arange(12), -1)
     found = jax.jit(searching._in_xla, static_argnames=("state_bits", "free"))(
         x, shifts, gains, ends, which, state_bits=BITS, free=not known
@@ -149,11 +147,11 @@ def test_the_search_in_xla_takes_a_code_a_sequence(known):
 
 
 @pytest.mark.skipif(not searching.has_native(), reason="the C++ library is not built")
-def test_the_search_in_cpp_takes_a_code_a_sequence():
+def test_the_search_in_cpp_takes_a_code_a_group():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((9, searching.LENGTH)), jnp.float32)
     codes = [Trellis(Fraction(r, 16)) for r in (16, 37, 96)]
-    shifts, gains, which = np.stack([c.shifts for c in codes]), np.array([c.gain for c in codes], np.float32), np.arange(9) % 3
-    found = np.asarray(searching.search_jit(x, shifts, 10, gains, None, which))
+    shifts, gains, which = np.stack([c.shifts for c in codes]), np.array([c.gain for c in codes], np.float32), np.arange(9) // 3
+    found = np.asarray(searching.search_jit(x, shifts, 10, gains, None, np.arange(3)))
     for k, code in enumerate(codes):
         own = np.asarray(searching.search_jit(x[which == k], code.shifts, 10, code.gain))
         np.testing.assert_array_equal(found[which == k], own)

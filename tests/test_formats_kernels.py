@@ -16,6 +16,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rates import some_rates  # noqa: E402
+
 from qlr_jax.errors import QLRError  # noqa: E402
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 from qlr_jax.formats.qlr import torch_runtime  # noqa: E402
@@ -30,6 +32,8 @@ CASES = [  # spec, shape, tokens, rotation block, state bits
     ("trellis-3.3125", (16, 44), 8, 0, 16),  # eight weights a window, with shifts that differ from place to place
     ("trellis-4", (16, 96), 1, 32, 16),
     ("trellis-5.9375", (16, 44), 1, 0, 16),  # four weights a window
+    ("trellis-2w", (72, 300), 1, 0, 12),
+    ("trellis-3.5w+r4@trellis-2", (40, 44), 4, 32, 16),  # fewer columns of tiles than segments may be
     ("int-2g16", (70, 64), 1, 0, 12),
     ("int-2", (9, 50), 5, 0, 12),  # rows end within a word
     ("int-3g24a", (40, 96), 1, 0, 12),
@@ -52,7 +56,9 @@ def make_linear(spec, shape, block=0, state_bits=12):
     """With random codes: any are valid."""
     linear = runtime.QLRLinear(spec, shape, seed=3, rotation_block=block, state_bits=state_bits)
     for name, buffer in linear.named_buffers():
-        if buffer.dtype == torch.uint8:
+        if name.endswith("rates"):
+            buffer.copy_(torch.from_numpy(some_rates(spec, shape)))
+        elif buffer.dtype == torch.uint8:
             buffer.random_(0, 4 if name.endswith("zeros") else 256)
         elif buffer.dtype == torch.bfloat16:
             buffer.normal_(0, 0.2)

@@ -206,13 +206,13 @@ def test_near_lossless_options_are_predicted_not_solved():
             name: [Spec.parse(text) for text in options(backbones, [0, 8, 16], ["trellis-2", "trellis-4"], shape)] for name in NAMES
         }
 
-    widest, narrow = offered(TARGETS["qlr"].backbones), offered(["trellis-1..4"])
-    assert {"trellis-4.0625", "trellis-6", "int-8g32", "bf16"} <= {str(spec) for spec in widest[NAMES[0]]}
+    widest, narrow = offered(TARGETS["qlr"].backbones), offered(["trellis-1..4w"])
+    assert {"trellis-4.0625w", "trellis-6w", "int-8g32", "bf16"} <= {str(spec) for spec in widest[NAMES[0]]}
     assert all(spec.nbytes(shape) < 2 * 256 * 256 for spec in widest[NAMES[0]] if str(spec) != "bf16")
     solved = [anchors(specs, {name: probe(listed) for name, listed in specs.items()}) for specs in (widest, narrow)]
     assert solved[0] == solved[1]
     found = profile(np.random.default_rng(0).standard_normal(shape).astype(np.float32), np.eye(256), 1)
-    errors = [predict(found, spec) for spec in ("trellis-4", "trellis-5", "trellis-6", "int-8g32", "bf16")]
+    errors = [predict(found, spec) for spec in ("trellis-4w", "trellis-5w", "trellis-6w", "int-8g32", "bf16")]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 0.002
     plain = offered(TARGETS["gguf"].backbones)
     assert not {spec for _, spec in anchors(plain, {name: "int-3g256" for name in NAMES})} & {"int-8g32", "bf16"}

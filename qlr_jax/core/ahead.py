@@ -62,7 +62,7 @@ def _calls(
         padded = m + -m % group
         correction = _array(count if outputs else metrics)
         row_feedback = _array(count, padded, padded) if outputs else None
-        decided = quantizer.metric_qparams(np.ones((count, columns // width)), np.ones((count, rows // height)))
+        decided = quantizer.metric_qparams(np.ones((count, columns // width)))
         given = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in decided)
         arguments = (weight, hessian, energy, feedback, correction, quantizer.traced(), metric, row_feedback, given)
         yield round_backbone, arguments, {"static": quantizer.static(), "refit": config.backbone_scale == "fitted"}

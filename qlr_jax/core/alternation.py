@@ -160,14 +160,11 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         gain = np.asarray(noise_gain(factor))
     else:
         factor, gain = metric.factor(width), metric.noise_gain(width)
-    rows, output, height = None, problem.output, quantizer.tile[0]
-    down = -(-problem.layout.shape[0] // height)
-    costs = metric.spread(width), np.ones((1, down))
+    rows, output, height, spread = None, problem.output, quantizer.tile[0], metric.spread(width)
     if output is not None:
-        group = row_group(down * height, height)
+        group = row_group(-(-problem.layout.shape[0] // height) * height, height)
         rows, gain = output.factor(group), (1 + gain) * (1 + output.noise_gain(group)) - 1
-        costs = costs[0], np.repeat(output.spread(group), group // height, axis=1)
-    given = quantizer.metric_qparams(*(np.broadcast_to(c, (len(problem.weight), c.shape[1])) for c in costs))
+    given = quantizer.metric_qparams(np.broadcast_to(spread, (len(problem.weight), spread.shape[1])))
     fitted = problem.config.backbone_scale == "fitted"
     correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(

@@ -153,7 +153,7 @@ TARGETS = {
     for target in (
         Target(
             "qlr",
-            ("trellis-1..6", "int-8g32", BFLOAT16),
+            ("trellis-1..6w", "int-8g32", BFLOAT16),
             ("trellis-2", "trellis-3", "trellis-4"),
             (),
             lambda spec, shape: "",

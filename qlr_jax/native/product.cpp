@@ -1,8 +1,8 @@
 // Which instruction set, what follows from a part's sizes, and a whole layer over the threads of a caller.
 #include "product.h"
 
-#include "cells.h"
 #include "product_kernels.h"
+#include "segments.h"
 
 #include <pthread.h>
 
@@ -130,7 +130,7 @@ const float* hartley_of(int odd) {
   return found.data();
 }
 
-constexpr char kCells[] = "a backbone's cells of 1 to 6 bits, in sixteenths";
+constexpr char kSegmentsOf[] = "a backbone's segments of 1 to 6 bits, in sixteenths";
 
 const char* refused(const Part& part) {
   switch (part.kind) {
@@ -141,7 +141,7 @@ const char* refused(const Part& part) {
       if (part.bits < 6 || part.bits > 16 || part.count < 32 || part.count > 192) return "a trellis of 6 to 16 state bits, 1 to 6 bits";
       if (part.height != 64 && part.height != 32 && part.height != 16 && part.height != 4 && part.height != 2 && part.height != 1)
         return "a trellis sequence of 64, 32, 16, 4, 2 or 1 rows";
-      if (has_cells(part) && part.height < 16) return kCells;
+      if (has_segments(part) && part.height < 16) return kSegmentsOf;
       return nullptr;
     case kInteger:
     case kLevels:
@@ -407,60 +407,48 @@ class Rounding {
 // The rows of a part times some tokens, in pieces: few tokens from the codes, more from rows that are decoded once for all of them.
 struct Rows {
   const Routines& by;
-  std::vector<Strip> strips;  // none: there is no such part
+  std::vector<Segment> segments;  // none: there is no such part
   const float* x;
   int64_t wide;
   float* y;
   int64_t high, tokens;
-  const std::vector<Rounding>* rounded = nullptr;  // of every token, one a cell of a strip; or null
+  const std::vector<Rounding>* rounded = nullptr;  // of every token, one a segment; or null
 
   static int64_t step(const Part& part, int64_t cols) {
     return std::max<int64_t>(1, kPiece / std::max<int64_t>(cols, 1) / part.height) * part.height;
   }
-  static int64_t columns(const Strip& strip) { return strip.cells.back().col + strip.cells.back().part.cols; }
-  static int64_t pieces(const Strip& strip) {
-    const int64_t size = step(strip.cells[0].part, columns(strip));
-    return (strip.last - strip.first + size - 1) / size;
-  }
-  int64_t pieces() const {
-    int64_t all = 0;
-    for (const Strip& strip : strips) all += pieces(strip);
-    return all;
-  }
+  int64_t columns() const { return segments.back().col + segments.back().part.cols; }
+  int64_t step() const { return step(segments[0].part, columns()); }
+  int64_t pieces() const { return segments.empty() ? 0 : (segments[0].part.rows + step() - 1) / step(); }
   void multiply(int64_t piece) const {
-    size_t i = 0;
-    for (; piece >= pieces(strips[i]); i++) piece -= pieces(strips[i]);
-    const Strip& strip = strips[i];
-    const int64_t size = step(strip.cells[0].part, columns(strip)), rows = strip.last - strip.first;
-    const int64_t first = piece * size, last = std::min(first + size, rows);
+    const int64_t first = piece * step(), last = std::min(first + step(), segments[0].part.rows);
     if (tokens <= kFew) {
-      for (int64_t t = 0; t < tokens; t++) from_codes(strip, t, first, last);
+      for (int64_t t = 0; t < tokens; t++) from_codes(t, first, last);
       return;
     }
     thread_local std::vector<float> decoded;
-    const int64_t stride = up(columns(strip), 16);
+    const int64_t stride = up(columns(), 16);
     decoded.assign((last - first) * stride, 0.f);
-    for (const Cell& cell : strip.cells) by.decode(cell.part, layout_of(cell.part), first, last, decoded.data() + cell.col, stride);
-    by.dense(decoded.data(), last - first, stride, x, tokens, wide, y + strip.first + first, high);
+    for (const Segment& own : segments) by.decode(own.part, layout_of(own.part), first, last, decoded.data() + own.col, stride);
+    by.dense(decoded.data(), last - first, stride, x, tokens, wide, y + first, high);
   }
 
  private:
-  void from_codes(const Strip& strip, int64_t t, int64_t first, int64_t last) const {
+  void from_codes(int64_t t, int64_t first, int64_t last) const {
     thread_local std::vector<float> part_of_sum;
-    float* own = y + t * high + strip.first + first;
-    for (size_t c = 0; c < strip.cells.size(); c++) {
-      const Cell& cell = strip.cells[c];
-      float* to = own;
-      if (c) part_of_sum.resize(up(last - first, 64) + 64), to = part_of_sum.data();
-      const Layout& layout = layout_of(cell.part);
-      if (rounded) by.multiply_rounded(cell.part, layout, rounded[t][c].found(), first, last, to);
-      else by.multiply(cell.part, layout, x + t * wide + cell.col, first, last, to);
-      for (int64_t i = 0; c && i < last - first; i++) own[i] += to[i];
+    float* sum = y + t * high + first;
+    for (size_t s = 0; s < segments.size(); s++) {
+      const Part& part = segments[s].part;
+      float* to = sum;
+      if (s) part_of_sum.resize(up(last - first, 64) + 64), to = part_of_sum.data();
+      if (rounded) by.multiply_rounded(part, layout_of(part), rounded[t][s].found(), first, last, to);
+      else by.multiply(part, layout_of(part), x + t * wide + segments[s].col, first, last, to);
+      for (int64_t i = 0; s && i < last - first; i++) sum[i] += to[i];
     }
   }
 };
 
-std::vector<Strip> strips_if(const Part& part, bool there) { return there ? strips_of(part) : std::vector<Strip>{}; }
+std::vector<Segment> segments_if(const Part& part, bool there) { return there ? segments_of(part) : std::vector<Segment>{}; }
 
 }  // namespace
 
@@ -481,8 +469,8 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
   thread_local std::vector<Rounding> rounding[kFew];
   const Part backbone = with_tail(layer.backbone, tails[0]), left = with_tail(layer.left, tails[1]);
   const Part right = with_tail(layer.right, tails[2]);
-  const std::vector<Strip> strips = strips_if(backbone, backbone.kind != kNone);
-  if (backbone.kind != kNone && strips.empty()) return kCells;
+  const std::vector<Segment> segments = segments_if(backbone, backbone.kind != kNone);
+  if (backbone.kind != kNone && segments.empty()) return kSegmentsOf;
   const int64_t wide = up(std::max({layer.inputs, columns_read(backbone), columns_read(right)}), 16);
   const int64_t high = up(layer.outputs, 64) + 256, deep = up(std::max(layer.rank, 1), 16);
   // some tokens at a time: all that is between two parts lies in memory once for each
@@ -500,12 +488,12 @@ const char* multiply_layer(const Routines& by, const Layer& layer, const void* x
     });
     bool rounded = !exact && count <= kFew && block_of(backbone);
     for (int64_t t = 0; rounded && t < count; t++) {
-      const std::vector<Cell>& cells = strips[0].cells;  // those of all strips have the same columns
-      if (rounding[t].size() < cells.size()) rounding[t].resize(cells.size());
-      for (size_t c = 0; rounded && c < cells.size(); c++) rounded = rounding[t][c].of(cells[c].part, v + t * wide + cells[c].col);
+      if (rounding[t].size() < segments.size()) rounding[t].resize(segments.size());
+      for (size_t s = 0; rounded && s < segments.size(); s++)
+        rounded = rounding[t][s].of(segments[s].part, v + t * wide + segments[s].col);
     }
-    const Rows rows[] = {{by, strips_if(right, layer.rank), v, wide, z, deep, count},
-                         {by, strips, v, wide, w, high, count, rounded ? rounding : nullptr}};
+    const Rows rows[] = {{by, segments_if(right, layer.rank), v, wide, z, deep, count},
+                         {by, segments, v, wide, w, high, count, rounded ? rounding : nullptr}};
     const int64_t first = rows[0].pieces();
     spread(first + rows[1].pieces(), threads, team, [&](int64_t i) { i < first ? rows[0].multiply(i) : rows[1].multiply(i - first); });
     spread(count, threads, team, [&](int64_t t) {
@@ -534,18 +522,13 @@ const char* decode_part(const Routines& by, const Part& given, int64_t first, in
   if (given.kind == kNone || first < 0 || last > given.rows || first % given.height) return "rows that the part has, by tiles";
   thread_local std::vector<uint8_t> tail;
   const Part part = with_tail(given, tail);
-  const std::vector<Strip> strips = strips_of(part);
-  if (strips.empty()) return kCells;
+  const std::vector<Segment> segments = segments_of(part);
+  if (segments.empty()) return kSegmentsOf;
   const int64_t step = Rows::step(part, part.cols);
   spread((last - first + step - 1) / step, threads, team, [&](int64_t i) {
     const int64_t start = first + i * step, stop = std::min(start + step, last);
-    for (const Strip& strip : strips)
-      for (const Cell& cell : strip.cells) {
-        const int64_t top = std::max(start, strip.first), bottom = std::min(stop, strip.last);
-        if (top >= bottom) break;
-        float* to = out + (top - first) * part.cols + cell.col;
-        by.decode(cell.part, layout_of(cell.part), top - strip.first, bottom - strip.first, to, part.cols);
-      }
+    for (const Segment& own : segments)
+      by.decode(own.part, layout_of(own.part), start, stop, out + (start - first) * part.cols + own.col, part.cols);
   });
   return nullptr;
 }

@@ -20,13 +20,13 @@ struct Part {
   const uint8_t* codes;
   const uint16_t* scales;       // float16 (rows, groups), or null
   const uint8_t* small_scales;  // the same as float8 e4m3, or null
-  const uint8_t* zeros;         // (rows, groups), or null; of a trellis, rates of cells in sixteenths (cells.h), or null
+  const uint8_t* zeros;         // (rows, groups), or null; of a trellis, rates of segments in sixteenths (segments.h), or null
   const float* levels;          // the 16 levels that a code is the index of; 16 also where there are fewer bits
   const int8_t* points;         // eight numbers, in quarters, a point of the lattice
   const int8_t* roots;          // the same of the second stage at 3 bits
   float gains[2];               // of the trellis, or of both stages of the lattice
   float zero;                   // of integers without zeros
-  int64_t stride;  // bytes from a row of trellis sequences to the next, where others lie between; else 0. Set by `cells.h`.
+  int64_t stride;  // bytes from a row of trellis sequences to the next, where others lie between; else 0. Set by `segments.h`.
   // Rows from `tail_row` on, with room behind them: vectors read a little further than the last row goes. Set by `product.cpp`.
   const uint8_t* tail;
   int64_t tail_row;

@@ -40,7 +40,7 @@ class Profile:
         absorbed: the leading eigenvalues of D_G over its trace, (k,): what each component takes from Q's error.
         noise: tr(D_H) / n · tr(D_G) / m of the damped, rotated H and G.
         noise_gain: φ of their feedback.
-        spreads: tr(D_k) of H's blocks and of G's, one a column and one a row of a trellis's tiles (`Quantizer.relative_gain`).
+        spread: tr(D_k) of H's blocks, one a column of a trellis's tiles (`Quantizer.relative_gain`).
     """
 
     shape: tuple[int, int]
@@ -51,14 +51,14 @@ class Profile:
     absorbed: np.ndarray
     noise: float
     noise_gain: float
-    spreads: tuple[np.ndarray, np.ndarray]
+    spread: np.ndarray
     _gains: dict[tuple[str, int], float] = field(default_factory=dict, repr=False)
 
     def gain_of(self, spec: Spec, state_bits: int) -> float:
         """What a backbone's rates take off its error here (`Quantizer.relative_gain`); the same for all ranks."""
         key = spec.backbone, state_bits
         if key not in self._gains:
-            self._gains[key] = spec.quantizer(state_bits, self.shape).relative_gain(*self.spreads)
+            self._gains[key] = spec.quantizer(state_bits, self.shape).relative_gain(self.spread)
         return self._gains[key]
 
 
@@ -93,14 +93,13 @@ def profile(
     _, values = top_subspace(weighted, h, start, 3)
     _, captured = top_subspace(w, np.eye(n, dtype=np.float32)[None], start, 3)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
-    noise, gain, _, inputs = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
-    absorbed, outputs = np.full(columns, 1 / m), np.ones(-(-m // height))
+    noise, gain, _, spread = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
+    absorbed = np.full(columns, 1 / m)
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        noise_out, gain_out, lower, of_rows = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
+        noise_out, gain_out, lower, _ = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
         noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
         absorbed = _absorbed(lower, m, group)[:columns]
-        outputs = np.repeat(of_rows, group // height)
     return Profile(
         (m, n),
         max(float(np.asarray(energy)[0]), 0.0),
@@ -110,7 +109,7 @@ def profile(
         absorbed,
         noise,
         gain,
-        (inputs, outputs),
+        spread,
     )
 
 

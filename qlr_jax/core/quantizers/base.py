@@ -138,23 +138,22 @@ class Quantizer(ABC):
         """The scale of the whole that a `unit_scale` quantizer chooses for a batch, (*b, 1 or rows, 1)."""
         return root_mean_square(x, per_row)
 
-    def metric_qparams(self, inputs: np.ndarray, outputs: np.ndarray) -> QParams:
-        """The stored qparams that the metrics decide before anything is rounded; none, for most grids.
+    def metric_qparams(self, spread: np.ndarray) -> QParams:
+        """The stored qparams that H decides before anything is rounded; none, for most grids.
 
         Args:
-            inputs: tr(D_k) of the blocks of H's LDLᵀ factor, one a column of tiles, (b, across): what rounding noise there costs.
-            outputs: the same of G, one a row of tiles, (b, down); ones where all outputs count alike.
+            spread: tr(D_j) of the blocks of H's LDLᵀ factor, one a column of tiles, (b, across): what rounding noise there costs.
 
         Returns:
             In place of the last ones that `fit_qparams` gives, (b, ...).
         """
         return ()
 
-    def relative_gain(self, inputs: np.ndarray, outputs: np.ndarray) -> float:
+    def relative_gain(self, spread: np.ndarray) -> float:
         """The error that `metric_qparams` leaves over that of qparams which no metric decides, for one matrix.
 
         Args:
-            inputs, outputs: as for `metric_qparams`, (across,) and (down,).
+            spread: as for `metric_qparams`, (across,).
         """
         return 1.0
 

@@ -53,7 +53,7 @@ def search(
     state_bits: int,
     gain: float | Array,
     ends: Int[Array, "sequences"] | None = None,
-    codes: Int[Array, "sequences"] | None = None,
+    codes: Int[Array, "groups"] | None = None,
 ) -> Int[Array, "sequences 256"]:
     """States of the nearest closed sequence for each row of x: two Viterbi passes.
 
@@ -67,8 +67,7 @@ def search(
         gain: of the code, or (codes,).
         ends: the tail-biting state of each sequence, its last, where it is known, which saves the first pass (half of the time;
             in XLA only where those of all sequences are); negative: it is not.
-        codes: which of several codes each sequence has, for which a search in XLA takes seven to ten times as long; None: there
-            is one.
+        codes: which of several codes each group of sequences has, the groups being of equal size; None: there is one.
 
     Example:
         >>> x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 256)), jnp.float32)
@@ -77,7 +76,7 @@ def search(
         True
     """
     known = jnp.full(x.shape[:1], -1, jnp.int32) if ends is None else ends.astype(jnp.int32)
-    of = jnp.zeros((0,), jnp.int32) if codes is None else codes.astype(jnp.int32)
+    of = jnp.zeros((0,), jnp.int32) if codes is None else jnp.repeat(codes.astype(jnp.int32), x.shape[0] // codes.shape[0])
     rates = jnp.asarray(shifts, jnp.int32).reshape(-1, LENGTH), jnp.asarray(gain, jnp.float32).reshape(-1)
     given = (x.astype(jnp.float32), *rates, known, of)
     in_xla = partial(_in_xla, state_bits=state_bits, free=ends is None)
@@ -122,7 +121,8 @@ def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: Array, know
         (end, _), (weights, steps, closed) = carry, jax.tree.map(lambda a: a[i], passes)
         start = jnp.where(closed & (states != end), jnp.float32(1e30), 0.0)
         cost, back = forward(weights, steps, values, start, state_bits)
-        found = _trace(jnp.where(closed, end, jnp.argmin(cost, axis=0)), back, steps, state_bits)
+        rows = steps if shifts.ndim == 1 else jnp.ones_like(steps)
+        found = _trace(jnp.where(closed, end, jnp.argmin(cost, axis=0)), back, steps, rows, state_bits)
         return jnp.where(known >= 0, known, found[half - 1]), found
 
     # one loop of two sweeps rather than two calls: the search is compiled once
@@ -152,21 +152,30 @@ def _forward(x: Array, shifts: Array, values: Array, cost: Array, state_bits: in
 
 
 def _forward_each(x: Array, shifts: Array, values: Array, cost: Array, state_bits: int) -> tuple[Array, Array]:
-    """`_forward` where each sequence has shifts of its own, (256, count): a step of k bits is k halvings of the states."""
+    """`_forward` where each sequence has shifts of its own, (256, count).
 
-    def advance(cost: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        (weight, shift), count = step, cost.shape[1]
-        best, oldest = jnp.zeros_like(cost), jnp.zeros((2 ** (state_bits - 1), count), jnp.uint8)
-        least, index = cost, jnp.zeros(cost.shape, jnp.uint8)
-        for k in range(1, min(MOST_BITS, state_bits) + 1):
-            (low, high), (before, after) = (a.reshape(2, -1, count) for a in (least, index))
-            later = high < low
-            least, index = jnp.where(later, high, low), jnp.where(later, after, before) << 1 | later.astype(jnp.uint8)
-            best = jnp.where(shift == k, jnp.repeat(least, 2**k, axis=0), best)
-            oldest = jnp.where(shift == k, jnp.pad(index, ((0, oldest.shape[0] - index.shape[0]), (0, 0))), oldest)
-        return best + jnp.square(weight[None, :] - values), oldest
+    Halving the states k times leaves the least of 2^k predecessors. Doubled back up, each sequence joins at its own k, so both
+    ways together touch every state about twice. The predecessors of a state s stand at s >> 1.
+    """
 
-    return lax.scan(advance, cost, (x, shifts))
+    def branch(most: int):
+        def advance(cost: Array, weight: Array, shift: Array) -> tuple[Array, Array]:
+            count, halved = cost.shape[1], [(cost, jnp.zeros((2**state_bits, 1), jnp.uint8))]
+            for _ in range(most):
+                (low, high), (before, after) = (a.reshape(2, -1, a.shape[1]) for a in halved[-1])
+                later = high < low
+                halved.append((jnp.where(later, high, low), jnp.where(later, after, before) << 1 | later.astype(jnp.uint8)))
+            found = halved.pop()
+            for k in range(most - 1, 0, -1):
+                found = tuple(jnp.where(shift == k, own, jnp.repeat(a, 2, axis=0)) for own, a in zip(halved[k], found, strict=True))
+            least, oldest = found
+            distance = jnp.square(weight[None, :] - values).reshape(-1, 2, count)
+            return (least[:, None, :] + distance).reshape(cost.shape), oldest
+
+        return advance
+
+    branches = [branch(most) for most in range(1, MOST_BITS + 1)]
+    return lax.scan(lambda c, step: lax.switch(jnp.max(step[1]) - 1, branches, c, *step), cost, (x, shifts))
 
 
 def _tournament(costs: Array) -> tuple[Array, Array]:
@@ -186,14 +195,15 @@ def _tournament(costs: Array) -> tuple[Array, Array]:
     return value[0], index[0]
 
 
-def _trace(last: Array, back: Array, shifts: Array, state_bits: int) -> Array:
-    def retreat(state: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        oldest, shift = step
-        rest = state >> shift
-        top = jnp.take_along_axis(oldest, rest[None, :], axis=0)[0].astype(state.dtype)
-        return rest | (top << (state_bits - shift)), state
+def _trace(last: Array, back: Array, shifts: Array, rows: Array, state_bits: int) -> Array:
+    """The states of the path that ends in `last`; the predecessor of a state s stands in row s >> `rows` of a step's `back`."""
 
-    return lax.scan(retreat, last.astype(jnp.int32), (back, shifts.astype(jnp.int32)), reverse=True)[1]
+    def retreat(state: Array, step: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        oldest, shift, row = step
+        top = jnp.take_along_axis(oldest, (state >> row)[None, :], axis=0)[0].astype(state.dtype)
+        return state >> shift | (top << (state_bits - shift)), state
+
+    return lax.scan(retreat, last.astype(jnp.int32), (back, shifts.astype(jnp.int32), rows.astype(jnp.int32)), reverse=True)[1]
 
 
 search_jit = partial(jax.jit, static_argnames=("state_bits",))(search)

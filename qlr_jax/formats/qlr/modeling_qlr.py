@@ -64,7 +64,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 FORMAT_VERSION = 1  # of the folder: what this file reads
-RUNTIME_VERSION = 11  # of this file: where several are imported, the newest serves all
+RUNTIME_VERSION = 12  # of this file: where several are imported, the newest serves all
 
 TILE_WEIGHTS = 2**18  # so that what a tile is decoded by fits a processor's second cache
 TILE_BYTES = 20 * TILE_WEIGHTS  # peak while a tile is decoded, its values and those of the tile before included
@@ -629,13 +629,13 @@ def decode_trellis(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) 
     return values.view(dtype)[:rows, :cols]
 
 
-SEGMENTS = 8  # of rows, and of columns, at most, that have rates of their own
+SEGMENTS = 8  # of columns, at most, that have rates of their own
 
 
 class SegmentedTrellisPart(Part):
-    """`trellis-<b>w`: cells of some rows and some columns of tiles, each a trellis with a rate of its own, in sixteenths of a bit.
+    """`trellis-<b>w`: segments of columns, each a trellis with a rate of its own, in sixteenths of a bit.
 
-    A row of tiles is stored after the other, and in it a cell's sequences after those of the cell before.
+    In each row of tiles a segment's sequences lie after those of the segment before; what is left over of it is zero.
     """
 
     rates: torch.Tensor
@@ -644,55 +644,47 @@ class SegmentedTrellisPart(Part):
         super().__init__(rows, cols)
         self.height, self.width, self.state_bits = height, LENGTH // height, state_bits
         self.down, self.across, self.count = -(-rows // height), -(-cols // self.width), int(LENGTH * rate) // 8
-        self.store("codes", (self.down * self.across * self.count,), torch.uint8)
-        self.store("rates", (min(SEGMENTS, self.down), min(SEGMENTS, self.across)), torch.uint8)
+        self.store("codes", (self.down, self.across * self.count), torch.uint8)
+        self.store("rates", (min(SEGMENTS, self.across),), torch.uint8)
 
     def native(self):
         return {"kind": "TRELLIS", "bits": self.state_bits, "count": self.count, "zeros": self.rates}
 
     def decode(self, start, stop, dtype):
-        numbers = [stop - start, self.cols, start, self.rows, self.height, self.state_bits, *self.rates.shape]
+        codes = self.codes[start // self.height : -(-stop // self.height)]
+        numbers = [stop - start, self.cols, self.height, self.state_bits, len(self.rates)]
         if torch.compiler.is_compiling():  # an operator sees one array
-            return decode_cells(torch.cat((self.rates.view(-1), self.codes)), numbers, dtype)
-        return _decoded_cells(self.codes, self.rates, numbers, dtype)
+            return decode_segments(torch.cat((self.rates, codes.reshape(-1))), numbers, dtype)
+        return _decoded_segments(codes, self.rates, numbers, dtype)
 
 
 @opaque
-def decode_cells(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    """Weights from a trellis whose rate changes from cell to cell.
+def decode_segments(codes: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    """Weights from a trellis whose rate changes along its columns.
 
     Args:
-        codes: uint8, the rates of all cells and then the codes.
-        numbers: [rows, cols, first row, rows of the whole, rows of a tile, state bits, segments of rows, segments of columns].
+        codes: uint8, the rates of all segments and then the codes of whole rows of tiles.
+        numbers: [rows, cols, rows of a tile, state bits, segments].
         dtype: of the result.
 
     Returns:
         (rows, cols).
     """
-    tall, wide = numbers[-2:]
-    return _decoded_cells(codes[tall * wide :], codes[: tall * wide].view(tall, wide), numbers, dtype)
+    rows, height, count = numbers[0], numbers[2], numbers[-1]
+    return _decoded_segments(codes[count:].view(-(-rows // height), -1), codes[:count], numbers, dtype)
 
 
-def _decoded_cells(codes: torch.Tensor, rates: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
-    rows, cols, first, whole, height, state_bits, tall, wide = numbers
-    width, down = LENGTH // height, -(-whole // height)
+def _decoded_segments(codes: torch.Tensor, rates: torch.Tensor, numbers: list[int], dtype: torch.dtype) -> torch.Tensor:
+    rows, cols, height, state_bits, count = numbers
+    width = LENGTH // height
     found = torch.empty(rows, cols, dtype=dtype, device=codes.device)
-    edges, begin = [j * -(-cols // width) // wide for j in range(wide + 1)], 0
-    for i, own in enumerate(rates.tolist()):
-        top, bottom = i * down // tall, (i + 1) * down // tall
-        sizes = [2 * rate * (right - left) for rate, left, right in zip(own, edges[:-1], edges[1:], strict=True)]
-        stride = sum(sizes)
-        bands = codes[begin : begin + (bottom - top) * stride].view(bottom - top, stride)
-        begin += (bottom - top) * stride
-        start, stop = max(first, top * height), min(first + rows, bottom * height)  # rows of these that are asked for
-        if start >= stop:
-            continue
-        bands, at = bands[start // height - top : -(-stop // height) - top], 0
-        for rate, size, left, right in zip(own, sizes, edges[:-1], edges[1:], strict=True):
-            cell = bands[:, at : at + size].reshape(len(bands), right - left, 2 * rate)
-            shape = [stop - start, min(right * width, cols) - left * width, height, state_bits]
-            found[start - first : stop - first, left * width : right * width] = decode_trellis(cell, shape, dtype)
-            at += size
+    edges, at = [j * -(-cols // width) // count for j in range(count + 1)], 0
+    for rate, left, right in zip(rates.tolist(), edges[:-1], edges[1:], strict=True):
+        size = 2 * rate * (right - left)
+        segment = codes[:, at : at + size].reshape(len(codes), right - left, 2 * rate)
+        shape = [rows, min(right * width, cols) - left * width, height, state_bits]
+        found[:, left * width : right * width] = decode_trellis(segment, shape, dtype)
+        at += size
     return found
 
 

@@ -44,7 +44,7 @@ def decode_weights(codes, scales, zeros, row, col, live, FORMAT: tl.constexpr, D
     """Single weights of a part of any kind, each decoded by itself: fast enough for L and R. Codes are bytes here.
 
     Args:
-        codes, scales, zeros: the stored arrays; scales and zeros only where the kind has them.
+        codes, scales, zeros: the stored arrays; scales and zeros only where the kind has them; rates of segments as scales.
         row, col: places, broadcast against each other; `live` says which exist.
         FORMAT: of the stored part.
         DP4A: whether the device adds four bytes in one instruction.
@@ -66,18 +66,51 @@ def decode_weights(codes, scales, zeros, row, col, live, FORMAT: tl.constexpr, D
             group = group + col // FORMAT.group
         value = code.to(tl.float32) - zero_point(zeros, group, live, FORMAT)
         value = value * tl.load(scales + group, mask=live, other=0.0).to(tl.float32)
+    elif FORMAT.kind == "segmented":
+        tile = col // FORMAT.tile_cols
+        rate, start, before = tl.zeros_like(tile), tl.zeros_like(tile), 0  # bytes of the segments before
+        for i in tl.static_range(FORMAT.segments):
+            left = i * FORMAT.across // FORMAT.segments
+            right = (i + 1) * FORMAT.across // FORMAT.segments
+            own = tl.load(scales + i).to(tl.int32)
+            inside = (tile >= left) & (tile < right)
+            rate = tl.where(inside, own, rate)
+            start = tl.where(inside, before + 2 * own * (tile - left), start)
+            before += 2 * own * (right - left)
+        rate = tl.where(rate > 0, rate, 16)  # of columns that there are not
+        sequence = codes + (row // FORMAT.tile_rows) * FORMAT.stride + start
+        value = state_value(state_at(sequence, row, col, rate, live, FORMAT), DP4A) * gain_of_rate(rate)
     else:
-        BYTES: tl.constexpr = 2 * FORMAT.rate
-        sequence = codes + ((row // FORMAT.tile_rows) * FORMAT.across + col // FORMAT.tile_cols) * BYTES
-        end = ((row % FORMAT.tile_rows) * FORMAT.tile_cols + col % FORMAT.tile_cols + 1) * FORMAT.rate // 16
-        begin = (end - FORMAT.state_bits + 8 * BYTES) % (8 * BYTES)
-        window = tl.zeros_like(begin).to(tl.uint32)
-        for i in tl.static_range(3):
-            byte = tl.load(sequence + (begin // 8 + i) % BYTES, mask=live, other=0)
-            window = (window << 8) | byte.to(tl.uint32)
-        state = (window >> (24 - FORMAT.state_bits - begin % 8).to(tl.uint32)) & ((1 << FORMAT.state_bits) - 1)
-        value = state_value(state, DP4A) * FORMAT.gain
+        sequence = codes + ((row // FORMAT.tile_rows) * FORMAT.across + col // FORMAT.tile_cols) * (2 * FORMAT.rate)
+        value = state_value(state_at(sequence, row, col, FORMAT.rate, live, FORMAT), DP4A) * FORMAT.gain
     return tl.where(live, value, 0.0)
+
+
+@triton.jit
+def state_at(sequence, row, col, rate, live, FORMAT: tl.constexpr):
+    """The states of single weights, each from three bytes of its sequence, which is a ring.
+
+    Args:
+        sequence: where each weight's begins.
+        row, col: places, broadcast against each other; `live` says which exist.
+        rate: of each sequence, in sixteenths of a bit.
+        FORMAT: of the stored part.
+    """
+    end = ((row % FORMAT.tile_rows) * FORMAT.tile_cols + col % FORMAT.tile_cols + 1) * rate // 16
+    begin = (end - FORMAT.state_bits + 16 * rate) % (16 * rate)
+    window = tl.zeros_like(begin).to(tl.uint32)
+    for i in tl.static_range(3):
+        byte = tl.load(sequence + (begin // 8 + i) % (2 * rate), mask=live, other=0)
+        window = (window << 8) | byte.to(tl.uint32)
+    return (window >> (24 - FORMAT.state_bits - begin % 8).to(tl.uint32)) & ((1 << FORMAT.state_bits) - 1)
+
+
+@triton.jit
+def gain_of_rate(rate):
+    """What the sum of a state's bytes is multiplied by, of a rate in sixteenths (`modeling_qlr.state_gain`)."""
+    bits = rate.to(tl.float32) / 16
+    steeper = 0.1 * tl.minimum(tl.maximum(bits - 2.0, 0.0), 1.0) + 0.075 * tl.minimum(tl.maximum(bits - 4.0, 0.0), 2.0)
+    return (1.0 + steeper) / 147.8
 
 
 @triton.jit

@@ -131,13 +131,13 @@ def rotate(
 
 
 def packed_arrays(part: Any, format: Format | None = None) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Codes, scales and zeros of a `Part`; the codes as the integers that a format loads, where one is given."""
+    """Codes, scales (or rates) and zeros of a `Part`; the codes as the integers that a format loads, where one is given."""
     if part is None:
         return None, None, None
     codes = part.codes
     if format is not None and format.kind != "bf16" and (format.kind == "trellis" or format.words):
         codes = codes.view(torch.int16 if format.kind == "trellis" and format.load_bits == 16 else torch.int32)
-    return codes, part._buffers.get("scales"), part._buffers.get("zeros")
+    return codes, part._buffers.get("scales", part._buffers.get("rates")), part._buffers.get("zeros")
 
 
 def compact_signs(signs: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 from qlr_jax.formats.qlr.kernels.combine import MOST_SPLITS
-from qlr_jax.formats.qlr.modeling_qlr import LENGTH, state_gain
+from qlr_jax.formats.qlr.modeling_qlr import LENGTH, SEGMENTS, state_gain
 
 PROGRAMS = 1024  # of `products`: several for each of a GPU's processors
 SEQUENCES = 32  # that a program decodes at a time
@@ -19,16 +19,17 @@ COLUMNS = 128  # of R, or of L and a factor of a rotation, that a program decode
 class Format:
     """How a part is stored: what a kernel is compiled for."""
 
-    kind: str  # "trellis", "integer" or "bf16"
+    kind: str  # "trellis", "segmented" (a trellis whose rate changes along the columns), "integer" or "bf16"
     rows: int
     cols: int
-    stride: int = 0  # integer: bytes a row
+    stride: int = 0  # integer: bytes a row; segmented: of a row of sequences
     bits: int = 0  # integer
     group: int = 0  # integer: columns that share a scale, or 0
     groups: int = 1  # integer: a row
     asymmetric: bool = False
     words: bool = False  # integer: a unit is a word of four bytes, not the bytes of eight codes
     per_unit: int = 8  # integer: codes of a unit
+    segments: int = 0  # segmented: how many
     rate: int = 0  # trellis: bits a weight, in sixteenths, so that a sequence is 2 · rate bytes
     state_bits: int = 0  # trellis
     tile_rows: int = 1  # trellis: rows that a sequence covers
@@ -61,6 +62,11 @@ def format_of(part: Any) -> Format | None:
         return Format(
             "trellis", rows, cols, rate=rate, state_bits=part.state_bits, tile_rows=part.height, tile_cols=part.width,
             across=part.across, load_bits=load_bits, per_window=per_window, loads=-(-bits // load_bits), gain=state_gain(2 * rate),
+        )  # fmt: skip
+    if kind == "SegmentedTrellisPart":
+        return Format(
+            "segmented", rows, cols, part.codes.shape[1], segments=min(SEGMENTS, part.across), state_bits=part.state_bits,
+            tile_rows=part.height, tile_cols=part.width, across=part.across,
         )  # fmt: skip
     return None
 
