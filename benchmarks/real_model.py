@@ -14,6 +14,7 @@ two models are of the same windows, resampled together. Sizes are bits a weight 
     peers      llama.cpp's types, HQQ, round to nearest, CALDERA as published, one SVD of the residual, LQER; ours in no more bytes
     rates      one spec for all matrices, with one rate a matrix and with rates along its columns; 8 state bits
     settings   one setting changed at a time, allocated at 2.5 bits: calibration tokens, state bits, damping, weighted Hessians
+    adapted    the allocated models after `--steps` of adaptation on the calibration text
 
 A part that was interrupted goes on where it was. HQQ needs `pip install hqq`; llama.cpp's types its library, as the npm package
 @node-llama-cpp/linux-x64 has it (`npm pack`, unpacked).
@@ -34,7 +35,11 @@ from allocators.strategies import DEFAULT, solved_strategies
 from benchmarks.real import peers
 from benchmarks.real.show import pictures, tables
 from benchmarks.real.study import Record, Study, read_text, split
+from qlr_jax import evaluation
+from qlr_jax.adaptation import AdaptConfig, fine_tune
+from qlr_jax.calibration import Corpus
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.formats.qlr.packed import load, save_packed
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
@@ -77,7 +82,35 @@ def sizes(study: Study, seeds: list[int], budgets: tuple[str, ...]) -> None:
                 continue
             run, table = study.prepared(study.base.updated(seed=seed))
             for name, candidate in study.solved(run, table, budget, names).items():
+                if name == DEFAULT and not (folder := model_folder(study, seed, budget)).exists():
+                    save_packed(folder, run.original, candidate.matrices, source=run.source.folder)
                 study.keep(key(name=name) | candidate_record(study, run, candidate))
+
+
+def model_folder(study: Study, seed: int, budget: str) -> Path:
+    """Where the allocated model of a budget lies, packed."""
+    return study.folder / f"model-{seed}-{budget}"
+
+
+def adapted(study: Study, seeds: list[int], budgets: tuple[str, ...], config: AdaptConfig, length: int = 256) -> None:
+    """The allocated models, adapted on the calibration text; a twentieth of it says when to stop."""
+    source = study.source
+    rows = evaluation.cut_corpus(Corpus.of(study.calibration), source.tokenizer, length, source.model.config.vocab_size).rows
+    for seed in seeds:
+        for budget in budgets:
+            key = {"part": "adapted", "seed": seed, "budget": budget, "name": f"{config.steps} steps of {config.batch}"}
+            if not study.missing(**key):
+                continue
+            folder = model_folder(study, seed, budget)
+            if not folder.exists():
+                print(f"{folder.name} is not there, so nothing is adapted; run --parts sizes first", flush=True)
+                continue
+            found = fine_tune(
+                load(folder), np.delete(rows, np.s_[::20], axis=0), config, teacher=source.model, held_out=rows[::20],
+                checkpoint=study.folder / "adapting", progress=study.progress,
+            )  # fmt: skip
+            record = {name: found.stats[name] for name in ("steps", "seconds", "before", "after", "bits_per_weight")}
+            study.keep(key | record | {"verdict": str(found.verdict), "texts": study.figures(found.value)})
 
 
 def against_peers(study: Study, library: Path | None, wanted: list[str], ours: bool) -> None:
@@ -163,7 +196,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
-    parser.add_argument("--parts", default="sizes,rates,peers,settings")
+    parser.add_argument("--parts", default="sizes,rates,peers,settings,adapted")
     parser.add_argument("--budgets", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
@@ -175,6 +208,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence and of a held-out window")
     parser.add_argument("--tokens", type=int, default=32768, help="of each held-out text, at most")
     parser.add_argument("--state-bits", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=600, help="of adaptation")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama.cpp's library")
     parser.add_argument("--quick", action="store_true", help="one seed, three sizes, 8192 tokens of each held-out text")
     parser.add_argument("--show", type=Path, metavar="FOLDER", help="print tables and draw pictures of what is kept, no more")
@@ -200,6 +234,7 @@ def main() -> None:
             "peers": partial(against_peers, study, given.llama_cpp, given.peers, not given.peers_alone),
             "rates": partial(rates, study),
             "settings": partial(settings, study, seeds, given.settings),
+            "adapted": partial(adapted, study, seeds, budgets, AdaptConfig(steps=given.steps)),
         }
         for name in given.parts.split(","):
             if name not in parts:

@@ -38,7 +38,7 @@ def tables(folder: Path) -> str:
     if not records:
         return "nothing is kept yet"
     texts = next((list(record["texts"]) for record in records if "texts" in record), [])
-    parts = [_sizes(records, texts), _ranks(records), _rates(records, texts), _peers(records, texts), _settings(records, texts)]
+    parts = [part(records, texts) for part in (_sizes, _ranks, _rates, _peers, _settings, _adapted)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -82,7 +82,7 @@ def _sizes(records: list[Record], texts: list[str]) -> str:
     return _markdown([*header, "perplexity (original)", "KL / predicted"], rows) if rows else ""
 
 
-def _ranks(records: list[Record]) -> str:
+def _ranks(records: list[Record], texts: list[str]) -> str:
     """Where rank was given, by kind of matrix."""
     rows = []
     for budget, seeds in _by_budget(records).items():
@@ -127,6 +127,26 @@ def _peers(records: list[Record], texts: list[str]) -> str:
         rows.append([record["name"], f"{record['bits']:.3f}", f"{own['bits']:.3f}" if own else "", *cells, record["note"]])
     columns = [cell for text in texts for cell in (f"KL, {text}", "ours", "ratio")]
     return _markdown(["", "bits", "ours", *columns, "stored as"], rows) if rows else ""
+
+
+def _adapted(records: list[Record], texts: list[str]) -> str:
+    """What adaptation won back, on the same windows."""
+    before = {
+        (record["seed"], record["budget"]): record for record in records if record["part"] == "sizes" and record["name"] == DEFAULT
+    }
+    rows = []
+    for record in records:
+        if record["part"] != "adapted" or not (old := before.get((record["seed"], record["budget"]))):
+            continue
+        cells = []
+        for text in texts:
+            value, (low, high) = ratio(record, old, text)
+            kls = f"{old['texts'][text]['kl']:.4f} to {record['texts'][text]['kl']:.4f}"
+            cells += [kls, f"{value:.3f} ({low:.3f} to {high:.3f})", f"{record['texts'][text]['perplexity']:.2f}"]
+        steps = f"{record['name']}, {record['seconds'] / 60:.0f} min"
+        rows.append([record["budget"].removesuffix("bpw"), str(record["seed"]), steps, *cells])
+    header = ["bits", "seed", "adapted", *(c for text in texts for c in (f"KL, {text}", "ratio", "perplexity"))]
+    return _markdown(header, rows) if rows else ""
 
 
 def _settings(records: list[Record], texts: list[str]) -> str:
