@@ -52,6 +52,8 @@ SETTINGS: dict[str, dict] = {
     "10 state bits": {"state_bits": 10},
     "14 state bits": {"state_bits": 14},
     "damping 0.03": {"damping": 0.03},
+    "G as it is": {"output_shrinkage": 0.0},
+    "a third of G the identity": {"output_shrinkage": 0.3},
     "twice the text": {"sequences": 2, "output_tokens": 2},
     "four times the text": {"sequences": 4, "output_tokens": 4},
     "twice the text for H alone": {"sequences": 2},

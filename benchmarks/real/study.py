@@ -117,7 +117,7 @@ class Study:
     def prepared(self, recipe: Recipe) -> tuple[Run, allocators.OptionTable]:
         """The run of a recipe and its option table, both made once and then read."""
         source = open_source(self.model, recipe, whole=False)
-        name = f"{recipe.seed}-{recipe.sequences}x{recipe.sequence_length}-{recipe.output_tokens}"
+        name = f"{recipe.seed}-{recipe.sequences}x{recipe.sequence_length}-{recipe.output_tokens}-{recipe.output_shrinkage:g}"
         statistics, sample = self._statistics(source, name)
         cache: dict = {}
         run = Run(source, statistics, sample, self.progress, lambda kind: partial(solve_many, into=cache))

@@ -74,6 +74,7 @@ class Recipe:
     hessians: str = _field("plain", "plain (tokens count alike), loss (by squared gradients of the loss) or loss-by-matrix")
     outputs: str = _field("fisher", "how errors of outputs count: fisher (by the end loss: one backward pass) or alike")
     output_tokens: int = _field(65536, "of calibration text at most, on which output Hessians are measured")
+    output_shrinkage: float = _field(0.1, "share of a multiple of the identity in output Hessians, which are known from few tokens")
     attribution: str = _field("path", "how KL is attributed to matrices: path, alone, noise, second-order, kronecker or error")
     sequences: int = _field(256, "of calibration text, at most")
     sequence_length: int | None = _field(None, "in tokens; null = 2048, or what the model takes if that is less")
@@ -116,6 +117,7 @@ class Recipe:
             ("sequence_length", 2, 2**24),
             ("measure_tokens", 2, 2**24),
             ("output_tokens", 2, 2**31),
+            ("output_shrinkage", 0.0, 1.0),
             ("refine", 0, 10000),
             ("refine_seconds", 1.0, 1e9),
             ("evaluation_tokens", 2, 2**31),
