@@ -21,7 +21,7 @@ def array(*shape):
 
 
 WEIGHT, HESSIAN, BASIS = array(B, M, N), array(1, N, N), array(B, M, K)
-GRIDS = ["bf16", "int-3g16a", "nf-3g16", "e8-2", "e8-3", "e8-4", "trellis-2.25"]
+GRIDS = ["bf16", "int-3g16a", "nf-3g16", "e8-2", "e8-3", "e8-4", "trellis-2.25", "trellis-2.25w"]
 
 
 def lowered(function, *arguments, **static):
@@ -75,7 +75,9 @@ def test_half_steps_lower(function, arguments, static):
     lowered(function, *arguments, **static)
 
 
-@pytest.mark.parametrize("spec", ["trellis-2.25+r4@trellis-4", "e8-3+r4@e8-4", "int-3g16a/rot+r4@bf16", "nf-4g16+r4@int-8"])
+@pytest.mark.parametrize(
+    "spec", ["trellis-2.25+r4@trellis-4", "trellis-2.25w", "e8-3+r4@e8-4", "int-3g16a/rot+r4@bf16", "nf-4g16+r4@int-8"]
+)
 def test_dense_lowers(spec):
     from qlr_jax.formats.qlr.packed import array_shapes
 
