@@ -5,8 +5,8 @@ on a unit Gaussian. For a mean rate, the bits of segments of columns follow by g
 off (reverse water-filling; Cover and Thomas, Elements of Information Theory, section 10.3.3). A segment is a backbone of its own
 rate; the rates are stored, a byte each.
 
-Rates that follow G along the rows as well lose a tenth less by tr(G E H Eᵀ) and more by KL: on a real model 8 % more than one rate,
-where columns alone lose 5 % less (benchmarks/RESULTS.md): G is too coarsely known for it.
+Rates that follow G along the rows as well lose a tenth less by tr(G E H Eᵀ), and raised the KL of a real model
+(benchmarks/RESULTS.md): G is too coarsely known for it.
 """
 
 from __future__ import annotations
