@@ -54,13 +54,14 @@ SETTINGS: dict[str, dict] = {
     "damping 0.03": {"damping": 0.03},
     "G as it is": {"output_shrinkage": 0.0},
     "a third of G the identity": {"output_shrinkage": 0.3},
+    "KL of options on four times the tokens": {"measure_tokens": 4},
     "twice the text": {"sequences": 2, "output_tokens": 2},
     "four times the text": {"sequences": 4, "output_tokens": 4},
     "twice the text for H alone": {"sequences": 2},
 }
 """Name -> what changes; numbers of tokens are multiples."""
 RATES = ("trellis-2.5", "trellis-2.5w")
-MULTIPLES = ("sequences", "output_tokens")
+MULTIPLES = ("sequences", "output_tokens", "measure_tokens")
 
 
 def candidate_record(study: Study, run: Run, candidate: Candidate) -> Record:
@@ -98,6 +99,7 @@ def adapted(study: Study, seeds: list[int], budgets: tuple[str, ...], config: Ad
     """The allocated models, adapted on the calibration text; a twentieth of it says when to stop."""
     source = study.source
     rows = evaluation.cut_corpus(Corpus.of(study.calibration), source.tokenizer, length, source.model.config.vocab_size).rows
+    training = np.delete(rows, np.s_[::20], axis=0)[: config.steps * config.batch]
     for seed in seeds:
         for budget in budgets:
             key = {"part": "adapted", "seed": seed, "budget": budget, "name": f"{config.steps} steps of {config.batch}"}
@@ -108,7 +110,7 @@ def adapted(study: Study, seeds: list[int], budgets: tuple[str, ...], config: Ad
                 print(f"{folder.name} is not there, so nothing is adapted; run --parts sizes first", flush=True)
                 continue
             found = fine_tune(
-                load(folder), np.delete(rows, np.s_[::20], axis=0), config, teacher=source.model, held_out=rows[::20],
+                load(folder), training, config, teacher=source.model, held_out=rows[::20],
                 checkpoint=study.folder / "adapting", progress=study.progress,
             )  # fmt: skip
             record = {name: found.stats[name] for name in ("steps", "seconds", "before", "after", "bits_per_weight")}
@@ -236,7 +238,7 @@ def main() -> None:
             "peers": partial(against_peers, study, given.llama_cpp, given.peers, not given.peers_alone),
             "rates": partial(rates, study),
             "settings": partial(settings, study, seeds, given.settings),
-            "adapted": partial(adapted, study, seeds, budgets, AdaptConfig(steps=given.steps)),
+            "adapted": partial(adapted, study, seeds, budgets, AdaptConfig(steps=given.steps, evaluate_every=min(50, given.steps))),
         }
         for name in given.parts.split(","):
             if name not in parts:

@@ -121,7 +121,7 @@ class Study:
         statistics, sample = self._statistics(source, name)
         cache: dict = {}
         run = Run(source, statistics, sample, self.progress, lambda kind: partial(solve_many, into=cache))
-        path = self.folder / f"table-{name}-{recipe.damping:g}-{'+'.join(recipe.backbones)}.json"
+        path = self.folder / f"table-{name}-{recipe.damping:g}-{recipe.measure_tokens}-{'+'.join(recipe.backbones)}.json"
         if path.exists():
             return run, allocators.OptionTable.from_json(path.read_text(encoding="utf-8"))
         table = measure(run).table
