@@ -22,6 +22,7 @@ from qlr_jax.pipelines.source import Source, open_source
 from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve_plans
 from qlr_jax.progress import Progress, plain
 from qlr_jax.sensitivity import Statistics
+from qlr_jax.settings.limits import REFERENCE_BYTES
 from qlr_jax.settings.recipe import Recipe
 
 Record = dict[str, Any]
@@ -146,7 +147,7 @@ class Study:
                 own = dict(arrays)
             read[kind] = {m: own[o] for m, o in json.loads((folder / f"{kind}.json").read_text(encoding="utf-8")).items()}
         tokens = calibration_tokens(source, self.calibration)
-        return Statistics(source.weights, **read), evaluation.reference(source.model, tokens)
+        return Statistics(source.weights, **read), evaluation.reference(source.model, tokens, max_bytes=REFERENCE_BYTES)
 
     def solved(self, run: Run, table: allocators.OptionTable, budget: str, names: Sequence[str]) -> dict[str, Candidate]:
         """The plans of these names under a budget, solved."""
