@@ -111,7 +111,7 @@ def adapted(study: Study, seeds: list[int], budgets: tuple[str, ...], config: Ad
                 continue
             found = fine_tune(
                 load(folder), training, config, teacher=source.model, held_out=rows[::20],
-                checkpoint=study.folder / "adapting", progress=study.progress,
+                checkpoint=study.folder / f"adapting-{seed}-{budget}", progress=study.progress,
             )  # fmt: skip
             record = {name: found.stats[name] for name in ("steps", "seconds", "before", "after", "bits_per_weight")}
             study.keep(key | record | {"verdict": str(found.verdict), "texts": study.figures(found.value)})

@@ -191,7 +191,7 @@ class SegmentedTrellis(Trellis):
         codes = np.asarray(codes)
         down, across = codes.shape[:2]
         rates = np.asarray(qparams[0]).reshape(-1)[:: self.tile[1]][bounds(across)[:-1]].astype(np.uint8)
-        packed = np.zeros((down, 2 * across * self.sixteenths), np.uint8)  # what the rates leave over, less than a tile, is zero
+        packed = np.zeros((down, 2 * across * self.sixteenths), np.uint8)  # what the rates leave over is zero
         for segment in segments(rates, across):
             packed[:, segment.bytes] = self._grid(segment.rate).pack(codes[:, segment.cols], ())["codes"].reshape(down, -1)
         return {"codes": packed, "rates": rates}
