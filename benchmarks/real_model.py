@@ -12,7 +12,7 @@ two models are of the same windows, resampled together. Sizes are bits a weight 
 
     sizes      allocated, rank 0 and uniform at every budget and seed
     peers      llama.cpp's types, HQQ, round to nearest, CALDERA as published, one SVD of the residual, LQER; ours in no more bytes
-    rates      one spec for all matrices, with one rate a matrix and with rates along its columns; 8 state bits
+    uniform    one spec for all matrices, one thing changed at a time: rates, state bits, text of H and of G, their shrinkage
     settings   one setting changed at a time, allocated at 2.5 bits: calibration tokens, state bits, damping, weighted Hessians
     adapted    the allocated models after `--steps` of adaptation on the calibration text
 
@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +41,7 @@ from qlr_jax.adaptation import AdaptConfig, fine_tune
 from qlr_jax.calibration import Corpus
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.formats.qlr.packed import load, save_packed
+from qlr_jax.models import Llama
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
@@ -60,7 +62,22 @@ SETTINGS: dict[str, dict] = {
     "twice the text for H alone": {"sequences": 2},
 }
 """Name -> what changes; numbers of tokens are multiples."""
-RATES = ("trellis-2.5", "trellis-2.5w")
+UNIFORM: dict[str, dict] = {
+    "as it is": {},
+    "one rate a matrix": {"spec": "trellis-2.5"},
+    "10 state bits": {"state_bits": 10},
+    "12 state bits": {"state_bits": 12},
+    "14 state bits": {"state_bits": 14},
+    "16 state bits": {"state_bits": 16},
+    "G as it is": {"share": 0.0},
+    "four times the text for G": {"g": 4},
+    "four times the text for G as it is": {"g": 4, "share": 0.0},
+    "four times the text for G, 0.03 of it the identity": {"g": 4, "share": 0.03},
+    "four times the text for H": {"h": 4},
+    "four times the text for H and G": {"h": 4, "g": 4},
+    "damping 0.03": {"damping": 0.03},
+}
+"""Name -> what changes of a model of `trellis-2.5w` with 8 state bits; text for H and G in multiples of the base's."""
 MULTIPLES = ("sequences", "output_tokens", "measure_tokens")
 
 
@@ -142,7 +159,7 @@ def against_peers(study: Study, library: Path | None, wanted: list[str], ours: b
         if not study.missing(part="peers", name=name) or not any(text in name for text in wanted):
             continue
         peer = make()
-        model = with_dense(run, peer)
+        model = with_dense(run.original, peer)
         record = {"bits": 8 * peer.nbytes / weights, "bytes": peer.nbytes, "note": peer.note, "texts": study.figures(model)}
         study.keep({"part": "peers", "name": name} | record)
     for peer in [record for record in study.records if record["part"] == "peers" and ours]:
@@ -153,20 +170,24 @@ def against_peers(study: Study, library: Path | None, wanted: list[str], ours: b
             study.keep(key | {"budget": budget} | candidate_record(study, run, candidate))
 
 
-def rates(study: Study, state_bits: int = 8) -> None:
-    """One spec for all matrices, with one rate a matrix and with rates along its columns."""
-    run, _ = study.prepared(study.base)
-    weights = sum(m * n for m, n in run.settings.matrices.values())
-    for spec in RATES:
-        if study.missing(part="rates", name=spec):
-            peer = peers.one_spec(spec, run.statistics, state_bits=state_bits)
-            record = {"bits": 8 * peer.nbytes / weights, "state_bits": state_bits, "texts": study.figures(with_dense(run, peer))}
-            study.keep({"part": "rates", "name": spec} | record)
+def uniform(study: Study, seeds: list[int], names: list[str]) -> None:
+    """One spec for all matrices, one thing changed at a time; seeds are of the rotations."""
+    for name in names:
+        changes = {"spec": "trellis-2.5w", "state_bits": 8} | UNIFORM[name]
+        text = {key: changes.pop(key) for key in ("h", "g", "share") if key in changes}
+        todo = [seed for seed in seeds if study.missing(part="uniform", seed=seed, name=name)]
+        statistics = study.metrics(**text) if todo else None
+        for seed in todo:
+            before = time.process_time()
+            peer = peers.one_spec(statistics=statistics, seed=seed, **changes)
+            record = {"cpu": time.process_time() - before, "bytes": peer.nbytes}
+            texts = study.figures(with_dense(study.source.model, peer))
+            study.keep({"part": "uniform", "seed": seed, "name": name} | record | {"texts": texts})
 
 
-def with_dense(run: Run, peer: peers.Peer) -> object:
+def with_dense(original: Llama, peer: peers.Peer) -> object:
     """The original with a peer's weights."""
-    return with_weights(run.original, {name: _Dense(weight) for name, weight in peer.weights.items()})  # type: ignore[arg-type]
+    return with_weights(original, {name: _Dense(weight) for name, weight in peer.weights.items()})  # type: ignore[arg-type]
 
 
 class _Dense:
@@ -200,7 +221,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="folder of what is kept")
-    parser.add_argument("--parts", default="sizes,rates,peers,settings,adapted")
+    parser.add_argument("--parts", default="sizes,uniform,peers,settings,adapted")
     parser.add_argument("--budgets", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
@@ -208,6 +229,7 @@ def main() -> None:
     )
     parser.add_argument("--peers-alone", action="store_true", help="without ours in no more bytes")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--uniform", nargs="+", default=list(UNIFORM), choices=list(UNIFORM))
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence and of a held-out window")
     parser.add_argument("--tokens", type=int, default=32768, help="of each held-out text, at most")
@@ -236,7 +258,7 @@ def main() -> None:
         parts = {
             "sizes": partial(sizes, study, seeds, budgets),
             "peers": partial(against_peers, study, given.llama_cpp, given.peers, not given.peers_alone),
-            "rates": partial(rates, study),
+            "uniform": partial(uniform, study, given.seeds, given.uniform),
             "settings": partial(settings, study, seeds, given.settings),
             "adapted": partial(adapted, study, seeds, budgets, AdaptConfig(steps=given.steps, evaluate_every=min(50, given.steps))),
         }

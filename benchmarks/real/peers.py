@@ -41,7 +41,9 @@ class Peer:
 # ---- by this library's own means, with the settings of others
 
 
-def one_spec(spec: str, statistics: Statistics, metrics: str = "both", preset: str | None = None, **options: Any) -> Peer:
+def one_spec(
+    spec: str, statistics: Statistics, metrics: str = "both", preset: str | None = None, seed: int = 0, **options: Any
+) -> Peer:
     """Every matrix by one spec.
 
     Args:
@@ -49,6 +51,7 @@ def one_spec(spec: str, statistics: Statistics, metrics: str = "both", preset: s
         statistics: weights, H and G.
         metrics: "both" H and G, "inputs" H alone, "diagonal" that of H alone, "none": round to nearest.
         preset, options: of the solver.
+        seed: of the rotations' signs.
     """
     problems: dict[str, tuple] = {}
     diagonals: dict[int, np.ndarray] = {}
@@ -59,7 +62,7 @@ def one_spec(spec: str, statistics: Statistics, metrics: str = "both", preset: s
         elif metrics == "none":
             h = diagonals.setdefault(len(h), np.eye(len(h), dtype=np.float32))
         problems[name] = weight, h, spec, statistics.outputs[name] if metrics == "both" else None
-    solved = solve_many(problems, config=SolverConfig.make(options, preset))
+    solved = solve_many(problems, seed=seed, config=SolverConfig.make(options, preset))
     size = sum(Spec.parse(spec).nbytes(weight.shape) for weight in statistics.weights.values())
     return Peer({name: np.asarray(solution.value.dense()) for name, solution in solved.items()}, size)
 

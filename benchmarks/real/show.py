@@ -38,7 +38,7 @@ def tables(folder: Path) -> str:
     if not records:
         return "nothing is kept yet"
     texts = next((list(record["texts"]) for record in records if "texts" in record), [])
-    parts = [part(records, texts) for part in (_sizes, _ranks, _rates, _peers, _settings, _adapted)]
+    parts = [part(records, texts) for part in (_sizes, _ranks, _uniform, _peers, _settings, _adapted)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -97,19 +97,6 @@ def _ranks(records: list[Record], texts: list[str]) -> str:
     return _markdown(["bits", *(f"{kind}: backbone bits, with rank, mean rank" for kind in KINDS)], rows) if rows else ""
 
 
-def _rates(records: list[Record], texts: list[str]) -> str:
-    """One spec for all matrices, over the first of them on the same windows."""
-    found = [record for record in records if record["part"] == "rates"]
-    rows = []
-    for record in found:
-        cells = []
-        for text in texts:
-            value, (low, high) = ratio(record, found[0], text)
-            cells += [f"{record['texts'][text]['kl']:.4f}", f"{value:.3f} ({low:.3f} to {high:.3f})"]
-        rows.append([record["name"], f"{record['bits']:.4f}", *cells])
-    return _markdown(["all matrices", "bits", *(c for text in texts for c in (f"KL, {text}", "ratio"))], rows) if rows else ""
-
-
 def _peers(records: list[Record], texts: list[str]) -> str:
     ours = {record["name"]: record for record in records if record["part"] == "ours"}
     rows = []
@@ -150,21 +137,31 @@ def _adapted(records: list[Record], texts: list[str]) -> str:
 
 
 def _settings(records: list[Record], texts: list[str]) -> str:
+    """One setting changed at a time, of allocated models."""
+    return _changes([record for record in records if record["part"] == "settings"], texts)
+
+
+def _uniform(records: list[Record], texts: list[str]) -> str:
+    """One thing changed at a time, of models with one spec."""
+    return _changes([record for record in records if record["part"] == "uniform"], texts)
+
+
+def _changes(records: list[Record], texts: list[str]) -> str:
     found: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        if record["part"] == "settings":
-            found[record["name"]].append(record)
+        found[record["name"]].append(record)
     base = {record["seed"]: record for record in found.get("as it is", [])}
     rows = []
     for name, own in found.items():
-        cells = [str(len(own))]
+        cells = [str(len(own)), _spread([record["cpu"] for record in own], 0) if "cpu" in own[0] else ""]
         for text in texts:
             cells.append(_spread([record["texts"][text]["kl"] for record in own]))
             pairs = [ratio(record, base[record["seed"]], text) for record in own if record["seed"] in base]
             low, high = (mean(p[1][i] for p in pairs) if pairs else 0.0 for i in (0, 1))
             cells.append(f"{mean(p[0] for p in pairs):.3f} ({low:.3f} to {high:.3f})" if pairs else "")
         rows.append([name, *cells])
-    return _markdown(["", "seeds", *(c for text in texts for c in (f"KL, {text}", "over as it is"))], rows) if rows else ""
+    columns = [cell for text in texts for cell in (f"KL, {text}", "over as it is")]
+    return _markdown(["", "seeds", "CPU s of solving", *columns], rows) if rows else ""
 
 
 def pictures(folder: Path, to: Path) -> None:

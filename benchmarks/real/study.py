@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from qlr_jax.evaluation.details import intervals
 from qlr_jax.pipelines.run import Candidate, Run
 from qlr_jax.pipelines.source import Source, open_source
 from qlr_jax.pipelines.stages import allocate, calibrate, measure, solve_plans
+from qlr_jax.pipelines.stages.calibrate import calibration_tokens as all_tokens
+from qlr_jax.pipelines.stages.calibrate import output_metric
 from qlr_jax.progress import Progress, plain
 from qlr_jax.sensitivity import Statistics
 from qlr_jax.settings.limits import REFERENCE_BYTES
@@ -118,22 +120,36 @@ class Study:
     def prepared(self, recipe: Recipe) -> tuple[Run, allocators.OptionTable]:
         """The run of a recipe and its option table, both made once and then read."""
         source = open_source(self.model, recipe, whole=False)
-        name = f"{recipe.seed}-{recipe.sequences}x{recipe.sequence_length}-{recipe.output_tokens}-{recipe.output_shrinkage:g}"
-        statistics, sample = self._statistics(source, name)
+        tokens = calibration_tokens(source, self.calibration)
+        sample = evaluation.reference(source.model, tokens, max_bytes=REFERENCE_BYTES)
         cache: dict = {}
-        run = Run(source, statistics, sample, self.progress, lambda kind: partial(solve_many, into=cache))
-        path = self.folder / f"table-{name}-{recipe.damping:g}-{recipe.measure_tokens}-{'+'.join(recipe.backbones)}.json"
+        run = Run(source, self.statistics(recipe), sample, self.progress, lambda kind: partial(solve_many, into=cache))
+        settings = f"{recipe.output_shrinkage:g}-{recipe.damping:g}-{recipe.measure_tokens}-{'+'.join(recipe.backbones)}"
+        path = self.folder / f"table-{text_of(recipe)}-{settings}.json"
         if path.exists():
             return run, allocators.OptionTable.from_json(path.read_text(encoding="utf-8"))
         table = measure(run).table
         path.write_text(table.to_json(), encoding="utf-8")
         return run, table
 
-    def _statistics(self, source: Source, name: str) -> tuple[Statistics, evaluation.Reference]:
-        folder = self.folder / f"statistics-{name}"
+    def metrics(self, h: int = 1, g: int = 1, share: float | None = None) -> Statistics:
+        """Weights, H of so many times the base recipe's text, and G of so many times, drawn so far to the identity."""
+
+        def of(times: int) -> Statistics:
+            sequences, length = times * self.base.sequences, self.base.sequence_length
+            drawn = self.base.output_shrinkage if share is None else share
+            return self.statistics(self.base.updated(sequences=sequences, output_tokens=sequences * length, output_shrinkage=drawn))
+
+        outputs = of(g)
+        return replace(outputs, hessians=of(h).hessians) if h != g else outputs
+
+    def statistics(self, recipe: Recipe) -> Statistics:
+        """Weights, H and G of a recipe's text: measured once and then read, and G drawn to the identity as the recipe has it."""
+        folder = self.folder / f"statistics-{text_of(recipe)}"
         if not (folder / "done").exists():
             folder.mkdir(parents=True, exist_ok=True)
-            statistics, _ = calibrate(source, Corpus.of(self.calibration), self.progress)
+            as_it_is = open_source(self.model, recipe.updated(output_shrinkage=0.0), whole=False)
+            statistics, _ = calibrate(as_it_is, Corpus.of(self.calibration), self.progress)
             for kind in ("hessians", "outputs"):
                 owners: dict[int, str] = {}  # matrices of one input share the array
                 own = getattr(statistics, kind)
@@ -145,9 +161,10 @@ class Study:
         for kind in ("hessians", "outputs"):
             with np.load(folder / f"{kind}.npz") as arrays:
                 own = dict(arrays)
+            if kind == "outputs":
+                own = {owner: output_metric(g, recipe.output_shrinkage) for owner, g in own.items()}
             read[kind] = {m: own[o] for m, o in json.loads((folder / f"{kind}.json").read_text(encoding="utf-8")).items()}
-        tokens = calibration_tokens(source, self.calibration)
-        return Statistics(source.weights, **read), evaluation.reference(source.model, tokens, max_bytes=REFERENCE_BYTES)
+        return Statistics(self.source.weights, **read)
 
     def solved(self, run: Run, table: allocators.OptionTable, budget: str, names: Sequence[str]) -> dict[str, Candidate]:
         """The plans of these names under a budget, solved."""
@@ -155,10 +172,13 @@ class Study:
         return solve_plans(run, {name: plans[name] for name in names})
 
 
+def text_of(recipe: Recipe) -> str:
+    """What of a recipe decides H and G as they are, as a part of a file's name."""
+    return f"{recipe.seed}-{recipe.sequences}x{recipe.sequence_length}-{recipe.output_tokens}"
+
+
 def calibration_tokens(source: Source, text: str) -> np.ndarray:
     """The part of the calibration text that candidates are compared on."""
-    from qlr_jax.pipelines.stages.calibrate import calibration_tokens as all_tokens
-
     return calibration.subsample(all_tokens(source, text), source.recipe.measure_tokens)
 
 

@@ -1,6 +1,7 @@
 """Text to calibrate, train and evaluate on: the user's files, or the Python standard library that is always at hand."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,10 +42,12 @@ def standard_library(split: str, root: str | Path | None = None) -> str:
         raise QLRError(f"split {split!r} is unknown; give one of {', '.join(SPLITS)}")
     folder = Path(root if root is not None else sysconfig.get_paths()["stdlib"])
     modules = []
-    for path in folder.rglob("*.py"):
-        relative = path.relative_to(folder)
-        if LEFT_OUT.isdisjoint(relative.parts[:-1]) and split_of(relative.as_posix()) == split:
-            modules.append((relative.as_posix(), path))
+    for parent, folders, names in os.walk(folder):
+        folders[:] = set(folders) - LEFT_OUT  # not even looked into: site-packages may hold more files than all else
+        for path in (Path(parent, name) for name in names if name.endswith(".py")):
+            relative = path.relative_to(folder).as_posix()
+            if split_of(relative) == split:
+                modules.append((relative, path))
     texts = []
     for _, path in sorted(modules):
         try:

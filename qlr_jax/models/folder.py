@@ -229,13 +229,19 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
     return out
 
 
+def _tokenizer_class(folder: Path) -> object:
+    """What tokenizer_config.json names; None where it names nothing or code of the folder's own."""
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    return None if "auto_map" in config else config.get("tokenizer_class")
+
+
 def load_tokenizer(source: str | Path) -> Any:
     """The tokenizer of a model folder (transformers; torch is not needed).
 
     Raises:
         QLRError: there is none, or it cannot be read.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = find_folder(source)
     if folder.is_file():
@@ -247,6 +253,10 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+        if _tokenizer_class(folder) == PreTrainedTokenizerFast.__name__:
+            return PreTrainedTokenizerFast.from_pretrained(str(folder))
+        from transformers import AutoTokenizer  # here: it imports torch where that is installed, which takes some seconds
+
         return AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers and tokenizers raise many kinds for a damaged file
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

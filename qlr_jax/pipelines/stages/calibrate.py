@@ -104,7 +104,7 @@ def _output_hessians(
             list(source.settings.matrices),
             seed=recipe.seed,
             progress=stage.advance,
-            keep=lambda name, g: keep(name, engine.submit(_output_metric, g, recipe.output_shrinkage)),
+            keep=lambda name, g: keep(name, engine.submit(output_metric, g, recipe.output_shrinkage)),
             ends=ends,
             engine=engine,
         )
@@ -113,7 +113,7 @@ def _output_hessians(
     return outputs
 
 
-def _output_metric(g: np.ndarray, share: float) -> np.ndarray:
+def output_metric(g: np.ndarray, share: float) -> np.ndarray:
     """(1 − share) G + share · tr(G) / m · I, checked: G of some ten thousand tokens is too sure of what does not matter."""
     checked = checked_hessian(g, len(g), "outputs")
     drawn = np.float32(1 - share) * checked
