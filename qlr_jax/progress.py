@@ -132,18 +132,20 @@ class _PlainStage:
     def __init__(self, say: Callable[[str], None], title: str, total: int | None, every: float):
         self._say, self._title, self._total, self._every = say, title, total, every
         self._lock, self._done = threading.Lock(), 0
-        self._started = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when the first pieces were there, and how many: what came before is paid once
 
     def advance(self, count: int = 1, note: str = "") -> None:
         with self._lock:
             self._done += count
             now = time.monotonic()
+            since, known = self._first = self._first or (now, self._done)
             if now - self._last_line < self._every or self._done == self._total:
                 return
             self._last_line = now
             line = f"{self._title}: {self._done}" + (f" of {self._total}" if self._total is not None else "")
-            if self._total and 0 < self._done < self._total:
-                line += f", about {duration((now - self._started) * (self._total - self._done) / self._done)} left"
+            if self._total and known < self._done < self._total:
+                line += f", about {duration((now - since) * (self._total - self._done) / (self._done - known))} left"
             self._say(line + (f" ({note})" if note else ""))
 
 

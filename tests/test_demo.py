@@ -1,4 +1,4 @@
-"""The bundled model once, end to end, with little of everything: its first and its last block."""
+"""The bundled model once, end to end, with little of everything: attention of its first and its last block."""
 
 import json
 
@@ -27,7 +27,7 @@ LIGHT = Recipe(
     evaluation_tokens=512,
     factors=("trellis-2",),
     refine=1,
-    include=("model.layers.[05].*",),
+    include=("model.layers.[05].self_attn.*",),  # matrices of two shapes: compiling takes most of the time
 )
 
 
@@ -40,7 +40,7 @@ def test_bytes_are_those_promised_and_fit_the_budget(done):
     report = done.report
     stored = load_file(done.out / "model.safetensors")
     matrices = {row["name"]: row for row in report["matrices"]}
-    assert len(matrices) == 14
+    assert len(matrices) == 8
     sizes = dict.fromkeys(matrices, 0)
     for key, array in stored.items():
         for name in matrices:

@@ -480,6 +480,18 @@ def test_plain_progress_from_two_threads():
     assert counts == list(range(1, 200))
 
 
+def test_what_comes_before_the_first_piece_is_not_taken_for_a_piece(monkeypatch):
+    """A pass through the whole model of 60 s, then 9 layers of 2 s each."""
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    with progress.plain(stream, every=0.0).stage("calibrating", total=10) as stage:
+        for seconds in (62.0, *[2.0] * 8):
+            now[0] += seconds
+            stage.advance()
+    lines = stream.getvalue().splitlines()[1:-1]
+    assert lines[:3] == ["calibrating: 1 of 10", "calibrating: 2 of 10, about 16.0 s left", "calibrating: 3 of 10, about 14.0 s left"]
+
+
 def test_progress_tells_seldom_and_on_stderr(capsys):
     with progress.choose().stage("loading") as stage:
         for _ in range(50):
