@@ -133,7 +133,7 @@ class _PlainStage:
         self._say, self._title, self._total, self._every = say, title, total, every
         self._lock, self._done = threading.Lock(), 0
         self._last_line = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when the first pieces were there, and how many: what came before is paid once
+        self._first: tuple[float, int] | None = None  # when the first pieces came, and how many: what is before them is paid once
 
     def advance(self, count: int = 1, note: str = "") -> None:
         with self._lock:

@@ -6,7 +6,7 @@ import pytest
 
 import qlr_jax as qlr
 from qlr_jax.errors import QLRError
-from qlr_jax.formats.qwix import qarrays, times
+from qlr_jax.formats.qwix_arrays import qarrays, times
 
 qwix = pytest.importorskip("qwix")
 M, N = 32, 64

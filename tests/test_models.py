@@ -1,6 +1,8 @@
 """The Llama import: logits against transformers' torch Llama, refusals, and the way back to a folder (other families apart)."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -323,3 +325,25 @@ def test_attention_in_parts(monkeypatch, window):
         step[at] = draw.standard_normal((q, k, v)[at].shape)
         moved = [exact(*(a + sign * 1e-6 * s for a, s in zip((q, k, v), step, strict=True))) for sign in (1, -1)]
         np.testing.assert_allclose(np.vdot(pulled, step[at]), np.vdot(g, moved[0] - moved[1]) / 2e-6, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_that_is_its_file_is_read_without_torch():
+    """As transformers' AutoTokenizer reads it, which imports torch: some seconds of every command."""
+    from transformers import AutoTokenizer
+
+    from qlr_jax.models import load_tokenizer
+    from qlr_jax.models.bundled import BUNDLED
+
+    code = """
+import sys
+from qlr_jax.models import load_tokenizer
+from qlr_jax.models.bundled import BUNDLED
+load_tokenizer(BUNDLED)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]
+    own, auto = load_tokenizer(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
+    text = "def f(x):\n    return <s> x ** 2  # ünï\n"
+    assert type(own) is type(auto) and own(text)["input_ids"] == auto(text)["input_ids"]
+    assert (own.bos_token_id, own.eos_token_id, len(own)) == (auto.bos_token_id, auto.eos_token_id, len(auto))

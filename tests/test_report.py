@@ -489,7 +489,11 @@ def test_what_comes_before_the_first_piece_is_not_taken_for_a_piece(monkeypatch)
             now[0] += seconds
             stage.advance()
     lines = stream.getvalue().splitlines()[1:-1]
-    assert lines[:3] == ["calibrating: 1 of 10", "calibrating: 2 of 10, about 16.0 s left", "calibrating: 3 of 10, about 14.0 s left"]
+    assert lines[:3] == [
+        "calibrating: 1 of 10",
+        "calibrating: 2 of 10, about 16.0 s left",
+        "calibrating: 3 of 10, about 14.0 s left",
+    ]
 
 
 def test_progress_tells_seldom_and_on_stderr(capsys):

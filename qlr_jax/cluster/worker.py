@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +34,7 @@ def facts() -> dict[str, str]:
 
     Example:
         >>> sorted(facts())
-        ['Python', 'devices', 'jax', 'numpy', 'qlr-jax']
+        ['Python', 'XLA_FLAGS', 'devices', 'jax', 'numpy', 'qlr-jax']
     """
     import jax
 
@@ -47,7 +48,8 @@ def facts() -> dict[str, str]:
 
     python = ".".join(platform.python_version_tuple()[:2])
     found = {"qlr-jax": installed("qlr-jax"), "jax": jax.__version__, "numpy": installed("numpy"), "Python": python}
-    return found | {"devices": f"{available()} of kind {jax.devices()[0].device_kind}"}
+    flags = " ".join(sorted(os.environ.get("XLA_FLAGS", "").split())) or "none"  # other code may add up in another order
+    return found | {"devices": f"{available()} of kind {jax.devices()[0].device_kind}", "XLA_FLAGS": flags}
 
 
 _lock, _makers = threading.Lock(), dict[str, Maker]()

@@ -229,6 +229,9 @@ def save_model(model: Llama, folder: str | Path, dtype: str = "bfloat16", tokeni
     return out
 
 
+PLAIN_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # one class: that of tokenizer.json as it is
+
+
 def _tokenizer_class(folder: Path) -> object:
     """What tokenizer_config.json names; None where it names nothing or code of the folder's own."""
     config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -253,7 +256,7 @@ def load_tokenizer(source: str | Path) -> Any:
     try:
         if not (folder / "tokenizer_config.json").is_file() and (folder / "tokenizer.json").is_file():
             return PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
-        if _tokenizer_class(folder) == PreTrainedTokenizerFast.__name__:
+        if _tokenizer_class(folder) in PLAIN_TOKENIZERS:
             return PreTrainedTokenizerFast.from_pretrained(str(folder))
         from transformers import AutoTokenizer  # here: it imports torch where that is installed, which takes some seconds
 
