@@ -30,8 +30,8 @@ def qarrays(matrix: QLRMatrix) -> dict[str, Any]:
 
     Example:
         >>> import numpy as np, qlr_jax as qlr
-        >>> q = qarrays(qlr.solve(np.eye(32, dtype=np.float32), None, "int-4g32").value)["backbone"]  # doctest: +SKIP
-        >>> q.qvalue.shape, str(q.qvalue.dtype), q.scale.shape                                        # doctest: +SKIP
+        >>> q = qarrays(qlr.solve(np.eye(32, dtype=np.float32), None, "int-4g32").value)["backbone"]
+        >>> q.qvalue.shape, str(q.qvalue.dtype), q.scale.shape
         ((32, 32), 'int4', (32, 1))
     """
     (m, n), spec = matrix.shape, matrix.spec
