@@ -122,6 +122,25 @@ def test_without_the_original_text_alone(folders, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.parametrize("steps, rows", [(3, 6), (1000, None)])
+def test_the_teacher_is_asked_about_no_more_than_is_read(folders, tmp_path, monkeypatch, steps, rows):
+    """Spread over the text; all of it but what is for early stopping where training reads more."""
+
+    class Enough(Exception):
+        pass
+
+    def seen(model, training, config, *, held_out, **_):
+        raise Enough(training, held_out)
+
+    monkeypatch.setattr(tuning.adaptation, "fine_tune", seen)
+    with pytest.raises(Enough) as found:
+        config = AdaptConfig(**{**vars(FEW), "steps": steps})
+        tuning.adapt(folders / "out", tmp_path / "dest", [folders / "text.txt"], config, evaluation_tokens=128)
+    training, stopping = found.value.args
+    assert len(stopping) == -(-(len(stopping) + len(training)) // tuning.STOPPING) if rows is None else len(training) == rows
+    assert not {row.tobytes() for row in training} & {row.tobytes() for row in stopping}
+
+
 def test_refusals(folders, tmp_path):
     with pytest.raises(QLRError, match="no text was given to adapt to"):
         tuning.adapt(folders / "out", tmp_path / "dest", None, FEW)

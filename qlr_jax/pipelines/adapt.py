@@ -110,6 +110,8 @@ def _adapt(
     corpus = Corpus.of(calibration.standard_library("calibration")) if bundled else Corpus.read(text, chat)
     rows = _rows(corpus, tokenizer, model, sequences, progress.say)
     training, stopping = np.delete(rows, np.s_[::STOPPING], axis=0), rows[::STOPPING][:64]
+    # no more than will be read: the teacher goes through all of it
+    training = calibration.subsample(training, config.steps * config.batch * config.accumulate * rows.shape[1])
     windows, measured_on = stopping, "sequences of the text that training did not see"
     if held_out or bundled:
         other = Corpus.read(held_out, chat) if held_out else Corpus.of(calibration.standard_library("heldout"))
