@@ -36,7 +36,7 @@ def test_the_solver_finds_what_was_compiled(small, outputs, monkeypatch, caplog)
     rng = np.random.default_rng(0)
     hessians = {n: np.cov(rng.standard_normal((n, 4 * n))).astype(np.float32) for n in (40, 48, 64)}
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-    specs = SPECS if small else SPECS[1:3]  # every grid once: how a matrix is batched does not ask for it
+    specs = SPECS if small else SPECS[1:3]  # the first case has all grids; how matrices are batched is the same for each
     problems = {
         (name, spec): (w, hessians[w.shape[1]], spec, hessians[w.shape[0]] if outputs else None)
         for name, w in weights.items()

@@ -1,5 +1,7 @@
 """Integer grids as qwix's arrays: what they mean, and what its products make of them."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -48,3 +50,11 @@ def test_codes_stay_as_narrow_as_qwix_can_hold_them(activations):
 def test_what_qwix_cannot_hold_is_refused(spec, says, activations):
     with pytest.raises(QLRError, match=says):
         qarrays(solved(spec, activations))
+
+
+def test_without_qwix_it_is_one_sentence(activations, monkeypatch):
+    matrix = solved("int-4", activations)
+    monkeypatch.setitem(sys.modules, "qwix", None)
+    for call in (lambda: qarrays(matrix), lambda: times(np.ones((1, N), np.float32), matrix)):
+        with pytest.raises(QLRError, match=r"needs qwix, .*pip install 'qlr-jax\[qwix\]'"):
+            call()

@@ -16,7 +16,7 @@ from qlr_jax.errors import QLRError
 
 
 def qarrays(matrix: QLRMatrix) -> dict[str, Any]:
-    """The parts of Ŵ = Uᵀ (Q + L R) V as `qwix.QArray`: codes as they are stored, g and component scales among their scales.
+    """The parts of Ŵ = Uᵀ (Q + L R) V as `qwix.QArray`: codes as they are stored, g among the scales.
 
     Args:
         matrix: Ŵ (m, n), whose grids are integers, in groups that divide their rows.
@@ -26,7 +26,7 @@ def qarrays(matrix: QLRMatrix) -> dict[str, Any]:
         a weight, else int8; scales are float32. U and V are the identity unless the spec says `/rot` (`times` rotates).
 
     Raises:
-        QLRError: a grid that is no integer, or groups that do not divide the columns.
+        QLRError: a grid that is no integer, groups that do not divide the columns, or no qwix.
 
     Example:
         >>> import numpy as np, qlr_jax as qlr
@@ -54,9 +54,7 @@ def times(x: Float[Array, "*b n"], matrix: QLRMatrix) -> Array:
     Returns:
         (*b, m), in float32.
     """
-    import qwix
-
-    parts = qarrays(matrix)
+    qwix, parts = _qwix(), qarrays(matrix)
     (u, u_block), (v, v_block) = matrix.rotations
     turned = hadamard.rotate(x, v, v_block) if matrix.spec.rotated else x
 
@@ -70,9 +68,15 @@ def times(x: Float[Array, "*b n"], matrix: QLRMatrix) -> Array:
     return hadamard.unrotate(y, u, u_block) if matrix.spec.rotated else y
 
 
-def _qarray(matrix: QLRMatrix, part: str, quantizer: Any, shape: tuple[int, int], scale: Any) -> Any:
-    import qwix
+def _qwix() -> Any:
+    try:
+        import qwix
+    except ImportError:
+        raise QLRError("this needs qwix, which is not installed; run: pip install 'qlr-jax[qwix]'") from None
+    return qwix
 
+
+def _qarray(matrix: QLRMatrix, part: str, quantizer: Any, shape: tuple[int, int], scale: Any) -> Any:
     spec, (_, cols) = matrix.layout.spec, shape
     if not isinstance(quantizer, Integer):
         raise QLRError(f"{spec}: {quantizer.name} is no integer grid, and qwix multiplies those alone; pass e.g. int-4g32")
@@ -86,7 +90,7 @@ def _qarray(matrix: QLRMatrix, part: str, quantizer: Any, shape: tuple[int, int]
         zeros = (jnp.asarray(own["zeros"]).astype(jnp.int32) - middle).astype(kind)
     elif width == 1:  # ± half a scale: the middle between two codes is none
         codes, middle, scales = 2 * codes, 1, scales / 2
-    return qwix.QArray((codes - middle).astype(kind), scales, zeros)
+    return _qwix().QArray((codes - middle).astype(kind), scales, zeros)
 
 
 __all__ = ["qarrays", "times"]
