@@ -117,7 +117,7 @@ def tiny(tmp_path_factory):
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=64,
