@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 
 from qlr_jax import native
 from qlr_jax.core.typing import Array, Float, Int
@@ -79,13 +81,19 @@ def search(
     of = jnp.zeros((0,), jnp.int32) if codes is None else jnp.repeat(codes.astype(jnp.int32), x.shape[0] // codes.shape[0])
     rates = jnp.asarray(shifts, jnp.int32).reshape(-1, LENGTH), jnp.asarray(gain, jnp.float32).reshape(-1)
     given = (x.astype(jnp.float32), *rates, known, of)
-    in_xla = partial(_in_xla, state_bits=state_bits, free=ends is None)
-    if not has_native():
-        return in_xla(*given)
-    return lax.platform_dependent(*given, cpu=partial(_in_cpp, state_bits=state_bits), default=in_xla)
+    return (_search if has_native() else _in_xla)(*given, state_bits=state_bits, free=ends is None)
 
 
-def _in_cpp(x: Array, shifts: Array, gain: Array, ends: Array, codes: Array, *, state_bits: int) -> Array:
+_primitive = Primitive("trellis_search")
+"""As `_in_xla`. `lax.platform_dependent` would trace that for a CPU too, only to leave it out: half of a solver's tracing."""
+
+
+@partial(jax.jit, static_argnames=("state_bits", "free"))
+def _search(*given: Array, state_bits: int, free: bool) -> Array:
+    return _primitive.bind(*given, state_bits=state_bits, free=free)
+
+
+def _in_cpp(x: Array, shifts: Array, gain: Array, ends: Array, codes: Array, *, state_bits: int, free: bool) -> Array:
     call = jax.ffi.ffi_call("qlr_search", jax.ShapeDtypeStruct(x.shape, jnp.int32))
     return call(x, shifts, gain, ends, codes, state_bits=np.int64(state_bits), exact=False)
 
@@ -105,6 +113,12 @@ def _in_xla(x: Array, shifts: Array, gain: Array, ends: Array, codes: Array, *, 
     else:
         states = lax.map(lambda part: _closed_sequence(part[0].T, shifts[0], state_bits, gain[0], part[1], first).T, parts)
     return states.reshape(-1, LENGTH)[:count]
+
+
+_primitive.def_impl(_in_xla)  # where jit is disabled
+_primitive.def_abstract_eval(lambda x, *_, **__: x.update(dtype=np.dtype(np.int32)))
+mlir.register_lowering(_primitive, mlir.lower_fun(_in_xla, multiple_results=False))
+mlir.register_lowering(_primitive, mlir.lower_fun(_in_cpp, multiple_results=False), platform="cpu")
 
 
 def _closed_sequence(x: Array, shifts: Array, state_bits: int, gain: Array, known: Array, first: int | Array) -> Array:
