@@ -28,21 +28,27 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from allocators.strategies import DEFAULT, solved_strategies
 from benchmarks.real import peers
+from benchmarks.real.peers import Peer
 from benchmarks.real.show import pictures, tables
-from benchmarks.real.study import Record, Study, read_text, split
+from benchmarks.real.study import Record, Study, all_tokens, read_text, split
 from qlr_jax import evaluation
 from qlr_jax.adaptation import AdaptConfig, fine_tune
 from qlr_jax.calibration import Corpus
+from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
+from qlr_jax.core.spec import Spec
 from qlr_jax.formats.qlr.packed import load, save_packed
 from qlr_jax.models import Llama
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
+from qlr_jax.pipelines.stages.sequential import solve_blocks
+from qlr_jax.sensitivity import Statistics
 from qlr_jax.settings.host import prepare
 from qlr_jax.settings.recipe import Recipe
 
@@ -76,6 +82,9 @@ UNIFORM: dict[str, dict] = {
     "four times the text for H": {"h": 4},
     "four times the text for H and G": {"h": 4, "g": 4},
     "damping 0.03": {"damping": 0.03},
+    "in sequence": {"sequence": True},
+    "2 bits": {"spec": "trellis-2w"},
+    "2 bits, in sequence": {"spec": "trellis-2w", "sequence": True},
 }
 """Name -> what changes of a model of `trellis-2.5w` with 8 state bits; text for H and G in multiples of the base's."""
 MULTIPLES = ("sequences", "output_tokens", "measure_tokens")
@@ -179,10 +188,24 @@ def uniform(study: Study, seeds: list[int], names: list[str]) -> None:
         statistics = study.metrics(**text) if todo else None
         for seed in todo:
             before = time.process_time()
-            peer = peers.one_spec(statistics=statistics, seed=seed, **changes)
+            peer = one_spec(study, statistics, seed, **changes)
             record = {"cpu": time.process_time() - before, "bytes": peer.nbytes}
             texts = study.figures(with_dense(study.source.model, peer))
             study.keep({"part": "uniform", "seed": seed, "name": name} | record | {"texts": texts})
+
+
+def one_spec(study: Study, statistics: Statistics | None, seed: int, *, spec: str, sequence: bool = False, **options: Any) -> Peer:
+    """Every matrix by one spec; in sequence each behind the compressed blocks before it (`--sequential`)."""
+    assert statistics is not None
+    if not sequence:
+        return peers.one_spec(spec, statistics, seed=seed, **options)
+    recipe = study.base.updated(seed=seed, **options)
+    run = study.run(recipe, statistics)
+    solver = partial(solve_many, seed=seed, config=run.settings.solver)
+    specs = dict.fromkeys(statistics.weights, spec)
+    found = solve_blocks(run, specs, all_tokens(run.source, study.calibration), solver, run.original.embed)
+    size = sum(Spec.parse(spec).nbytes(weight.shape) for weight in statistics.weights.values())
+    return Peer({name: np.asarray(solution.value.dense()) for (name, _), solution in found.items()}, size)
 
 
 def with_dense(original: Llama, peer: peers.Peer) -> object:

@@ -119,11 +119,7 @@ class Study:
 
     def prepared(self, recipe: Recipe) -> tuple[Run, allocators.OptionTable]:
         """The run of a recipe and its option table, both made once and then read."""
-        source = open_source(self.model, recipe, whole=False)
-        tokens = calibration_tokens(source, self.calibration)
-        sample = evaluation.reference(source.model, tokens, max_bytes=REFERENCE_BYTES)
-        cache: dict = {}
-        run = Run(source, self.statistics(recipe), sample, self.progress, lambda kind: partial(solve_many, into=cache))
+        run = self.run(recipe, self.statistics(recipe))
         settings = f"{recipe.output_shrinkage:g}-{recipe.damping:g}-{recipe.measure_tokens}-{'+'.join(recipe.backbones)}"
         path = self.folder / f"table-{text_of(recipe)}-{settings}.json"
         if path.exists():
@@ -131,6 +127,14 @@ class Study:
         table = measure(run).table
         path.write_text(table.to_json(), encoding="utf-8")
         return run, table
+
+    def run(self, recipe: Recipe, statistics: Statistics) -> Run:
+        """The run of a recipe, with these statistics."""
+        source = open_source(self.model, recipe, whole=False)
+        tokens = calibration_tokens(source, self.calibration)
+        sample = evaluation.reference(source.model, tokens, max_bytes=REFERENCE_BYTES)
+        cache: dict = {}
+        return Run(source, statistics, sample, self.progress, lambda kind: partial(solve_many, into=cache))
 
     def metrics(self, h: int = 1, g: int = 1, share: float | None = None) -> Statistics:
         """Weights, H of so many times the base recipe's text, and G of so many times, drawn so far to the identity."""
@@ -182,4 +186,4 @@ def calibration_tokens(source: Source, text: str) -> np.ndarray:
     return calibration.subsample(all_tokens(source, text), source.recipe.measure_tokens)
 
 
-__all__ = ["Record", "Study", "read_text", "split"]
+__all__ = ["Record", "Study", "all_tokens", "read_text", "split"]

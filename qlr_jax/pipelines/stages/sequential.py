@@ -47,7 +47,7 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Can
             return solver(problems, on_done=on_done, **settings)
 
         behind = with_weights(run.original, {name: solution.value for name, solution in vocabulary.items()})
-        found = _solve_blocks(run, linear, calibration_tokens(run.source, text), solved, behind.embed)
+        found = solve_blocks(run, linear, calibration_tokens(run.source, text), solved, behind.embed)
     found.update({(name, specs[name]): solution for name, solution in vocabulary.items()})
     again = Candidate(candidate.plan, solutions_of(specs, found))
     again = again.replace(calibration=divergence(again.parts(run.original), run.reference, engine=run.engine))
@@ -56,7 +56,7 @@ def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Can
     return again if again.kl < candidate.kl else candidate
 
 
-def _solve_blocks(
+def solve_blocks(
     run: Run, specs: Mapping[str, str], tokens: np.ndarray, solver: Any, embed: Callable[[jax.Array], jax.Array]
 ) -> LazyMap[Key, Solution]:
     """The matrices of one allocation, each solved for W* = W E[x x̂ᵀ] E[x̂ x̂ᵀ]⁻¹ in the metric E[x̂ x̂ᵀ].
