@@ -29,7 +29,7 @@ def make_table(seed: int, layers: int = 4) -> OptionTable:
     draw, rows = np.random.default_rng(seed), []
     for layer, (kind, weights) in itertools.product(range(layers), dict(q=4096, k=2048, up=8192).items()):
         weight, options = draw.lognormal(), []
-        for bits, rank in itertools.product(np.arange(8, 33) / 8, (0, 4, 8)):
+        for bits, rank in itertools.product(np.arange(4, 17) / 4, (0, 4, 8)):
             spec = f"trellis-{bits:g}" + (f"+r{rank}@trellis-4" if rank else "")
             options.append(Option(spec, int(weights * bits / 8) + 2 + 16 * rank, weight * 4.0**-bits * (1 + rank) ** -0.2))
         rows.append(Row(f"{layer}.{kind}", weights, tuple(options)))

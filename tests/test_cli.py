@@ -7,6 +7,7 @@ import types
 from pathlib import Path
 
 import pytest
+from processes import Process
 from typer.testing import CliRunner
 
 import qlr_jax
@@ -269,10 +270,11 @@ def test_console_script():
     done = run("--help", code=code)
     assert done.returncode == 0 and all(command in done.stdout for command in COMMANDS + PLANNERS)
     assert done.stderr.strip() == "[]"  # help is instant
-    done = run("inspect", "--jsn", "--json")
-    assert done.returncode == 2 and "--jsn" in json.loads(done.stdout)["error"]
-    done = run("compress", "m", "o")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    typed = ("inspect", "--jsn", "--json"), ("compress", "m", "o")
+    unknown, missing = (Process("from qlr_jax import cli\ncli.main()", *words) for words in typed)
+    assert "--jsn" in json.loads(unknown.communicate(60)[0])["error"] and unknown.returncode == 2
+    out, err = missing.communicate(60)
+    assert missing.returncode == 1 and len(err.splitlines()) == 1 and out == ""
 
 
 def test_compress_for_other_formats(calls):

@@ -2,14 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
+from processes import run
 
 from allocators import Budget
 from qlr_jax import cost
@@ -309,7 +308,7 @@ def test_nothing_starts_a_backend():
         "plan_text(cost.plan_job(cost.find_config('Llama-3-8B')[0], Recipe(), cost.Machine.parse('24GiB')))\n"
         "from jax._src import xla_bridge\nassert not xla_bridge._backends, xla_bridge._backends\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run(script)
 
 
 # Measured by benchmarks/cost.py on two busy cores of an AMD EPYC: processor seconds, and bytes at the peak.
