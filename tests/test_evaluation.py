@@ -26,6 +26,7 @@ from qlr_jax.evaluation import (
 )
 from qlr_jax.evaluation.windows import fitting_batch
 from qlr_jax.models import Llama, LlamaConfig
+from qlr_jax.models.forward import through
 
 SMALL = LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=4)
 
@@ -131,7 +132,6 @@ def test_an_original_that_was_run_once_gives_the_same_figures(pair, rows):
 
 def test_candidates_share_one_compilation(pair, rows):
     from qlr_jax.evaluation.compare import _differences
-    from qlr_jax.models.forward import through
 
     through.clear_cache()
     _differences.clear_cache()
@@ -252,9 +252,9 @@ def test_drift_equals_the_hidden_states_of_two_whole_passes(rows):
     weight.set_value(weight.get_value() + 0.1)
 
     def states(model):
-        x, found = model.embed(jnp.asarray(rows)), []
+        x, found = model.embed(rows), []
         for block in model.model.layers:
-            x = block(x, model.rope(rows.shape[1]))
+            x = through(block, x, model.rope(rows.shape[1]))
             found.append(np.asarray(x, np.float64))
         return found
 

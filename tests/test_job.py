@@ -5,7 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -137,7 +137,7 @@ def test_a_saved_table_is_used_and_held_to_its_model(measured, tiny, text, tmp_p
     if done["delivered"] != "uniform":
         assert specs["v"] == "trellis-3"
         assert qlr.Spec.parse(specs["gate"]).backbone == qlr.Spec.parse(specs["up"]).backbone
-        assert qlr.Spec.parse(specs["down"]).bits((32, 64)) >= 2.5
+        assert qlr.Spec.parse(specs["down"]).bits((32, 32)) >= 2.5
     assert done["seconds"]["stages"]["measure"] < 1 and done["bits_per_weight"] <= 2.25
     assert done["refined"]["tried"] <= LIGHT.refine and done["refined"]["measured"] <= done["refined"]["start"]
     with pytest.raises(AllocationError, match="nothing_proj"):
@@ -220,12 +220,12 @@ def test_a_budget_that_the_original_fits_keeps_bf16(tiny, text, tmp_path, monkey
     settings = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["settings"]
     assert settings["original"]["digest"] == known["digest"] and str(tiny) not in json.dumps(settings)
     assert {row["spec"] for row in result.report["matrices"]} == {"bf16"}
-    tokens = jnp.arange(10)[None]
-    assert float(jnp.abs(qlr.load(tmp_path / "out")(tokens) - load_model(tiny)(tokens)).max()) < 1e-5
+    logits = jax.jit(lambda model: model(np.arange(10)[None]))
+    np.testing.assert_allclose(logits(qlr.load(tmp_path / "out")), logits(load_model(tiny)), atol=1e-5, rtol=0)
 
 
 def test_include_leaves_the_rest_as_it_is(tiny, text, tmp_path):
-    light = LIGHT.updated(backbones=("int-2g16", "int-4g16"), ranks=(0,), budget="4bpw", include=("*.mlp.*",))
+    light = LIGHT.updated(backbones=("int-2g16", "int-3g16"), ranks=(0,), budget="3.5bpw", include=("*.mlp.*",))
     result = job.compress(tiny, tmp_path / "out", calibration=text, recipe=light, evaluate_on=text)
     assert {row["kind"] for row in result.report["matrices"]} == {"gate", "up", "down"}
     kept = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
@@ -241,7 +241,7 @@ def test_a_gguf_file_is_compressed_as_its_folder(tiny, text, tmp_path):
 
     whole = save_packed(tmp_path / "whole", load_model(tiny), {}, source=tiny)
     file = export_gguf(whole, tmp_path / "gguf") / "model.gguf"
-    light = LIGHT.updated(backbones=("int-2g16", "int-4g16"), ranks=(0,), budget="4bpw", include=("*.mlp.*",))
+    light = LIGHT.updated(backbones=("int-2g16", "int-3g16"), ranks=(0,), budget="3.5bpw", include=("*.mlp.*",))
     out = job.compress(file, tmp_path / "out", calibration=text, recipe=light).out
     original, config = load_model(tiny), LlamaConfig.from_hf(tiny)
     for name, param in load_model(file).tensors().items():
@@ -251,4 +251,4 @@ def test_a_gguf_file_is_compressed_as_its_folder(tiny, text, tmp_path):
     content = text.read_text()
     assert load_tokenizer(out)(content)["input_ids"] == load_tokenizer(tiny)(content)["input_ids"]
     assert evaluate(out, text=[text], windows=2, drift=False)["kl"] > 0  # the report says where the file lies
-    assert "".join(generate(file.parent, "def", max_new_tokens=4)) == "".join(generate(tiny, "def", max_new_tokens=4))
+    assert "".join(generate(file.parent, "def", max_new_tokens=1)) == "".join(generate(tiny, "def", max_new_tokens=1)) != ""

@@ -21,6 +21,7 @@ from qlr_jax.errors import QLRError
 from qlr_jax.evaluation import compare, divergence, reference
 from qlr_jax.formats import read_matrices
 from qlr_jax.models import Llama, LlamaConfig, input_of, linear_names, load_model, save_model
+from qlr_jax.models.forward import through
 from qlr_jax.pipelines.run import with_weights
 from qlr_jax.pipelines.source import open_source
 from qlr_jax.pipelines.stages.calibrate import calibrate, calibration_tokens
@@ -29,9 +30,9 @@ from qlr_jax.sensitivity import path_shares
 from qlr_jax.settings.recipe import Recipe
 
 CONFIG = LlamaConfig(
-    vocab_size=2048, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64
+    vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, max_position_embeddings=64
 )
-TOKENS = np.random.default_rng(0).integers(0, 2048, (5, 16))
+TOKENS = np.random.default_rng(0).integers(0, 2048, (11, 32))  # as long as those of the jobs below; no whole batches
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,15 @@ def test_weights_are_read_where_they_are_used(both, folder):
 def test_statistics_are_the_same(both, monkeypatch):
     resident, streamed = both
     for found in (hessians, squared_gradients, output_hessians):
-        want, got = found(resident, TOKENS, batch=2), found(streamed, TOKENS, batch=2)
+        want, got = found(resident, TOKENS), found(streamed, TOKENS)
         assert list(want) == list(got)
         for name in want:
             np.testing.assert_array_equal(got[name], want[name], err_msg=name)
     monkeypatch.setattr(backward_room, "SPILLED", 0)  # hidden states in a file
-    again = output_hessians(streamed, TOKENS, batch=2)
+    again = output_hessians(streamed, TOKENS)
     assert all(np.array_equal(again[name], value) for name, value in got.items())
     late = [name for name in got if ".2." in name]  # the blocks before them are not gone back to
-    again = output_hessians(streamed, TOKENS, late, batch=2)
+    again = output_hessians(streamed, TOKENS, late)
     assert list(again) == late and all(np.array_equal(value, got[name]) for name, value in again.items())
 
     def full(*given):
@@ -80,13 +81,13 @@ def test_statistics_are_the_same(both, monkeypatch):
 
     monkeypatch.setattr(backward_room.os, "pwrite", full)
     with pytest.raises(QLRError, match=r"cannot be written to .*\(No space left on device\); free some of it, set TMPDIR"):
-        output_hessians(streamed, TOKENS, batch=2)
+        output_hessians(streamed, TOKENS)
 
 
 def test_a_sequence_that_is_not_finite_is_in_no_statistic(folder):
     """One word is infinite, and one of 128 sequences has it: H, G and the reference are those of the others."""
     text, told = standard_library("calibration")[:20000], []
-    recipe = Recipe(sequences=128, sequence_length=16, measure_tokens=2048, force=True)
+    recipe = Recipe(sequences=128, sequence_length=32, measure_tokens=4096, force=True)
     source = open_source(folder, recipe)
     tokens = calibration_tokens(source, text)
     row, word = next((r, w) for r in range(60, 128) for w in tokens[r] if (tokens == w).any(axis=1).sum() == 1)
@@ -111,18 +112,18 @@ def test_judgements_are_the_same(both):
     resident, streamed = both
     draw = np.random.default_rng(1)
     errors = {n: 1e-3 * draw.standard_normal(lin.weight.get_value().shape, np.float32) for n, lin in resident.linears().items()}
-    want, got = reference(resident, TOKENS, batch=2), reference(streamed, TOKENS, batch=2)
+    want, got = reference(resident, TOKENS), reference(streamed, TOKENS)
     np.testing.assert_array_equal(got.logp, want.logp)
     assert got.perplexity == want.perplexity
     shares = path_shares(resident, errors, want), path_shares(streamed, LazyMap(errors, lambda n: errors[n]), want)
     assert shares[0] == shares[1]
     value = {
-        n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-4g16").value for n in linear_names(CONFIG)[:7]
+        n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-3g16").value for n in linear_names(CONFIG)[:7]
     }
     placed = [with_weights(model, value) for model in both]
     assert isinstance(placed[1].linears()[linear_names(CONFIG)[0]].weight.get_value(), Lazy)
     assert divergence(placed[0], want) == divergence(placed[1], want)
-    assert compare(resident, placed[0], TOKENS, batch=2) == compare(streamed, placed[1], TOKENS, batch=2)
+    assert compare(resident, placed[0], TOKENS) == compare(streamed, placed[1], TOKENS)
 
 
 def test_a_streaming_job_is_the_same_job(folder, tmp_path):
@@ -157,7 +158,7 @@ def test_a_batch_of_one_block_is_held(both):
     streamed = both[1]
     gc.collect()
     before = sum(a.nbytes for a in jax.live_arrays())
-    hessians(streamed, TOKENS[:1])
+    hessians(streamed, TOKENS[:8])
     gc.collect()
     assert sum(a.nbytes for a in jax.live_arrays()) - before < 4 * jnp.zeros((32, 32)).nbytes
 
@@ -169,19 +170,22 @@ def test_moments_behind_compressed_blocks(both):
         n: qlr.solve(np.asarray(resident.linears()[n].weight.get_value()), None, "int-3g16").value for n in linear_names(CONFIG)[:7]
     }
     changed = with_weights(resident, value)  # layer 0 is compressed
-    taps = [{}, {}]
-    for model, seen in zip((resident, changed), taps, strict=True):
-        model(jnp.asarray(TOKENS), tap=lambda name, x, seen=seen: seen.__setitem__(name, np.asarray(x, np.float64)))
-    states, rope = [], resident.rope(TOKENS.shape[1])
-    for model in (resident, changed):
-        states.append(np.asarray(model.block(0)(model.embed(jnp.asarray(TOKENS)), rope)))
+
+    @jax.jit
+    def tapped(model):
+        seen = {}
+        model(TOKENS, tap=seen.__setitem__)
+        return seen
+
+    rope, taps = resident.rope(TOKENS.shape[1]), [tapped(model) for model in (resident, changed)]
+    states = [np.asarray(through(model.block(0), model.embed(TOKENS), rope)) for model in (resident, changed)]
     out, found = moments(resident.block(1), [states[0]], [states[1]], rope)
     assert set(found) == {"self_attn.qkv", "self_attn.o_proj", "mlp.gate_up", "mlp.down_proj"}
     for name, (own, cross) in found.items():
-        x, y = (tap[f"model.layers.1.{name}"].reshape(-1, own.shape[0]) for tap in taps)
+        x, y = (np.asarray(tap[f"model.layers.1.{name}"], np.float64).reshape(-1, own.shape[0]) for tap in taps)
         np.testing.assert_allclose(own, y.T @ y / len(y), rtol=2e-4, atol=1e-6 * np.abs(own).max())
         np.testing.assert_allclose(cross, x.T @ y / len(y), rtol=2e-4, atol=1e-5 * np.abs(own).max())
-    np.testing.assert_allclose(out[0], resident.block(1)(jnp.asarray(states[0]), rope), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(out[0], through(resident.block(1), states[0], rope), rtol=1e-5, atol=1e-6)
 
 
 def test_moments_leave_out_sequences_that_are_not_finite(both):
@@ -245,7 +249,7 @@ def test_a_sequential_job_is_kept_only_where_it_is_better(folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(standard_library("calibration")[:20000], encoding="utf-8")
     recipe = Recipe(
-        budget="4.75bpw:all", vocabulary=("int-4g16", "bf16"), backbones=("int-2g16", "int-3g16"), ranks=(0,), sequences=8,
+        budget="4.8bpw:all", vocabulary=("int-4g16", "bf16"), backbones=("int-2g16", "int-3g16"), ranks=(0,), sequences=8,
         sequence_length=32, measure_tokens=256, refine=0,
     )  # fmt: skip
     plain = job.compress(folder, tmp_path / "plain", calibration=text, recipe=recipe).report
@@ -254,5 +258,5 @@ def test_a_sequential_job_is_kept_only_where_it_is_better(folder, tmp_path):
     assert told["bits_per_weight"] == plain["bits_per_weight"] and "solve in sequence" in told["seconds"]["stages"]
 
     assert {row["kind"]: row["spec"] for row in told["matrices"]}["embedding"] == "int-4g16"
-    assert told["whole_model_bits_per_weight"] <= 4.75
+    assert told["whole_model_bits_per_weight"] <= 4.8
     assert read_matrices(tmp_path / "told")["model.embed_tokens"].layout.spec == "int-4g16"

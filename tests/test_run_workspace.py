@@ -25,6 +25,7 @@ RECIPE = Recipe(
     measure_tokens=256,
     refine=2,
     refine_seconds=1000,
+    include=("*self_attn*",),  # four matrices: of every kind of file a few
 )
 SAME = ("model.safetensors", "config.json", "recipe.yaml")
 
@@ -88,7 +89,7 @@ def test_killed_it_goes_on(tiny, text, tmp_path, undisturbed):
     command = ["compress", tiny, tmp_path / "out", "--calibration", text]
     process = Process("from qlr_jax import cli\ncli.main()", *command, "--recipe", tmp_path / "recipe.yaml")
     final = tmp_path / "out" / "job" / "final"
-    while process.poll() is None and not (final.is_dir() and len(list(final.iterdir())) > 3):
+    while process.poll() is None and not (final.is_dir() and len(list(final.iterdir())) > 1):
         time.sleep(0.02)
     process.kill()
     assert process.returncode in (-signal.SIGKILL, 0)
@@ -144,13 +145,11 @@ def test_a_full_disk_is_one_clear_sentence(tiny, text, tmp_path, monkeypatch):
 
 
 def test_resume_without_a_job_begins_one(tiny, text, tmp_path):
-    result = job.compress(
-        tiny, tmp_path / "out", "4bpw", text, RECIPE.updated(backbones=("int-2g16", "int-4g16"), ranks=(0,)), resume=True
-    )
+    result = job.compress(tiny, tmp_path / "out", "3.5bpw", text, RECIPE.updated(ranks=(0,)), resume=True)
     assert (result.out / "config.json").is_file()
     log = (result.out / "job" / "log.txt").read_text()
     assert "compressing: model.layers.0.self_attn.q_proj int-" in log and "saving: done" in log
-    assert json.loads((result.out / "report.json").read_text())["bits_per_weight"] <= 4
+    assert json.loads((result.out / "report.json").read_text())["bits_per_weight"] <= 3.5
 
 
 def test_a_job_begun_before_a_setting_existed_goes_on(tmp_path):
