@@ -24,7 +24,7 @@ from qlr_jax.cluster import engine as engine_room  # noqa: E402
 
 RECIPE = Recipe(
     budget="2.75bpw",
-    backbones=("trellis-2", "trellis-2.5", "trellis-3"),
+    backbones=("trellis-2", "trellis-3"),
     ranks=(0, 4),
     factors=("trellis-2",),
     state_bits=6,
@@ -35,6 +35,7 @@ RECIPE = Recipe(
     measure_tokens=256,
     evaluation_tokens=512,
     refine=1,
+    include=("*self_attn*",),  # four matrices: enough for pieces of every kind
 )
 
 

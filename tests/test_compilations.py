@@ -1,9 +1,8 @@
 """How many programs a job compiles: none op by op, and no more than a bound for each of its stages."""
 
 import json
-import os
-import subprocess
-import sys
+
+from processes import run
 
 # Programs of a stage at most, on a model of one block; what an earlier stage compiled is there already, and while calibration runs
 # those of measuring are compiled.
@@ -50,13 +49,7 @@ ALLOWED = {"_threefry_seed", "stage", "cholesky", "search"}
 def test_no_stage_of_a_job_compiles_more_than_it_needs(tiny, text, tmp_path):
     import jax
 
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(tiny), str(text), str(tmp_path / "out")],
-        env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = json.loads(run(PROGRAM, tiny, text, tmp_path / "out").splitlines()[-1])  # in a process that has compiled nothing
     counts = {stage: len(names) for stage, names in found.items()}
     counts["calibrate and measure"] = counts.pop("calibrate") + counts.pop("measure")
     assert {"round_backbone", "fit_factors"} <= set(found["calibrate"]), "compiled ahead"

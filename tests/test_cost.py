@@ -27,7 +27,8 @@ from qlr_jax.settings.recipe import DEMO, Recipe
 GB = 10**9
 ROOMY = Machine("cpu", 10**16, 10**16, 2)
 SMALL = LlamaConfig(2048, 64, 96, 2, 4, 2, max_position_embeddings=256)
-LIGHT = Recipe(sequences=8, measure_tokens=512, ranks=(0, 8), factors=("trellis-2",), state_bits=8)
+FEW = Recipe(backbones=("trellis-2", "trellis-2.5", "trellis-4"))  # pricing the defaults' every rate takes most of a plan's time
+LIGHT = FEW.updated(sequences=8, measure_tokens=512, ranks=(0, 8), factors=("trellis-2",), state_bits=8)
 
 
 def parts(plan):
@@ -109,7 +110,7 @@ def test_the_budgets_range_is_that_of_the_job_itself():
 
 def test_memory_is_counted_by_its_formulas():
     config = known_config("Llama-3-8B")
-    found = parts(plan_job(config, Recipe(measure_tokens=2048), ROOMY))
+    found = parts(plan_job(config, FEW.updated(measure_tokens=2048), ROOMY))
     inputs = {input_of(n): shape_of(config, n)[1] for n in linear_names(config)}
     assert found["the model's weights, float32"] == 4 * parameter_count(config)
     assert found["Hessians H of the inputs"] == sum(4 * n * n for n in inputs.values())
@@ -119,7 +120,7 @@ def test_memory_is_counted_by_its_formulas():
     assert found["G of one block while summed"] == 4 * sum(m * m for m in sizes) + 3 * outputs // config.num_hidden_layers
     assert found["hidden states of all sequences"] == 256 * 2048 * 4096 * 4
     assert found["the original's log-probabilities"] == 2048 * 128256 * 4
-    half = parts(plan_job(config, Recipe(measure_tokens=8192), ROOMY))
+    half = parts(plan_job(config, FEW.updated(measure_tokens=8192), ROOMY))
     assert half["the original's log-probabilities"] == 8192 * 128256 * 2  # in float32 more than 4 GB
     assert parts(plan_job(SMALL, LIGHT, ROOMY))["the original's log-probabilities"] == 512 * 2048 * 4
 
@@ -138,10 +139,10 @@ def test_the_plan_streams_where_the_job_does(monkeypatch, tmp_path):
 
 def test_weights_on_disk_leave_a_small_part_of_the_memory():
     config, machine = known_config("Llama-2-70B"), Machine.parse("cpu:128GiB,cores=16")
-    plan = plan_job(config, Recipe(), machine)
+    plan = plan_job(config, FEW, machine)
     found, files = parts(plan), {part.what: part.disk for stage in plan.stages for part in stage.parts if part.disk}
-    held = plan_job(config, Recipe(streaming=False), machine)
-    everything = plan_job(config, Recipe(), Machine("cpu", 10**16, 10**16, 16))  # output Hessians too
+    held = plan_job(config, FEW.updated(streaming=False), machine)
+    everything = plan_job(config, FEW, Machine("cpu", 10**16, 10**16, 16))  # output Hessians too
     assert plan.streaming and not held.streaming and not everything.streaming
     assert plan.host < 0.2 * held.host and plan.host < 0.1 * everything.host
     assert not held.fits and held.problems[0].startswith("memory: ")
@@ -160,7 +161,7 @@ def test_weights_on_disk_leave_a_small_part_of_the_memory():
 def test_streaming_memory_does_not_grow_with_layers():
     deep = known_config("Llama-2-70B")
     half = replace(deep, num_hidden_layers=40)
-    one, two = (plan_job(config, Recipe(), Machine.parse("cpu:128GiB,cores=16")) for config in (half, deep))
+    one, two = (plan_job(config, FEW, Machine.parse("cpu:128GiB,cores=16")) for config in (half, deep))
     assert {what for what, size in parts(two).items() if size != parts(one)[what]} == set()
     assert two.host == pytest.approx(one.host, rel=1e-3)
     assert two.disk["statistics"] == 2 * one.disk["statistics"] and two.disk["job"] == pytest.approx(2 * one.disk["job"], rel=0.01)
@@ -168,11 +169,11 @@ def test_streaming_memory_does_not_grow_with_layers():
 
 def test_a_disk_that_is_too_small_is_told(monkeypatch, tmp_path):
     config, machine, out = known_config("Llama-2-70B"), Machine.parse("cpu:128GiB,cores=16"), tmp_path / "not" / "there"
-    plan = plan_job(config, Recipe(), machine)
+    plan = plan_job(config, FEW, machine)
     beside = plan.disk["output"] + plan.disk["job"] + plan.disk["statistics"]
     for free, told in ((10**15, 0), (beside + plan.disk["temporary"], 0), (beside - 1, 1)):
         monkeypatch.setattr(advice.shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))
-        found = plan_job(config, Recipe(), machine, out=out)
+        found = plan_job(config, FEW, machine, out=out)
         disks = [problem for problem in found.problems if problem.startswith("disk: the job puts ")]
         assert len(disks) == told and found.fits == (plan.fits and not told)
         assert all(f"GB into {tmp_path}, whose disk has {free / 1e9:,.1f} GB free" in problem for problem in disks)
@@ -180,7 +181,7 @@ def test_a_disk_that_is_too_small_is_told(monkeypatch, tmp_path):
     assert small.fits  # of the few megabytes that it needs
 
 
-@pytest.mark.parametrize("config, recipe, size", [(SMALL, LIGHT, 10**6), (known_config("Llama-2-70B"), Recipe(), 24 * GB)])
+@pytest.mark.parametrize("config, recipe, size", [(SMALL, LIGHT, 10**6), (known_config("Llama-2-70B"), FEW, 24 * GB)])
 def test_the_machine_of_a_remedy_is_large_enough_for_what_the_job_would_do_on_it(config, recipe, size):
     """The small one would hold its weights there, though it streams on a machine of a megabyte."""
     told = next(r for r in plan_job(config, recipe, Machine("cpu", size, size, 2)).remedies if "for the recipe as it is" in r)
@@ -199,7 +200,7 @@ def test_what_is_compressed_is_what_the_patterns_leave():
 
 
 def test_output_hessians_are_left_out_where_the_job_leaves_them_out():
-    config, recipe = known_config("Llama-3-8B"), Recipe(streaming=False)
+    config, recipe = known_config("Llama-3-8B"), FEW.updated(streaming=False)
     needed = sum(2 * 4 * shape_of(config, n)[0] ** 2 for n in linear_names(config))
     just, less = int(needed / OUTPUTS_SHARE) + 10, int(needed / OUTPUTS_SHARE) - 10
     names = [{s.name for s in plan_job(config, recipe, Machine("cpu", size, size, 2)).stages} for size in (just, less)]
@@ -215,12 +216,12 @@ def test_what_the_job_would_refuse_is_foretold():
     from qlr_jax.models import Llama
 
     config = LlamaConfig(128256, 32, 64, 1, 2, max_position_embeddings=8192)
-    plan = plan_job(config, Recipe(measure_tokens=16384), ROOMY)
+    plan = plan_job(config, FEW.updated(measure_tokens=16384), ROOMY)
     assert not plan.fits and any("pass measure_tokens: 14336" in problem for problem in plan.problems)
     with pytest.raises(QLRError, match="4202692608 bytes"):
         reference(Llama(config), np.zeros((8, 2048), np.int32), max_bytes=REFERENCE_BYTES)
-    assert plan_job(config, Recipe(measure_tokens=14336), ROOMY).fits
-    assert plan_job(known_config("Llama-3-8B"), Recipe(), ROOMY).fits
+    assert plan_job(config, FEW.updated(measure_tokens=14336), ROOMY).fits
+    assert plan_job(known_config("Llama-3-8B"), FEW, ROOMY).fits
     second = plan_job(SMALL, LIGHT.updated(attribution="second-order", streaming=True), ROOMY)
     assert not second.fits and second.remedies == ("in the recipe, attribution: path",)
     few = plan_job(SMALL, LIGHT.updated(sequences=1, sequence_length=32), ROOMY)
@@ -229,7 +230,7 @@ def test_what_the_job_would_refuse_is_foretold():
 
 
 def test_a_machine_that_is_too_small_is_told_why_and_what_would_do():
-    config, recipe = known_config("Llama-2-70B"), Recipe()
+    config, recipe = known_config("Llama-2-70B"), FEW
     plan = plan_job(config, recipe, Machine.parse("24GiB"))
     assert not plan.fits and plan.problems[0].startswith("memory: ") and "of 25.8 GB (" in plan.problems[0]
     assert any("a machine of" in remedy for remedy in plan.remedies)
@@ -238,7 +239,7 @@ def test_a_machine_that_is_too_small_is_told_why_and_what_would_do():
 
 def test_a_setting_that_makes_it_fit_is_named_and_makes_it_fit():
     config = LlamaConfig(32000, 2048, 5632, 8, 16, 16, max_position_embeddings=2048)
-    recipe = Recipe(sequences=1024)
+    recipe = FEW.updated(sequences=1024)
     needed = plan_job(config, recipe, ROOMY).host
     machine = Machine("cpu", int(needed * 0.75), int(needed * 0.75), 2)
     plan = plan_job(config, recipe, machine)
@@ -257,7 +258,7 @@ def test_more_of_anything_takes_no_less():
 
 def test_controls_that_are_quick_or_left_out_cost_less():
     config = known_config("Llama-2-7B")  # of which compiling is no large part
-    plans = {mode: plan_job(config, Recipe(controls=mode), ROOMY) for mode in ("full", "quick", "none")}
+    plans = {mode: plan_job(config, FEW.updated(controls=mode), ROOMY) for mode in ("full", "quick", "none")}
     for name in ("solve", "judge", "evaluate"):
         full, quick, none = (next(s.cpu_seconds for s in plan.stages if s.name == name) for plan in plans.values())
         assert none < quick <= full and (quick < 0.7 * full) == (name == "solve")
@@ -266,15 +267,15 @@ def test_controls_that_are_quick_or_left_out_cost_less():
 
 def test_accelerators_hold_weights_and_hosts_statistics_and_their_times_are_no_measurements():
     config = known_config("Llama-2-7B")
-    plan = plan_job(config, Recipe(), Machine.parse("gpu:80GB,host=512GB,cores=16"))
+    plan = plan_job(config, FEW, Machine.parse("gpu:80GB,host=512GB,cores=16"))
     assert 4 * parameter_count(config) < plan.device and 4 * parameter_count(config) != plan.host
     assert not plan.rates.measured and "NOT measured" in plan_text(plan)
-    assert plan_job(config, Recipe(), ROOMY).rates.measured
+    assert plan_job(config, FEW, ROOMY).rates.measured
 
 
 def test_hosts_share_all_but_loading_and_saving():
     config = known_config("Llama-2-7B")  # of which compiling is no large part
-    one, four = (plan_job(config, Recipe(), Machine.parse("cpu:256GiB,cores=2", hosts=n)) for n in (1, 4))
+    one, four = (plan_job(config, FEW, Machine.parse("cpu:256GiB,cores=2", hosts=n)) for n in (1, 4))
     assert one.host == four.host and one.disk["statistics"] < four.disk["statistics"]
     for first, second in zip(one.stages, four.stages, strict=True):
         shared = first.name not in ("load", "save")

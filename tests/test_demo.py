@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import qlr_jax as qlr
-from qlr_jax import job
+from qlr_jax import calibration, job
 from qlr_jax.models import load_model
 from qlr_jax.models.forward import last_states
 from qlr_jax.pipelines.run import with_weights
@@ -29,6 +29,15 @@ LIGHT = Recipe(
     refine=1,
     include=("model.layers.[05].self_attn.[qo]_proj",),  # of one shape: compiling takes most of the time
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_texts():
+    """Of two megabytes of text most would only be tokenized."""
+    whole = calibration.standard_library
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration, "standard_library", lambda split: whole(split)[:50_000])
+        yield
 
 
 @pytest.fixture(scope="module")
