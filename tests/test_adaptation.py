@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from processes import run
+from scipy import special
 from test_formats import random_matrix
 
 from qlr_jax import calibration
@@ -16,7 +18,7 @@ from qlr_jax.adaptation.added_components import added_components
 from qlr_jax.adaptation.assembly import pack_matrix
 from qlr_jax.adaptation.config import TRAINABLE, added_bytes
 from qlr_jax.adaptation.losses import hidden_state_loss, kl_loss, text_loss, top_kl_loss
-from qlr_jax.adaptation.measure import mean_loss, weight_gradients
+from qlr_jax.adaptation.measure import mean_loss, mean_over, weight_gradients
 from qlr_jax.adaptation.metrics import backbone_metric
 from qlr_jax.adaptation.products import bf16_product
 from qlr_jax.adaptation.rounding import factor_shifts, quantize_left, quantize_right
@@ -52,6 +54,7 @@ ZOO = SMALL | {
 SMALL, ZOO = ({LAYER + name: spec for name, spec in specs.items()} for specs in (SMALL, ZOO))
 
 
+@partial(jax.jit, static_argnums=0)
 def dense(matrix, values, base):
     """W (m, n) as it is being trained: what a student's layer multiplies with."""
     total = backbone(matrix, values, base)
@@ -65,17 +68,40 @@ def student_logits(*arguments):
     return student_forward(*arguments)[1]
 
 
+def student_says(student, frame, values, tokens):
+    """What a student says, of one program."""
+    return jax.jit(lambda f, v: student_logits(student, f, v, jnp.asarray(tokens), exact_product))(frame, values)
+
+
+@jax.jit
+def forward(model, tokens):
+    return model(tokens)
+
+
+def says(model, tokens):
+    """The logits of a model as it is stored; one program for all that are alike once decoded."""
+    return np.asarray(forward(model.densified(), jnp.asarray(tokens)))
+
+
+def near(got, want):
+    return float(np.abs(np.asarray(got) - want).max()) < 1e-4 * float(np.abs(want).max())
+
+
+def sizes(arrays):
+    """With component scales as the solver's are."""
+    return {k: jnp.asarray(np.abs(np.asarray(v))) if k == "component_scale" else v for k, v in arrays.items()}
+
+
 def compressed(model, specs):
     """(`model` with matrices of random codes in place of its weights, a model whose weights they approximate)."""
     packed, original = (jax.tree.map(lambda leaf: leaf, model) for _ in range(2))
     for i, (name, spec) in enumerate(specs.items()):
         matrix = random_matrix(spec, model.linears()[name].weight.get_value().shape, seed=3, state_bits=6)
-        # the solver's component scales are sizes
-        matrix = QLRMatrix({k: jnp.abs(v) if k == "component_scale" else v for k, v in matrix.arrays.items()}, matrix.layout)
-        weight = matrix.dense()
+        matrix = QLRMatrix(sizes(matrix.arrays), matrix.layout)
+        weight = np.asarray(matrix.dense())
         packed.linears()[name].weight.set_value(matrix)
-        noise = 0.3 * jnp.std(weight) * jax.random.normal(jax.random.key(i), weight.shape)
-        original.linears()[name].weight.set_value(weight + noise)
+        noise = 0.3 * weight.std() * np.asarray(jax.random.normal(jax.random.key(i), weight.shape))
+        original.linears()[name].weight.set_value(jnp.asarray(weight + noise))
     return packed, original
 
 
@@ -86,8 +112,8 @@ def base():
     )
     model = Llama(config, jax.random.key(0))
     for param in model.tensors().values():
-        value = param.get_value()
-        param.set_value(value * 8 if value.ndim > 1 else value)
+        value = np.asarray(param.get_value())
+        param.set_value(jnp.asarray(value * 8 if value.ndim > 1 else value))
     return model
 
 
@@ -132,7 +158,7 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def held_out():
-    return np.random.default_rng(1).integers(0, 64, (5, 10)).astype(np.int32)
+    return np.random.default_rng(1).integers(0, 64, (4, 10)).astype(np.int32)
 
 
 def settings(**changes):
@@ -156,10 +182,8 @@ def adapted(zoo_and_original, tokens):
 
 def test_apart_and_together_is_the_same_model(zoo, packed, tokens):
     for model, rank in ((zoo, None), (packed, 4)):
-        want = model(jnp.asarray(tokens))
         student, values, frame = take_apart(model, ("factors", "scales"), rank, {})
-        got = jax.jit(lambda v, s=student, f=frame: student_logits(s, f, v, jnp.asarray(tokens), exact_product))(values)
-        assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+        assert near(student_says(student, frame, values, tokens), says(model, tokens))
         for name, matrix in packed_matrices(model).items():
             base = frame.linears()[name].weight.get_value()
             np.testing.assert_allclose(dense(student.matrices[name], values[name], base), matrix.dense(), atol=1e-5)
@@ -169,32 +193,28 @@ def test_factors_that_stay_are_multiplied_out_beside_a_trained_backbone(zoo, tok
     student, values, frame = take_apart(zoo, ("backbone", "scales"), None, {})
     bodies = [name for name in student.matrices if "body" in values[name]]
     assert any(packed_matrices(zoo)[name].spec.rank for name in bodies) and not any(student.matrices[name].rank for name in bodies)
-    want = zoo(jnp.asarray(tokens))
-    assert float(jnp.abs(student_logits(student, frame, values, jnp.asarray(tokens), exact_product) - want).max()) < 1e-4 * float(
-        jnp.abs(want).max()
-    )
+    assert near(student_says(student, frame, values, tokens), says(zoo, tokens))
 
 
 def test_hidden_states_are_those_that_leave_the_blocks(packed, original, tokens):
     batch = jnp.asarray(tokens)
     student, values, frame = take_apart(packed, ("factors",), None, {})
+    first = jax.jit(lambda model: through(model.block(0), model.embed(batch), model.rope(batch.shape[1])))
     for model, (states, scores) in (
-        (packed, student_forward(student, frame, values, batch, exact_product)),
-        (original, teacher_forward(original, batch, exact_product)),
+        (packed, jax.jit(lambda f, v: student_forward(student, f, v, batch, exact_product))(frame, values)),
+        (original, jax.jit(lambda model: teacher_forward(model, batch, exact_product))(original)),
     ):
-        want = through(model.block(0), model.embed(batch), model.rope(batch.shape[1]))
         assert len(states) == model.config.num_hidden_layers == 1
-        np.testing.assert_allclose(states[0], want, atol=1e-4 * float(jnp.abs(want).max()))
-        np.testing.assert_allclose(scores, model(batch), atol=1e-4 * float(jnp.abs(scores).max()))
+        assert near(states[0], np.asarray(first(model.densified()))) and near(scores, says(model, tokens))
 
 
 def test_remat_and_the_fast_product_change_little(packed, tokens):
     student, values, frame = take_apart(packed, ("factors",), None, {})
     run = lambda *how: jax.jit(lambda v: student_logits(student, frame, v, jnp.asarray(tokens), *how))(values)  # noqa: E731
-    exact = run(exact_product)
+    exact = np.asarray(run(exact_product))
     np.testing.assert_allclose(run(exact_product, True), exact, atol=1e-5)
-    assert float(jnp.abs(run(bf16_product) - exact).mean()) < 0.02 * float(jnp.abs(exact).mean())
-    x, w = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 3, 8), (5, 8)]))
+    assert np.abs(np.asarray(run(bf16_product)) - exact).mean() < 0.02 * np.abs(exact).mean()
+    x, w = (np.random.default_rng(i).standard_normal(s).astype(np.float32) for i, s in enumerate([(2, 3, 8), (5, 8)]))
     got, want = (
         jax.jit(jax.grad(lambda x, w, f=f: jnp.sum(jnp.sin(f(x, w))), (0, 1)))(x, w) for f in (bf16_product, exact_product)
     )
@@ -206,8 +226,8 @@ def test_the_loss_falls_and_what_is_stored_is_evaluated(adapted, zoo_and_origina
     assert adapted.verdict is AdaptationVerdict.IMPROVED and adapted.stats["after"] < adapted.stats["before"]
     text = Sequences(tokens, original)
     assert adapted.stats["after"] == pytest.approx(mean_loss(adapted.value, text, settings()), rel=1e-5)
-    p, q = (jax.nn.log_softmax(m(jnp.asarray(tokens)), axis=-1) for m in (original, adapted.value))
-    assert adapted.stats["after"] == pytest.approx(float(jnp.mean(jnp.sum(jnp.exp(p) * (p - q), -1))), rel=1e-3)
+    p, q = (special.log_softmax(says(m, tokens).astype(np.float64), axis=-1) for m in (original, adapted.value))
+    assert adapted.stats["after"] == pytest.approx(np.mean(np.sum(np.exp(p) * (p - q), -1)), rel=1e-3)
     assert [e["phase"] for e in adapted.stats["history"] if "loss" in e] == ["all"] * 7 + ["left"] * 2 + ["scales"]
 
 
@@ -219,7 +239,7 @@ def test_codes_stay_byte_for_byte_and_bytes_are_those_of_the_spec(adapted, zoo):
         for key in matrix.arrays.keys() & {"backbone.codes", "backbone.zeros"}:
             assert np.asarray(matrix.arrays[key]).tobytes() == np.asarray(old.arrays[key]).tobytes()
     assert adapted.stats["bytes"] == adapted.stats["bytes_before"]
-    for norm in adapted.norms.values():
+    for norm in map(np.asarray, adapted.norms.values()):
         np.testing.assert_array_equal(norm, norm.astype(jnp.bfloat16).astype(norm.dtype))
 
 
@@ -266,8 +286,8 @@ def with_table(request):
     )
     model = Llama(config, jax.random.key(1))
     for name, param in model.tensors().items():
-        value = param.get_value() * (8 if param.get_value().ndim > 1 else 1)
-        param.set_value(value.astype(jnp.bfloat16).astype(jnp.float32) if name in EMBEDDINGS else value)
+        value = np.asarray(param.get_value()) * (8 if param.get_value().ndim > 1 else 1)
+        param.set_value(jnp.asarray(value.astype(jnp.bfloat16).astype(np.float32) if name in EMBEDDINGS else value))
     packed, original = compressed(model, {f"{LAYER}mlp.gate_proj": "int-2g16", f"{LAYER}mlp.up_proj": "int-2g16"})
     return original, packed
 
@@ -284,8 +304,9 @@ def test_embeddings_are_learned_and_those_of_unseen_tokens_stay(with_table):
     assert found.stats["trained"] == sum(a.size for a in found.embeddings.values())
     read, told = set(tokens.ravel()), set(teacher.ids.ravel().tolist())
     for name, array in found.embeddings.items():
+        array = np.asarray(array)
         np.testing.assert_array_equal(array, array.astype(jnp.bfloat16).astype(array.dtype))
-        moved = set(np.flatnonzero(np.any(array != packed.tensors()[name].get_value(), axis=1)).tolist())
+        moved = set(np.flatnonzero(np.any(array != np.asarray(packed.tensors()[name].get_value()), axis=1)).tolist())
         # an untied embedding has no gradient where a token is not read; the head has one wherever the teacher names it
         assert moved and moved <= (read if name == EMBEDDINGS[0] and model.lm_head is not None else read | told)
     assert len(read | told) < 64
@@ -302,10 +323,11 @@ def test_gradients_of_a_tied_embedding_are_those_of_both_uses(with_table):
 
     gradient, step = jax.jit(jax.grad(loss))(values), 1e-3
     for name in student.embeddings:
-        along = jax.random.normal(jax.random.key(4), values[name]["table"].shape)
-        ends = [loss(values | {name: values[name] | {"table": values[name]["table"] + s * step * along}}) for s in (1, -1)]
-        slope = float(ends[0] - ends[1]) / (2 * step)
-        assert float(jnp.sum(gradient[name]["table"] * along)) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+        table = np.asarray(values[name]["table"])
+        along = np.random.default_rng(4).standard_normal(table.shape).astype(np.float32)
+        ends = [float(loss(values | {name: values[name] | {"table": table + np.float32(s * step) * along}})) for s in (1, -1)]
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert np.sum(np.asarray(gradient[name]["table"]) * along) == pytest.approx(slope, rel=1e-2, abs=1e-3)
 
 
 def test_a_rare_token_moves_less_than_a_common_one():
@@ -331,8 +353,7 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
     # what stays as it is keeps its signs; fresh factors begin at no change in their basis too
     student, values, frame = take_apart(first.value, ("factors",), None, fresh := added_components(matrices, {
         n: np.asarray(m.dense()) for n, m in matrices.items()}, 400, None))  # fmt: skip
-    got, want = student_logits(student, frame, values, jnp.asarray(tokens), exact_product), first.value(jnp.asarray(tokens))
-    assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+    assert near(student_says(student, frame, values, tokens), says(first.value, tokens))
     for name, right in fresh.items():
         turned = hadamard.unrotate(right, *matrices[name].rotations[1]) if matrices[name].spec.rotated else right
         basis = np.linalg.svd(np.asarray(matrices[name].dense(), np.float64))[2][: len(right)]
@@ -344,10 +365,10 @@ def test_trained_signs_are_stored_counted_and_trained_again(packed, original, to
             np.testing.assert_array_equal(matrix.arrays[side], matrices[name].arrays[side])
 
 
-def test_first_components_alone(packed, original, tokens):
-    found = fine_tune(packed, tokens, settings(train=("factors",), rank=4, steps=5, batch=12), teacher=original)
+def test_first_components_alone(few, original, tokens):
+    found = fine_tune(few, tokens, settings(train=("factors",), rank=4, steps=5, batch=12), teacher=original)
     name = f"{LAYER}self_attn.k_proj"
-    old, new = packed_matrices(packed)[name], found.matrices[name]
+    old, new = packed_matrices(few)[name], found.matrices[name]
     assert found.verdict is not AdaptationVerdict.NOT_IMPROVED and old.spec == new.spec
     for side in ("left", "right"):
         a, b = old.arrays[f"{side}.codes"], new.arrays[f"{side}.codes"]
@@ -355,7 +376,7 @@ def test_first_components_alone(packed, original, tokens):
         assert not np.array_equal(a[:1], b[:1])
     np.testing.assert_array_equal(old.arrays["component_scale"][4:], new.arrays["component_scale"][4:])
     with pytest.raises(QLRError, match=r"rank 3 cuts the components .* multiple of 4"):
-        fine_tune(packed, tokens, settings(rank=3), teacher=original)
+        fine_tune(few, tokens, settings(rank=3), teacher=original)
 
 
 @pytest.mark.parametrize("grid", ["bf16", "int-8"])
@@ -473,13 +494,13 @@ def test_factors_are_trained_quantized_and_resumed(few, original, tokens, held_o
 def test_losses_against_numpy(tokens):
     rng = np.random.default_rng(0)
     p, q = (np.log(a / a.sum(-1, keepdims=True)) for a in rng.uniform(0.1, 1, (2, 3, 10, 64)))
-    assert float(kl_loss(jnp.asarray(q), jnp.asarray(p))) == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
+    full, found = float(jax.jit(kl_loss)(q, p)), []
+    assert full == pytest.approx((np.exp(p) * (p - q)).sum(-1).mean(), rel=1e-5)
     want = -np.mean([q[i, t, tokens[i, t + 1]] for i in range(3) for t in range(9)])
-    assert float(text_loss(jnp.asarray(q), jnp.asarray(tokens[:3]))) == pytest.approx(want, rel=1e-5)
-    full, found = float(kl_loss(jnp.asarray(q), jnp.asarray(p))), []
+    assert float(jax.jit(text_loss)(q, tokens[:3])) == pytest.approx(want, rel=1e-5)
     for k in (1, 8, 32, 64):
         ids = np.argsort(-p, axis=-1)[..., :k]
-        found.append(float(top_kl_loss(jnp.asarray(q), jnp.asarray(ids), jnp.asarray(np.take_along_axis(p, ids, -1)))))
+        found.append(float(jax.jit(top_kl_loss)(q, ids, np.take_along_axis(p, ids, -1))))
     assert found == sorted(found) and found[-1] == pytest.approx(full, rel=1e-4)
 
 
@@ -494,6 +515,16 @@ def test_a_teachers_likeliest_tokens_stand_for_it(few, original, tokens, held_ou
     assert losses(given) == losses(own)
 
 
+def test_rows_left_over_count_as_the_others(tokens):
+    taken = []
+
+    def loss(part):
+        taken.append(len(part[0]))
+        return np.mean(part[0])
+
+    assert mean_over(Sequences(tokens[:6], None), 4, loss) == pytest.approx(tokens[:6].mean(), rel=1e-6) and taken == [4, 1, 1]
+
+
 def test_mix_is_the_weighted_sum(few, original, tokens):
     kl, text, mix = (mean_loss(few, Sequences(tokens, original), settings(loss=n, weight=0.25)) for n in ("kl", "text", "mix"))
     assert mix == pytest.approx(0.25 * kl + 0.75 * text, rel=1e-5)
@@ -505,25 +536,24 @@ def test_states_against_numpy():
     metrics = [np.cov(rng.standard_normal((8, 20))) for _ in range(3)]
     apart = found - original
     want = np.mean([0.5 * np.einsum("bti,ij,btj->bt", d, g, d).mean() for d, g in zip(apart, metrics, strict=True)])
-    given = ([jnp.asarray(a, jnp.float32) for a in arrays] for arrays in (found, original, metrics))
-    assert float(hidden_state_loss(*given, exact_product)) == pytest.approx(want, rel=1e-5)
+    given = ([a.astype(np.float32) for a in arrays] for arrays in (found, original, metrics))
+    assert float(jax.jit(partial(hidden_state_loss, product=exact_product))(*given)) == pytest.approx(want, rel=1e-5)
 
 
-def test_hidden_states_are_distilled_and_left_out_of_the_loss_that_is_shown(packed, original, tokens, held_out):
+def test_hidden_states_are_distilled_and_left_out_of_the_loss_that_is_shown(packed, original, tokens):
     """Their weight draws the hidden states to the original's; the loss that is shown stays KL."""
     plain, drawn = (
-        fine_tune(packed, tokens, settings(train=("scales",), steps=24, batch=12, states=w), teacher=original, held_out=held_out)
+        fine_tune(packed, tokens, settings(train=("scales",), steps=24, batch=12, states=w), teacher=original, held_out=tokens)
         for w in (0.0, 1000.0)
     )
     assert losses(plain)[0] == pytest.approx(losses(drawn)[0], rel=1e-5) and losses(plain)[-1] != losses(drawn)[-1]
-    batch = jnp.asarray(tokens)
-    wanted = teacher_forward(original, batch, exact_product)[0][0]
+    states = jax.jit(lambda model: teacher_forward(model, jnp.asarray(tokens), exact_product)[0][0])
     name = f"{LAYER}mlp.down_proj"
-    metric = calibration.output_hessians(packed.densified(), tokens, [name])[name]
+    metric = np.asarray(calibration.output_hessians(packed.densified(), tokens, [name])[name])
 
     def apart(model):
-        states = teacher_forward(model.densified(), batch, exact_product)[0]
-        return float(hidden_state_loss(states, [wanted], [metric], exact_product))
+        difference = np.asarray(states(model.densified())) - np.asarray(states(original))
+        return np.sum(difference * (difference @ metric))
 
     assert apart(drawn.value) < apart(plain.value) < apart(packed)
 
@@ -563,7 +593,7 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(few, original, tokens, 
     run = lambda folder: fine_tune(few, tokens, config, teacher=original, held_out=held_out, checkpoint=folder)  # noqa: E731
     whole = run(tmp_path / "whole")
     save = checkpoint.save
-    for stop in (2, 5):  # in the first phase, and in a later one
+    for stop in (2, 3):  # in the first phase, and then in the last one
         count = [0]
 
         def saved(*given, count=count, stop=stop):
@@ -574,14 +604,14 @@ def test_a_resumed_training_ends_as_an_uninterrupted_one(few, original, tokens, 
 
         monkeypatch.setattr(checkpoint, "save", saved)
         with pytest.raises(Interrupted):
-            run(tmp_path / str(stop))
-        monkeypatch.setattr(checkpoint, "save", save)
-        again = run(tmp_path / str(stop))
-        assert again.stats["history"] == whole.stats["history"]
-        for a, b in zip(jax.tree.leaves(again.matrices), jax.tree.leaves(whole.matrices), strict=True):
-            np.testing.assert_array_equal(a, b)
+            run(tmp_path / "begun")
+    monkeypatch.setattr(checkpoint, "save", save)
+    again = run(tmp_path / "begun")
+    assert again.stats["history"] == whole.stats["history"]
+    for a, b in zip(jax.tree.leaves(again.matrices), jax.tree.leaves(whole.matrices), strict=True):
+        np.testing.assert_array_equal(a, b)
     with pytest.raises(QLRError, match="of another model, text or setting"):
-        fine_tune(few, tokens, settings(steps=11), teacher=original, held_out=held_out, checkpoint=tmp_path / "2")
+        fine_tune(few, tokens, settings(steps=11), teacher=original, held_out=held_out, checkpoint=tmp_path / "begun")
 
 
 def test_training_stops_early_and_keeps_the_best(few, original, tokens, held_out, monkeypatch):
@@ -644,8 +674,7 @@ def test_added_components_change_nothing_at_first_and_keep_to_their_bytes(packed
     gradients = weight_gradients(packed, Sequences(tokens, original), config)
     fresh = added_components(matrices, gradients, budget, None)
     student, values, frame = take_apart(packed, config.train, None, fresh)
-    got, want = student_logits(student, frame, values, jnp.asarray(tokens), exact_product), packed(jnp.asarray(tokens))
-    assert float(jnp.abs(got - want).max()) < 1e-4 * float(jnp.abs(want).max())
+    assert near(student_says(student, frame, values, tokens), says(packed, tokens))
     found = fine_tune(packed, tokens, settings(fresh=f"{budget}B", fresh_grid="same", steps=8, batch=12), teacher=original)
     assert found.stats["after"] < found.stats["before"]
     added = found.stats["bytes"] - found.stats["bytes_before"]

@@ -43,11 +43,11 @@ def mean_loss(model: Llama, sequences: Sequences, config: AdaptConfig) -> float:
         sequences: the text.
         config: which loss, and how many sequences a pass takes.
     """
-    model, teacher = model.densified(), sequences.resident_teacher
-    return mean_over(sequences, config.batch, lambda part: _loss(config, model, teacher, part))
+    model, teacher, of = model.densified(), sequences.resident_teacher, AdaptConfig(loss=config.loss, weight=config.weight)
+    return mean_over(sequences, config.batch, lambda part: _loss(of, model, teacher, part))
 
 
-@partial(jax.jit, static_argnums=0)  # compiled once for the model before and after
+@partial(jax.jit, static_argnums=0)  # compiled once for the model before and after, whatever else is set
 def _loss(config: AdaptConfig, model: Llama, teacher: Llama | None, part: tuple[Array, ...]) -> Array:
     return objective(config, model(part[0]), _teacher_logits(teacher, part), part)
 

@@ -7,9 +7,10 @@ training L on, fixing L, and training the scales on follows the order of QuIP#'s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from qlr_jax.adaptation.student import StudentMatrix
@@ -24,6 +25,7 @@ QuantizedFactors = dict[str, dict[str, Array]]
 """Name of a matrix -> `<side>.codes` and `<side>.scales.<i>` of its quantized factors, as their quantizers pack them."""
 
 DAMPING = 0.01  # of H, as in the solver
+FACTORED = ("left", "right", "unit", "component")  # arrays of a matrix's factors among its parameters
 
 
 def quantize_right(
@@ -41,12 +43,14 @@ def quantize_right(
     """
     quantizer, rank = matrix.spec.factor_quantizers(matrix.layout.state_bits)[1], matrix.rank
     factor = ldl(_metric(matrix, values, hessian)[None], DAMPING, column_block(quantizer))
-    wanted = jnp.pad(values["right"], ((0, _padded(matrix) - rank), (0, 0)))[None]
-    given = jnp.ones((1, _padded(matrix), 1)) if matrix.on_grid[1] else None
-    right, codes, scales = round_right(wanted, factor, quantizer.static(), quantizer.traced(), False, given)
+    rows = np.asarray(values["right"])
+    wanted = np.pad(rows, ((0, _padded(matrix) - rank), (0, 0)))[None]
+    given = np.ones((1, _padded(matrix), 1), np.float32) if matrix.on_grid[1] else None
+    right, codes, scales = _round_right(wanted, factor, quantizer.static(), quantizer.traced(), False, given)
     free = quantizer.unit_scale and not matrix.on_grid[1]
-    size = jnp.sqrt(jnp.mean(jnp.square(values["right"]), axis=-1)) if free else jnp.ones((rank,))
-    return {**values, "right": right[0, :rank], "component": values["component"] * size}, _codes("right", codes, scales)
+    size = np.sqrt(np.mean(np.square(rows), axis=-1)) if free else np.ones(rank, np.float32)
+    new = {"right": np.asarray(right)[0, :rank], "component": np.asarray(values["component"]) * size}
+    return {**values, **new}, _codes("right", codes, scales)
 
 
 def quantize_left(
@@ -63,19 +67,19 @@ def quantize_left(
         The parameters with L quantized, and its codes and scales.
     """
     (quantizer, of_right), rank = matrix.spec.factor_quantizers(matrix.layout.state_bits), matrix.rank
-    right, more = values["right"], _padded(matrix) - matrix.rank
-    metric = jnp.pad(right @ _metric(matrix, values, hessian) @ right.T, ((0, more), (0, more)))
-    sizes = values["unit"] * values["component"]
-    wanted = jnp.pad((values["left"] * sizes[:, None]).T, ((0, 0), (0, more)))
-    given = jnp.pad(sizes, (0, more), constant_values=1.0)[None, None] if matrix.on_grid[0] else None
-    mask = (jnp.arange(rank + more) < rank).astype(jnp.float32)
+    more = _padded(matrix) - rank
+    metric = np.pad(_projected(values["right"], _metric(matrix, values, hessian)), ((0, more), (0, more)))
+    sizes = np.asarray(values["unit"]) * np.asarray(values["component"])
+    wanted = np.pad((np.asarray(values["left"]) * sizes[:, None]).T, ((0, 0), (0, more)))
+    given = np.pad(sizes, (0, more), constant_values=1.0)[None, None] if matrix.on_grid[0] else None
+    mask = (np.arange(rank + more) < rank).astype(np.float32)
     own = not (quantizer.unit_scale or of_right.unit_scale)  # both grids have scales, so s is not stored
-    left, component, codes, scales = round_left(
+    left, component, codes, scales = _round_left(
         wanted[None], metric[None], mask, quantizer.static(), quantizer.traced(), own, False, False, given
     )
-    component = component[0, :rank]
-    unit = jnp.sqrt(jnp.mean(jnp.square(component)))
-    new = {"left": (left[0, :, :rank] / component).T, "unit": jnp.full((rank,), unit), "component": component / unit}
+    component = np.asarray(component)[0, :rank]
+    unit = np.sqrt(np.mean(np.square(component)))
+    new = {"left": (np.asarray(left)[0, :, :rank] / component).T, "unit": np.full(rank, unit), "component": component / unit}
     return {**values, **new}, _codes("left", codes, scales)
 
 
@@ -98,14 +102,14 @@ def factor_shifts(
 
     Source: straight-through estimator: Bengio et al., arXiv 1308.3432.
     """
-    plain = {k: v for k, v in values.items() if not k.endswith(".shift")}
+    plain = {k: np.asarray(v) if k in FACTORED else v for k, v in values.items() if not k.endswith(".shift")}
     right = plain if "right.codes" in quantized else quantize_right(matrix, plain, hessian)[0]
     left = right if "left.codes" in quantized else quantize_left(matrix, right, hessian)[0]
     size = (right["component"] / plain["component"])[:, None]
     scale = (left["unit"] * left["component"] / (plain["unit"] * right["component"]))[:, None]
     # an added component is 0 at first, and its quantization 0 / 0
-    live = jnp.any(plain["left"] != 0, axis=1, keepdims=True)
-    target = jnp.where(live, left["left"] * scale, plain["left"])
+    live = np.any(plain["left"] != 0, axis=1, keepdims=True)
+    target = np.where(live, left["left"] * scale, plain["left"])
     return {"right.shift": right["right"] * size - plain["right"], "left.shift": target - plain["left"]}
 
 
@@ -142,4 +146,15 @@ def _padded(matrix: StudentMatrix) -> int:
 
 
 def _codes(side: str, codes: Array, scales: Sequence[Array]) -> dict[str, Array]:
-    return {f"{side}.codes": codes[0], **{f"{side}.scales.{j}": s[0] for j, s in enumerate(scales)}}
+    return {f"{side}.codes": np.asarray(codes)[0], **{f"{side}.scales.{j}": np.asarray(s)[0] for j, s in enumerate(scales)}}
+
+
+@jax.jit
+def _projected(right: Array, metric: Array) -> Array:
+    """R H Rᵀ."""
+    return right @ metric @ right.T
+
+
+# one program for each padded rank and grid; what is small beside it is the host's, and compiles nothing
+_round_right = partial(jax.jit, static_argnames=("static", "one_scale"))(round_right)
+_round_left = partial(jax.jit, static_argnames=("static", "own_scales", "plain", "one_scale"))(round_left)

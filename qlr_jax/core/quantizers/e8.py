@@ -15,9 +15,10 @@ from __future__ import annotations
 import itertools
 import re
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -64,6 +65,7 @@ def roots() -> np.ndarray:
     return np.array(points[:256], np.float32)
 
 
+@partial(jax.jit, static_argnames="scale")  # a dozen small programs for every shape else, where a matrix is decoded
 def shifted_points(codes: Array, scale: float = 1.0) -> Array:
     """scale · points of E8 + ¼ for 16-bit codes, (*b,) -> (*b, 8).
 
