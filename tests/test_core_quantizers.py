@@ -2,6 +2,7 @@
 
 import itertools
 from fractions import Fraction
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from qlr_jax.core.ldlq import ldlq, pad_to_tiles
+from qlr_jax.core.matrix import _decoded
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers import QUANTIZERS, normal_float, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers import e8 as lattice
@@ -17,22 +19,35 @@ from qlr_jax.core.quantizers.trellis import Trellis, gaussian_error, read_states
 from qlr_jax.errors import QLRError
 
 TABLE = [name for kind in QUANTIZERS.values() for name in kind.examples]
+SINGLES = [kind.examples[0] for kind in QUANTIZERS.values()]  # what is rounded without a companion as well
 SHAPE = (21, 53)
 BITS = 6
 
 
 def rounded(quantizer, x):
-    """Values of the real part and the codes of x (*b, rows, cols), as the solver calls a quantizer."""
+    """Values of the real part, codes and qparams of x (*b, rows, cols), as the solver calls a quantizer."""
+    by_metric = quantizer.metric_qparams(np.ones((len(x), -(-x.shape[-1] // quantizer.tile[1]))))
+    return jax.tree.map(np.asarray, rounded_jit(x, by_metric, quantizer.traced(), quantizer.static()))
+
+
+@partial(jax.jit, static_argnames="static")
+def rounded_jit(x, by_metric, traced, static):
+    """Compiled once for all rates."""
     cols = x.shape[-1]
-    qparams = quantizer.fit_qparams(jnp.asarray(x), per_row=False)
-    of_weights = quantizer.broadcast_qparams(qparams, cols)
-    padded = pad_to_tiles(jnp.asarray(x), *quantizer.tile)
-    if quantizer.unit_scale:  # as LDLQ does it, without feedback: compiled once for all rates
-        none = jnp.zeros((padded.shape[-1],) * 2)
-        values, codes = ldlq(padded, none, of_weights, quantizer.traced(), quantizer.static())
+    qparams = static.fit_qparams(x, per_row=False)
+    qparams = (*qparams[: len(qparams) - len(by_metric)], *by_metric)
+    of_weights = static.broadcast_qparams(qparams, cols)
+    padded = pad_to_tiles(x, *static.tile)
+    if static.unit_scale:  # as LDLQ does it, without feedback
+        values, codes = ldlq(padded, jnp.zeros((padded.shape[-1],) * 2), of_weights, traced, static)
     else:
-        values, codes = quantizer.round_block(padded, of_weights, quantizer.traced(), False)
+        values, codes = static.round_block(padded, of_weights, traced, False)
     return values[..., : x.shape[-2], :cols], codes, qparams
+
+
+@partial(jax.jit, static_argnames=("quantizer", "transposed"))
+def round_block(x, qparams, traced, quantizer, transposed=False):
+    return quantizer.round_block(x, qparams, traced, transposed)
 
 
 def stored_of(quantizer, qparams, i):
@@ -53,7 +68,7 @@ def case(request, x):
 
 def packed(case, i):
     quantizer, _, codes, qparams = case
-    return quantizer.pack(np.asarray(codes[i]), stored_of(quantizer, qparams, i))
+    return quantizer.pack(codes[i], stored_of(quantizer, qparams, i))
 
 
 def test_stored_is_what_is_packed(case):
@@ -66,18 +81,19 @@ def test_stored_is_what_is_packed(case):
 def test_decoded_equals_rounded(case):
     quantizer, values, _, scales = case
     for i in range(2):
-        decoded = np.asarray(quantizer.decode(packed(case, i), *SHAPE))
+        decoded = _decoded(quantizer, packed(case, i), *SHAPE)
         assert decoded.dtype == np.float32 and decoded.shape == SHAPE
-        scale = np.asarray(scales[0][i]) if quantizer.unit_scale else 1.0
-        np.testing.assert_array_equal(decoded * scale, np.asarray(values[i]))
+        np.testing.assert_array_equal(decoded * (scales[0][i] if quantizer.unit_scale else 1.0), values[i])
 
 
 def test_batch_equals_singles(case, x):
     quantizer, values, codes, _ = case
     for i in range(2):
-        one, one_codes, _ = rounded(quantizer, x[i : i + 1].astype(np.float32))
-        np.testing.assert_array_equal(one[0], values[i])
-        np.testing.assert_array_equal(one_codes[0], codes[i])
+        # beside zeros, by a program that is compiled already, and of each kind's first example alone
+        for given in (np.stack([x[i], np.zeros(SHAPE)]), x[i : i + 1])[: 1 + (quantizer.name in SINGLES)]:
+            one, one_codes, _ = rounded(quantizer, given.astype(np.float32))
+            np.testing.assert_array_equal(one[0], values[i])
+            np.testing.assert_array_equal(one_codes[0], codes[i])
 
 
 def test_error_is_that_of_its_rate(case, x):
@@ -111,9 +127,9 @@ def test_scales_are_cast_to_their_array(case):
 def test_zero_matrix_stays_zero(case):
     quantizer = case[0]
     values, codes, scales = rounded(quantizer, np.zeros((2, *SHAPE), np.float32))
-    assert not np.asarray(values).any()
-    decoded = quantizer.decode(quantizer.pack(np.asarray(codes[0]), stored_of(quantizer, scales, 0)), *SHAPE)
-    assert quantizer.unit_scale or not np.asarray(decoded).any()
+    assert not values.any()
+    decoded = _decoded(quantizer, quantizer.pack(codes[0], stored_of(quantizer, scales, 0)), *SHAPE)
+    assert quantizer.unit_scale or not decoded.any()
 
 
 @pytest.mark.parametrize("name", ["none", "int-3g16a", "nf-4g32", "nvfp4", "e8-3", "trellis-2"])
@@ -138,7 +154,7 @@ def test_accelerators_take_it(name):
 def test_scale_search_beats_absmax(name, x):
     quantizer = parse_quantizer(name)
     w = x[0].astype(np.float64) ** 3  # heavy tails
-    ours = np.asarray(rounded(quantizer, w[None].astype(np.float32))[0][0], np.float64)
+    ours = rounded(quantizer, np.stack([w, w]).astype(np.float32))[0][0].astype(np.float64)  # two: as `case`, compiled already
     size, levels, plain = quantizer.group or w.shape[1], 2**quantizer.width, np.empty_like(w)
     for start in range(0, w.shape[1], size):
         part = w[:, start : start + size]
@@ -192,7 +208,7 @@ def test_normal_float_levels():
 def test_normal_float_takes_the_nearest_level():
     quantizer = parse_quantizer("nf-3")
     at = np.linspace(-1.3, 1.3, 521, dtype=np.float32)[None]
-    values, codes = quantizer.round_block(jnp.asarray(at), (jnp.ones((1, 1)),), (), False)
+    values, codes = round_block(at, (np.ones((1, 1), np.float32),), (), quantizer)
     distance = np.abs(at[..., None].astype(np.float64) - normal_float.levels(3))
     np.testing.assert_allclose(np.abs(np.asarray(values, np.float64) - at), distance.min(-1), atol=1e-7)
     np.testing.assert_array_equal(normal_float.levels(3)[codes], values)
@@ -203,7 +219,7 @@ def test_normal_float_takes_the_nearest_level():
 
 @pytest.fixture(scope="module")
 def points():
-    return np.asarray(lattice.shifted_points(jnp.arange(2**16)), np.float64)
+    return np.asarray(jax.jit(lattice.shifted_points)(np.arange(2**16, dtype=np.int32)), np.float64)
 
 
 def in_e8(points):
@@ -239,13 +255,12 @@ def test_nearest_point_is_exact(points, stage):
     table = points if stage == "shifted" else lattice.roots().astype(np.float64)
     search = jax.jit(lattice.nearest_shifted if stage == "shifted" else lattice.nearest_root)
     x = vectors(table)
-    codes = np.asarray(search(jnp.asarray(x.T)))
+    codes, again = np.split(np.asarray(search(np.concatenate([x, table]).astype(np.float32).T)), [len(x)])
     exact = x.astype(np.float64)
     best = np.concatenate([(np.square(table).sum(1) - 2 * part @ table.T).min(1) for part in np.array_split(exact, 8)])
     reached = np.square(table[codes] - exact).sum(1)
     energy = np.square(exact).sum(1)
     assert (reached <= best + energy + 1e-6 * (1 + energy)).all()
-    again = np.asarray(search(jnp.asarray(table.T, jnp.float32)))
     np.testing.assert_array_equal(again, np.arange(len(table)))  # every point is its own nearest
 
 
@@ -253,20 +268,19 @@ def test_nearest_point_is_exact(points, stage):
 def test_lattice_reaches_its_error(bits, most):
     x = np.random.default_rng(3).standard_normal((512, 64)).astype(np.float32)
     code = parse_quantizer(f"e8-{bits}")
-    codes = jax.jit(lambda x: code.round_block(x, (jnp.ones((1, 1)),), (), False)[1])(jnp.asarray(x))
-    codes = np.asarray(codes).reshape(512, 8, -1)
-    decoded = np.asarray(code.decode(code.pack(codes, ()), *x.shape), np.float64)
+    codes = np.asarray(round_block(x, (np.ones((1, 1), np.float32),), (), code)[1]).reshape(512, 8, -1)
+    decoded = _decoded(code, code.pack(codes, ()), *x.shape).astype(np.float64)
     assert 4.0**-bits < np.square(decoded - x).sum() / np.square(x, dtype=np.float64).sum() <= most
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_lattice_values_are_exact(bits):
     """On a grid of short binary fractions: no runtime can round them, in whatever order it computes."""
-    stored = np.random.default_rng(4).integers(0, 256, (64, 8, bits), np.uint8)
-    decoded = np.asarray(parse_quantizer(f"e8-{bits}").decode({"codes": stored}, 64, 64), np.float64)
+    stored = np.random.default_rng(4).integers(0, 256, (512, 8, bits), np.uint8)  # of the shape that is compiled already
+    decoded = _decoded(parse_quantizer(f"e8-{bits}"), {"codes": stored}, 512, 64)[:64].astype(np.float64)
     np.testing.assert_array_equal(decoded * 8192, np.round(decoded * 8192))
     gain, inner = lattice.SCALES[bits]
-    codes = stored.astype(np.int64)
+    codes = stored[:64].astype(np.int64)
     wanted = points_of(codes[..., 0] | codes[..., 1] << 8)
     if bits == 3:
         wanted = wanted + inner * lattice.roots()[codes[..., 2]]
@@ -286,24 +300,23 @@ def points_of(codes):
     return out
 
 
-@pytest.mark.parametrize(("bits", "shape"), [(2, (5, 19)), (3, (1, 8)), (4, (12, 3)), (2, (1, 8))])
+@pytest.mark.parametrize(("bits", "shape"), [(2, (5, 19)), (3, (1, 8)), (4, (12, 3))])
 def test_transposed_lattice(bits, shape):
     """A factor that is stored as its transpose: rounded as the transpose is, packed and decoded alike, whatever its shape."""
     code = parse_quantizer(f"e8-{bits}")
-    x = jnp.asarray(np.random.default_rng(5).standard_normal((2, *shape)), jnp.float32)
-    padded = pad_to_tiles(x, *code.tile)
-    scale = code.fit_qparams(x, per_row=True)[0]
-    plain, codes = ldlq(padded, jnp.zeros((padded.shape[-1],) * 2), (scale,), (), code)
-    turned, same = ldlq(
-        jnp.swapaxes(padded, 1, 2), jnp.zeros((shape[0],) * 2), (jnp.swapaxes(scale, 1, 2),), (), code, transposed=True
-    )
+    x = np.random.default_rng(5).standard_normal((2, *shape)).astype(np.float32)
+    padded = np.pad(x, [(0, 0), (0, 0), (0, -shape[1] % code.tile[1])])
+    scale = np.sqrt(np.mean(np.square(x), axis=2, keepdims=True))
+    without = [np.zeros((n, n), np.float32) for n in padded.shape[1:]]
+    plain, codes = ldlq(padded, without[1], (scale,), (), code)
+    turned, same = ldlq(padded.swapaxes(1, 2), without[0], (scale.swapaxes(1, 2),), (), code, transposed=True)
     # weights that only fill a point up are alike, and which of them takes which value is a tie
-    np.testing.assert_array_equal(jnp.swapaxes(turned, 1, 2)[..., : shape[1]], plain[..., : shape[1]])
+    np.testing.assert_array_equal(np.swapaxes(turned, 1, 2)[..., : shape[1]], np.asarray(plain)[..., : shape[1]])
     if not shape[1] % code.tile[1]:
         np.testing.assert_array_equal(codes, same)
     arrays = code.pack(np.asarray(same[1]), ())
     assert {k: (v.shape, v.dtype) for k, v in arrays.items()} == code.stored(*shape)
-    np.testing.assert_array_equal(code.decode(arrays, *shape) * scale[1], plain[1, :, : shape[1]])
+    np.testing.assert_array_equal(_decoded(code, arrays, *shape) * scale[1], np.asarray(plain)[1, :, : shape[1]])
 
 
 # --- the trellis
@@ -338,11 +351,12 @@ def test_shifts_add_up():
 
 
 def viterbi(x, shifts, values, start):
-    """Least cost of every last state over all sequences, float64, by the recursion over predecessors."""
-    states, cost = np.arange(len(values)), start.astype(np.float64)
+    """Least cost of every last state (*b, states) over all sequences, float64, by the recursion over predecessors."""
+    cost = start.astype(np.float64)
     for weight, shift in zip(x.astype(np.float64), shifts, strict=True):
-        rest, top = states >> shift, np.arange(2**shift) << (BITS - shift)
-        cost = cost[rest[:, None] | top].min(1) + (weight - values) ** 2
+        # before s came a state that ends as s >> shift says; its first `shift` bits may be any
+        least = cost.reshape(*cost.shape[:-1], 2**shift, -1).min(-2)
+        cost = np.repeat(least, 2**shift, axis=-1) + (weight - values) ** 2
     return cost
 
 
@@ -360,11 +374,8 @@ def test_search_is_optimal(sequences, rate):
     reached = np.square(values[states].astype(np.float64) - sequences).sum(1)[:4]
     best = []
     for w in sequences[:4]:
-        ends = (
-            viterbi(w, code.shifts, values.astype(np.float64), np.where(np.arange(2**BITS) == s, 0, 1e30))[s]
-            for s in range(2**BITS)
-        )
-        best.append(min(ends))
+        from_each = viterbi(w, code.shifts, values.astype(np.float64), np.where(np.eye(2**BITS, dtype=bool), 0, 1e30))
+        best.append(from_each.diagonal().min())
     assert (reached >= np.array(best) * (1 - 1e-6)).all()
     assert reached.sum() < 1.02 * np.sum(best)
 
@@ -435,8 +446,9 @@ def test_transposed_rounding(sequences):
     """What is stored transposed is rounded as its transpose is."""
     code = Trellis(Fraction(2), tile_rows=8, state_bits=BITS)
     a = sequences.reshape(2, 8, 256)[0, :, :32]
-    plain, codes = code.round_block(a[None], (jnp.ones((1, 1, 1)),), code.traced(), False)
-    turned, same = code.round_block(a.T[None], (jnp.ones((1, 1, 1)),), code.traced(), True)
+    scale = (np.ones((1, 1, 1), np.float32),)
+    plain, codes = round_block(a[None], scale, code.traced(), code)
+    turned, same = round_block(a.T[None], scale, code.traced(), code, transposed=True)
     np.testing.assert_array_equal(turned[0].T, plain[0])
     np.testing.assert_array_equal(codes, same)
 
