@@ -67,11 +67,17 @@ def draw_table(seed: int, ties: str, rows: int = 5, options: int = 7) -> OptionT
 
 def brute_force(table: OptionTable) -> list[tuple[int, float]]:
     """Bytes and damage of every allocation that the ties allow."""
-    found = []
-    for choice in itertools.product(*(row.options for row in table.rows)):
-        if all(len({tie.key(choice[table.index[name]]) for name in tie.rows}) == 1 for tie in table.ties):
-            found.append((sum(o.bytes for o in choice), sum(o.damage for o in choice)))
-    return found
+    choices = np.indices([len(row.options) for row in table.rows]).reshape(len(table.rows), -1)
+    allowed = np.ones(choices.shape[1], bool)
+    for tie in table.ties:
+        number: dict = {}
+        keys = [[number.setdefault(tie.key(option), len(number)) for option in table[name].options] for name in tie.rows]
+        chosen = [np.array(of)[choices[table.index[name]]] for of, name in zip(keys, tie.rows, strict=True)]
+        allowed &= np.all(np.equal(chosen, chosen[0]), axis=0)
+    options = [[(o.bytes, o.damage) for o in row.options] for row in table.rows]
+    size = sum(np.array([b for b, _ in of])[chosen] for of, chosen in zip(options, choices, strict=True))
+    damage = sum(np.array([d for _, d in of])[chosen] for of, chosen in zip(options, choices, strict=True))
+    return list(zip(size[allowed].tolist(), damage[allowed].tolist(), strict=True))
 
 
 def limits(table: OptionTable, every: list[tuple[int, float]], seed: int) -> list[int]:

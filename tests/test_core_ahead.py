@@ -36,11 +36,13 @@ def test_the_solver_finds_what_was_compiled(small, outputs, monkeypatch, caplog)
     rng = np.random.default_rng(0)
     hessians = {n: np.cov(rng.standard_normal((n, 4 * n))).astype(np.float32) for n in (40, 48, 64)}
     weights = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
-    specs = SPECS if small else SPECS[1:3]  # the first case has all grids; how matrices are batched is the same for each
+    # the first case has all grids, where there is something to pad in both shapes; how matrices are batched is the same for each
+    specs = SPECS if small else SPECS[1:3] if outputs else SPECS[1:2]
     problems = {
         (name, spec): (w, hessians[w.shape[1]], spec, hessians[w.shape[0]] if outputs else None)
         for name, w in weights.items()
         for spec in specs
+        if name != "c" or spec.startswith("trellis")
     }
     shared = {n: jax.ShapeDtypeStruct(h.shape, h.dtype) for n, h in hessians.items()}
     shapes = {

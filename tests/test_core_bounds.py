@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -215,7 +216,8 @@ def test_nearest_of_the_solvers_own_rounding(activations):
     """Feedback carries targets beyond the grid's ends: the bound has to be told how far."""
     w, h = problem(activations, 16, 32, 0)
     quantizer, f = parse_quantizer("int-3g16a"), feedback(jnp.asarray(h, jnp.float32), 1)[0]
-    grid = quantizer.broadcast_qparams(quantizer.fit_qparams(jnp.asarray(w, jnp.float32), per_row=False), 32)
+    fit = jax.jit(lambda w: quantizer.broadcast_qparams(quantizer.fit_qparams(w, per_row=False), 32))
+    grid = fit(jnp.asarray(w, jnp.float32))
     q, _ = ldlq(jnp.asarray(w, jnp.float32), f, grid, (), quantizer)
     error, steps = w - np.asarray(q, np.float64), np.broadcast_to(np.asarray(grid[0], np.float64), w.shape)
     over = np.maximum(np.abs(error @ (np.eye(32) + np.asarray(f, np.float64))) - steps / 2, 0)
@@ -310,7 +312,7 @@ def test_a_lattice_tile_is_hardly_ever_farther_than_its_radius():
     x = np.random.default_rng(0).standard_normal((4096, 8)) * 0.4
     for name in ("e8-2", "e8-3", "e8-4"):
         code, scales = parse_quantizer(name), (jnp.ones((1, 1)),)
-        found, _ = code.round_block(jnp.asarray(x, jnp.float32), scales, code.traced(), False)
+        found, _ = jax.jit(code.round_block, static_argnums=3)(x.astype(np.float32), scales, code.traced(), False)
         distance, radius = np.linalg.norm(x - np.asarray(found), axis=1), float(code.covering_radius(scales, 8)[0, 0])
         beyond = np.mean(distance > radius * (1 + 1e-6))
         assert beyond < 0.05 if name == "e8-4" else beyond == 0

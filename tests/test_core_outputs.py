@@ -1,5 +1,6 @@
 """The metric G of the outputs: feedback among rows, factors fitted in it, errors judged in it; against float64 numpy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -65,7 +66,7 @@ def test_rows_feel_each_other_as_an_oracle_rounds_them(case, block_ldl):
     assert weighted(e, h, g) == pytest.approx(np.trace(dg @ eta @ dh @ eta.T), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", ["trellis-2", "e8-2", "nf-3g16", "int-3g16a"])
+@pytest.mark.parametrize("name", ["trellis-2", "e8-2", "int-3g16a"])
 def test_rows_without_metric_are_rounded_as_before(case, name):
     """F_G = 0: the groups do not feel each other, whatever the grid and its tiles."""
     w, h, _ = case
@@ -73,7 +74,7 @@ def test_rows_without_metric_are_rounded_as_before(case, name):
     width = quantizer.tile[1]
     pair = jnp.stack([f32(w), f32(w[::-1])])
     factor, _ = feedback(f32(h)[None], width)
-    grid = quantizer.broadcast_qparams(quantizer.fit_qparams(pair, per_row=False), N)
+    grid = jax.jit(lambda x: quantizer.broadcast_qparams(quantizer.fit_qparams(x, per_row=False), N))(pair)
     plain = ldlq(pair, factor, grid, quantizer.traced(), quantizer.static())
     rows = ldlq_rows(pair, factor, jnp.zeros((1, M, M)), grid, quantizer.traced(), quantizer.static())
     assert [a.shape for a in rows] == [a.shape for a in plain]
@@ -81,7 +82,7 @@ def test_rows_without_metric_are_rounded_as_before(case, name):
     assert float(jnp.linalg.norm(pair - rows[0])) == pytest.approx(float(jnp.linalg.norm(pair - plain[0])), rel=0.01)
 
 
-@pytest.mark.parametrize("spec", ["trellis-2", "trellis-2+r8@trellis-4", "int-3g16+r4@int-8"])
+@pytest.mark.parametrize("spec", ["trellis-2", "trellis-2+r8@trellis-4", "int-3g16"])
 def test_outputs_that_matter_are_kept_better(case, spec):
     w, h, g = case
     plain, aware = (qlr.solve(w, h, spec, output_hessian=o, **QUICK) for o in (None, g))

@@ -50,7 +50,7 @@ EQUAL = """
 found = {}
 for name, (b, m, n), spec, each, outputs in [
     ("matrices G", (10, 64, 64), "trellis-2", False, True),
-    ("matrices factors", (6, 64, 64), "int-2g16+r8@int-4", True, False),
+    ("matrices factors", (3, 64, 64), "int-2g16+r8@int-4", True, False),  # each device compiles the factors for itself
     ("rows G", (1, 512, 64), "trellis-2.25w", False, True),
     ("rows G factors", (1, 500, 48), "int-3/rot+r8@int-8", False, True),
     ("both", (2, 256, 64), "trellis-2", True, False),
@@ -65,7 +65,7 @@ for name, (b, m, n), spec, each, outputs in [
 devices.LEAST_ROWS = 512
 shared = hessian(32, 0)
 problems = {(i, spec): (np.random.default_rng(i).standard_normal((48, 32)).astype(np.float32), shared, spec)
-            for i in range(5) for spec in ("int-4g16", "int-3g16")}
+            for i in range(5) for spec in ("int-4g16", "bf16")}
 seen = []
 many = solve_many(problems, config=config, on_done=lambda key, _: seen.append(key))
 one = solve_many(problems, config=config, devices=1)
@@ -116,22 +116,21 @@ print(json.dumps({name: [work(shape, spec, count, bits) for count in (1, 2, 8)] 
     [("matrices", (64, 64, 32), "int-4g16", 6), ("rows", (1, 4096, 64), "int-4", 6), ("walks", (1, 4096, 16), "trellis-2", 10)]}))
 """
 
-# eight devices at once, with two matrices of 64 components each, hung in batched factorizations; so did, now and then, two with 16
-# Hessians each (jaxlib 0.10.2)
+# eight devices at once, with two matrices of 64 components each, hung in batched factorizations, of the components and of Hessians;
+# so did, now and then, two with 16 Hessians each (jaxlib 0.10.2)
 LOOPS = """
 weights = np.random.default_rng(1).standard_normal((16, 64, 64), np.float32)
-found = solve_batch(weights, hessian(64, 0)[None], "int-4/rot+r64@int-4", config=config)
-each = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-4", config=config)
+found = solve_batch(weights, np.stack([hessian(64, i) for i in range(16)]), "int-4/rot+r64@int-4", config=config)
 weights = np.random.default_rng(1).standard_normal((32, 128, 128), np.float32)
 for _ in range(5):
     found += solve_batch(weights, np.stack([hessian(128, 0)] * 32), "int-4/rot", config=config, devices=2)
-print(json.dumps([s.stats["relative_error"] for s in found + each]))
+print(json.dumps([s.stats["relative_error"] for s in found]))
 """
 
 # as accelerators do it, all devices at once: with threads enough nobody waits
 AT_ONCE = """
-weights = np.random.default_rng(1).standard_normal((6, 64, 64), np.float32)  # "matrices factors" of above: compiled already
-metric = np.stack([hessian(64, i) for i in range(6)])
+weights = np.random.default_rng(1).standard_normal((3, 64, 64), np.float32)  # "matrices factors" of above: compiled already
+metric = np.stack([hessian(64, i) for i in range(3)])
 found = []
 for platforms in (("cpu",), ()):
     devices.ONE_AFTER_ANOTHER = platforms
@@ -186,7 +185,7 @@ def test_work_falls_with_the_devices():
 
 def test_factorizations_do_not_wait_for_each_other():
     errors = on_eight(LOOPS)
-    assert len(errors) == 192 and all(0 < error < 0.2 for error in errors)
+    assert len(errors) == 176 and all(0 < error < 0.2 for error in errors)
 
 
 def test_all_devices_at_once_find_what_one_after_another_does():

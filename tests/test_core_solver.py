@@ -11,6 +11,7 @@ from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import PRESETS, SolverConfig
 from qlr_jax.core.factors import fit_factors
+from qlr_jax.core.matrix import QLRMatrix
 from qlr_jax.core.metric import Metric, outlier_channels
 from qlr_jax.core.solver import solve_batch
 from qlr_jax.errors import QLRError
@@ -53,7 +54,7 @@ CASES = [
     ("int-4g16+r3@bf16", (53, 37), "outlier", 0.1),
     ("none/rot+r16@bf16,trellis-3", (16, 40), "plain", 0.3),  # the full rank
     ("none+r16@int-8,bf16", SHAPE, "singular", 0.02),
-    ("int-3a", (20, 31), "none", 0.2),
+    ("int-3a", (37, 53), "none", 0.2),
     ("bf16", (37, 53), "plain", 0.003),
     ("e8-2+r4@e8-4", SHAPE, "plain", 0.4),
     ("nf-4g16/rot", (37, 53), "outlier", 0.1),
@@ -116,10 +117,12 @@ def test_pytree(solved):
     leaves, tree = jax.tree.flatten(value)
     again = jax.tree.unflatten(tree, leaves)
     assert again.layout == value.layout and again.arrays.keys() == value.arrays.keys()
-    np.testing.assert_allclose(jax.tree.map(jnp.asarray, value).dense(), value.dense(), rtol=1e-5, atol=1e-6)  # host and device
-    if solved[0] in (MAIN, "int-3a"):  # as an argument of a compiled function
-        dense = jax.jit(lambda q: q.dense())(value)
-        np.testing.assert_allclose(dense, value.dense(), atol=1e-5)
+    ways = [jax.jit(lambda q: q.dense())]  # as an argument of a compiled function
+    if solved[0] in (MAIN, "int-3a"):  # one operation after another as well
+        ways.append(QLRMatrix.dense)
+    for dense in ways:
+        found = dense(jax.tree.map(jnp.asarray, value))
+        np.testing.assert_allclose(found, value.dense(), rtol=1e-5, atol=1e-6)  # host and device
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +287,7 @@ def test_bound_holds_where_it_applies(main, spec):
 
 @pytest.mark.parametrize("spec", [MAIN, "int-3a"])
 def test_zero_weight(spec):
-    shape = SHAPE if spec == MAIN else (20, 31)  # one that is compiled already
+    shape = SHAPE if spec == MAIN else (37, 53)  # one that is compiled already
     solution = qlr.solve(np.zeros(shape), None, spec, **FAST)
     assert solution.verdict is qlr.Verdict.ZERO_WEIGHT and solution.stats["relative_error"] == 0
     np.testing.assert_array_equal(solution.value.dense(), 0)
