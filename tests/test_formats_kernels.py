@@ -1,11 +1,13 @@
 """Triton kernels against `QLRLinear`: what they compute, in Triton's interpreter, and that they compile for a GPU.
 
-The interpreter is chosen when Triton is imported, so this file runs itself in processes of their own.
+The interpreter is chosen when Triton is imported, so this file runs itself in a process of its own, which imports Triton again
+for each of both.
 """
 
 import doctest
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ CASES = [  # spec, shape, tokens, rotation block, state bits
     ("trellis-3.3125", (16, 44), 8, 0, 16),  # eight weights a window, with shifts that differ from place to place
     ("trellis-4", (16, 96), 1, 32, 16),
     ("trellis-5.9375", (16, 44), 1, 0, 16),  # four weights a window
-    ("trellis-2w", (72, 300), 1, 0, 12),
+    ("trellis-2w", (24, 300), 1, 0, 12),  # segments of two columns of tiles and of three
     ("trellis-3.5w+r4@trellis-2", (40, 44), 4, 32, 16),  # fewer columns of tiles than segments may be
     ("int-2g16", (70, 64), 1, 0, 12),
     ("int-2", (9, 50), 5, 0, 12),  # rows end within a word
@@ -47,7 +49,7 @@ CASES = [  # spec, shape, tokens, rotation block, state bits
     ("trellis-2.25+r5@trellis-3,int-4g16a", (40, 96), 1, 0, 12),
     ("int-4g32+r17@int-3,trellis-2.5", (40, 32), 1, 0, 8),
     ("int-4/rot", (5, 137), 1, 0, 12),  # a factor of a rotation that is wider than the registers
-    ("int-4/rot", (512, 32), 1, 0, 12),
+    ("int-4/rot", (512, 32), 1, 0, 12),  # two factors that differ
 ]
 IDS = [f"{spec}-{shape[0]}x{shape[1]}-{tokens}" for spec, shape, tokens, _, _ in CASES]
 
@@ -106,6 +108,14 @@ def interpret():
     return found
 
 
+def with_triton(which, **environment):
+    """What a function of this file returns, and the kernels in it, with a Triton that was imported in this environment."""
+    for name in [n for n in sys.modules if re.match(r"triton(?!\._C)\b|qlr_jax\.formats\.qlr\.kernels\b", n)]:
+        del sys.modules[name]
+    os.environ |= environment
+    return which()
+
+
 def compile_for_gpu():
     """Names of all kernels that a call launches, each compiled to machine code for compute capability 9.0, but not run."""
     from triton.backends.compiler import GPUTarget
@@ -137,16 +147,21 @@ def compile_for_gpu():
     return sizes
 
 
-def in_its_own_process(which, **environment):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    done = subprocess.run([sys.executable, __file__, which], env=environment, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The results of both, by name; None of the compiler where there is none."""
+    from triton import knobs
+
+    wanted = ["interpret"] + ["compile_for_gpu"] * Path(knobs.nvidia.ptxas.path).is_file()
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    done = subprocess.run([sys.executable, __file__, *wanted], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return {"compile_for_gpu": None} | json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
-def interpreted():
-    return in_its_own_process("interpret", TRITON_INTERPRET="1")
+def interpreted(found):
+    return found["interpret"]
 
 
 @pytest.mark.parametrize("name", IDS)
@@ -167,13 +182,11 @@ def test_use_kernels_serves_few_tokens_only(interpreted):
     assert interpreted["gradient"][0] < 1e-4 and interpreted["gradient"][1] == 2
 
 
-def test_kernels_compile_for_a_gpu(tmp_path):
+def test_kernels_compile_for_a_gpu(found):
     """The interpreter takes what the compiler does not. Nothing is run: no GPU is needed."""
-    from triton import knobs
-
-    if not Path(knobs.nvidia.ptxas.path).is_file():
+    sizes = found["compile_for_gpu"]
+    if sizes is None:
         pytest.skip("this Triton has no ptxas")
-    sizes = in_its_own_process("compile_for_gpu", TRITON_CACHE_DIR=str(tmp_path))
     assert set(sizes) == {"apply_factor", "products", "finish"} and min(sizes.values()) > 1000
 
 
@@ -195,4 +208,5 @@ def test_examples():
 
 
 if __name__ == "__main__":
-    print(json.dumps(globals()[sys.argv[1]]()))
+    interpreted = {"interpret": "1", "compile_for_gpu": "0"}
+    print(json.dumps({name: with_triton(globals()[name], TRITON_INTERPRET=interpreted[name]) for name in sys.argv[1:]}))
