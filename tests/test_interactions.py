@@ -62,13 +62,14 @@ def draw_correlation(seed: int, kind: str, rows: int = 5) -> np.ndarray:
 
 def least(table: OptionTable, limit: int, pairs: Pairwise) -> float:
     """Least joint damage by trying everything."""
-    best, rho = np.inf, pairs.matrix(table)
-    for choice in itertools.product(*(row.options for row in table.rows)):
-        tied = all(len({tie.key(choice[table.index[name]]) for name in tie.rows}) == 1 for tie in table.ties)
-        if tied and sum(option.bytes for option in choice) <= limit:
-            size = np.sqrt([option.damage for option in choice])
-            best = min(best, float(size @ rho @ size))
-    return best
+    options = [row.options for row in table.rows]
+    choice = np.indices([len(own) for own in options]).reshape(len(options), -1)
+    fits = sum(np.array([o.bytes for o in own])[at] for own, at in zip(options, choice, strict=True)) <= limit
+    for tie in table.ties:
+        keys = [np.array([tie.key(o) for o in options[i]])[choice[i]] for i in map(table.index.get, tie.rows)]
+        fits &= np.all([own == keys[0] for own in keys], axis=0)
+    size = np.sqrt([np.array([o.damage for o in own])[at] for own, at in zip(options, choice[:, fits], strict=True)])
+    return float(np.min(np.sum(size * (pairs.matrix(table) @ size), axis=0), initial=np.inf))
 
 
 def test_pairwise_equals_brute_force():

@@ -18,7 +18,7 @@ from qlr_jax.models import Llama, LlamaConfig, save_model
 from qlr_jax.pipelines import adapt as tuning
 
 CONFIG = LlamaConfig(
-    vocab_size=2048, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
+    vocab_size=2048, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=64
 )
 FEW = AdaptConfig(
     train=("norms", "scales", "embeddings"), steps=4, batch=2, vector_rate=3e-2, evaluate_every=2, compute="float32", devices=1
@@ -39,8 +39,10 @@ def folders(tmp_path_factory):
     save_model(model, parent / "model", tokenizer_from=job.BUNDLED)
     matrices = {}
     for i, (name, linear) in enumerate(model.linears().items()):
+        if not name.endswith(("q_proj", "up_proj")):
+            continue  # less to compile
         spec = "int-4g16+r4@bf16" if i % 2 else "int-3g16"
-        matrices[name] = random_matrix(spec, linear.weight.get_value().shape, seed=i, size=0.02)
+        matrices[name] = random_matrix(spec, linear.weight.get_value().shape, seed=i, size=0.1)
     rows = [{"name": n, "spec": str(m.spec), "shape": list(m.shape), "bytes": m.nbytes} for n, m in matrices.items()]
     report: dict = {
         "model": str(parent / "model"),
@@ -72,7 +74,7 @@ def test_a_folder_is_adapted(folders, tmp_path):
         assert np.array_equal(matrix.arrays["backbone.codes"], after[name].arrays["backbone.codes"])
         moved |= not np.array_equal(matrix.arrays["scale"], after[name].arrays["scale"])
     assert moved
-    logits = qlr.load(tmp_path / "dest")(np.arange(12)[None])
+    logits = jax.jit(lambda model, tokens: model(tokens))(qlr.load(tmp_path / "dest"), np.arange(12)[None])
     assert np.isfinite(np.asarray(logits)).all()
     settings = json.loads((tmp_path / "dest" / "config.json").read_text())["quantization_config"]["settings"]
     assert settings["base_model"] == str(folders / "model")  # so that qlr evaluate finds it
@@ -101,7 +103,7 @@ def test_trained_embeddings_are_in_the_folder_in_pytorch_and_in_what_is_exported
     tokens = np.arange(12)[None]
     with torch.no_grad():
         got = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32)(torch.from_numpy(tokens)).logits.numpy()
-    want = np.asarray(qlr.load(dest)(tokens))
+    want = np.asarray(jax.jit(lambda model, tokens: model(tokens))(qlr.load(dest), tokens))
     assert np.abs(got - want).max() < 1e-4 * np.abs(want).max()
 
 

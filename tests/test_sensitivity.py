@@ -35,7 +35,7 @@ from qlr_jax.sensitivity.anchors import anchors, probe
 from qlr_jax.sensitivity.attribution import LEAST
 
 CONFIG = LlamaConfig(
-    vocab_size=48, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    vocab_size=48, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
 NAMES = linear_names(CONFIG)
 
@@ -57,7 +57,7 @@ def changed(model, errors, scale=1.0):
     copy = jax.tree.map(lambda leaf: leaf, model)
     for name, e in errors.items():
         weight = copy.linears()[name].weight
-        weight.set_value(weight.get_value() + scale * e)
+        weight.set_value(jnp.asarray(np.asarray(weight.get_value()) + np.float32(scale) * e))
     return copy
 
 
