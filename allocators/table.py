@@ -110,9 +110,13 @@ class OptionTable:
                     known[id(options)] = pick(option.bytes for option in options)
                 total += known[id(options)]
             else:
-                total += pick(
-                    sum(pick(o.bytes for o in self.rows[i].options if tie.key(o) == key) for i in rows) for key in self.shared(tie)
-                )
+                ends = []  # of every row, by what it may have in common with the others
+                for i in rows:
+                    sizes: dict[str, list[int]] = {}
+                    for option in self.rows[i].options:
+                        sizes.setdefault(tie.key(option), []).append(option.bytes)
+                    ends.append({key: pick(of) for key, of in sizes.items()})
+                total += pick(sum(of[key] for of in ends) for key in self.shared(tie))
         return total
 
     @cached_property

@@ -88,7 +88,7 @@ def limits(table: OptionTable, every: list[tuple[int, float]], seed: int) -> lis
 
 
 @pytest.mark.parametrize("ties", TIES)
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(15))
 def test_exact_equals_brute_force(ties, seed):
     table = draw_table(seed, ties, options=5)
     every = brute_force(table)
@@ -146,7 +146,7 @@ def curve_table(layers: int, seed: int = 0, alike: bool = False, tie: bool = Fal
 def test_larger_tables_are_proved_and_monotone(tie, alike, capfd):
     table = curve_table(12, alike=alike, tie=tie)
     curve, last = frontier(table), np.inf
-    for share in np.linspace(0, 1, 7):
+    for share in np.linspace(0, 1, 5):
         limit = int(table.least_bytes + share * (table.most_bytes - table.least_bytes))
         found = allocate(table, limit)
         assert found.bytes <= limit and found.gap <= 1e-6 and found.status is Status.OPTIMAL
@@ -237,6 +237,7 @@ def smooth_table(seed: int, factors: int = 1, layers: int = 6, tie: bool = False
     draw, quarters = np.random.default_rng(seed), np.arange(4, 17) / 4
     curve = -2 * quarters * 0.95 * np.log(2) + 0.15 + 0.03 * np.sin(7 * quarters)
     grids, lost = [(4, 4), (4, 2), (2, 4)][:factors], {2: 0.08, 4: 0.005}
+    rates = [(rate, float(np.exp(np.interp(rate, quarters, curve)))) for rate in np.arange(16, 65) / 16]
     sides = [(0, 4, 4), *((rank, left, right) for rank in (4, 8, 16, 32) for left, right in grids)]
     shapes = dict(q=(256, 256), k=(128, 256), v=(128, 256), o=(256, 256), gate=(768, 256), up=(768, 256), down=(256, 768))
     rows = []
@@ -247,19 +248,21 @@ def smooth_table(seed: int, factors: int = 1, layers: int = 6, tie: bool = False
         options = []
         for rank, left, right in sides:
             noise = draw.lognormal(0, 0.01)
-            for rate in np.arange(16, 65) / 16:
+            for rate, lost_at_rate in rates:
                 kept = 1 - captured[rank] * (1 - lost[left] - lost[right])
                 size = int(m * n * rate / 8) + 4 + (8 + (m * left + n * right) * rank // 8 if rank else 0)
                 spec = f"trellis-{rate:g}" + (f"+r{rank}@trellis-{left},trellis-{right}" if rank else "")
                 if size < 2 * m * n:
-                    options.append(Option(spec, size, float(weight * np.exp(np.interp(rate, quarters, curve)) * kept * noise)))
+                    options.append(Option(spec, size, float(weight * lost_at_rate * kept * noise)))
         rows.append(Row(f"{layer}.{kind}", m * n, tuple(options)))
     table = OptionTable(tuple(rows))
     return table.tie("*.q", "*.k", "*.v").tie("*.gate", "*.up") if tie else table
 
 
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize(("seed", "factors"), [(13, 1), (1, 3), (4, 3), (15, 3)])  # three of them stopped HiGHS at 4e-4
+# three of those without ties stopped HiGHS at 4e-4
+@pytest.mark.parametrize(
+    ("seed", "factors", "tie"), [(13, 1, False), (1, 3, False), (4, 3, False), (15, 3, False), (13, 1, True), (4, 3, True)]
+)
 def test_smooth_tables_are_solved_to_the_end(seed, factors, tie):
     table = smooth_table(seed, factors, tie=tie)
     limit = int(2.25 / 8 * table.weights())
@@ -291,7 +294,7 @@ def test_exact_equals_highs(seed):
 
 
 @pytest.mark.parametrize("ties", TIES)
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(10))
 def test_bounds_hold_where_states_are_trimmed_or_time_runs_out(ties, seed, monkeypatch):
     table = draw_table(seed, ties, options=5)
     every = brute_force(table)

@@ -79,9 +79,8 @@ def _joint(parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> tuple[np.n
     hulls = [lower_hull(size, damage) for size, damage, _ in parts]
     owner, point, _ = merge_steps([(size[h], damage[h]) for h, (size, damage, _) in zip(hulls, parts, strict=True)])
     at = np.zeros((len(owner) + 1, len(parts)), dtype=np.int64)
-    for step, (k, p) in enumerate(zip(owner, point, strict=True), start=1):
-        at[step] = at[step - 1]
-        at[step, k] = p
+    at[np.arange(1, len(at)), owner] = point
+    at = np.maximum.accumulate(at, axis=0)  # a hull's corners come in order: where others step it stays at its last
     picks = [hull[at[:, k]] for k, hull in enumerate(hulls)]
     size, damage = (np.sum([part[k][pick] for part, pick in zip(parts, picks, strict=True)], axis=0) for k in range(2))
     return size, damage, np.stack([part[2][pick] for part, pick in zip(parts, picks, strict=True)], axis=1)
