@@ -54,9 +54,14 @@ def test_the_embeddings_metric_is_that_of_gradients_one_by_one(tokens):
     """E[g gᵀ] over labels of the model's own distribution, from all labels instead of drawn ones, in float64."""
     model, part = make(False), jnp.asarray(tokens[:1, :3])
     drawn = vocabulary_metrics(model, np.repeat(np.asarray(part), 1500, axis=0), batch=500)[EMBEDDING].hessian
-    logp = lambda x: jax.nn.log_softmax(model.head(_through(model, x)), axis=-1)[0]  # noqa: E731
-    x = model.embed(part)
-    chances, slopes = np.exp(np.asarray(logp(x), np.float64)), np.asarray(jax.jacrev(logp)(x)[:, :, 0], np.float64)  # (t, v, at, n)
+
+    @jax.jit
+    def logp_and_slopes(x):
+        logp = lambda x: jax.nn.log_softmax(model.head(_through(model, x)), axis=-1)[0]  # noqa: E731
+        return logp(x), jax.jacrev(logp)(x)[:, :, 0]
+
+    logp, slopes = (np.asarray(a, np.float64) for a in logp_and_slopes(model.embed(part)))  # slopes: (t, v, at, n)
+    chances = np.exp(logp)
     exact = np.einsum("tv,tvan,tvam->nm", chances, slopes, slopes) / 3
     assert np.abs(drawn - exact).max() < 0.15 * np.abs(exact).max()
 
