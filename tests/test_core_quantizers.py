@@ -14,8 +14,9 @@ from qlr_jax.core.matrix import _decoded
 from qlr_jax.core.packing import pack_stream, stream_bytes, unpack_stream
 from qlr_jax.core.quantizers import QUANTIZERS, normal_float, parse_quantizer, stored_bytes
 from qlr_jax.core.quantizers import e8 as lattice
-from qlr_jax.core.quantizers.search import LENGTH, _forward, code_values, search_jit
-from qlr_jax.core.quantizers.trellis import Trellis, gaussian_error, read_states
+from qlr_jax.core.quantizers.search import LENGTH, _forward, code_values, has_native, search_jit
+from qlr_jax.core.quantizers.trellis import Trellis, gaussian_error, measured_error, read_states
+from qlr_jax.core.quantizers.trellis_errors import ERRORS
 from qlr_jax.errors import QLRError
 
 TABLE = [name for kind in QUANTIZERS.values() for name in kind.examples]
@@ -436,6 +437,14 @@ def test_every_rate_errs_less_than_the_one_before():
     assert (np.diff(errors) < 0).all()
     over_limit = np.array(errors) * 4.0 ** np.arange(3, 6.001, 1 / 4)
     assert 1.2 < over_limit[0] < 1.4 and over_limit[-1] < 2.0 and (over_limit[1:] < 1.1 * over_limit[:-1]).all()
+
+
+@pytest.mark.parametrize("rate, state_bits", [("1", 6), ("9/4", 8), ("6", 6)])
+def test_errors_of_the_table_are_those_that_are_measured(rate, state_bits):
+    """Searches in 16-bit costs, by which they were, are at most 1e-4 off those in float32."""
+    rate = Fraction(rate)
+    assert gaussian_error(rate, state_bits) == ERRORS[rate, state_bits]
+    assert measured_error(rate, state_bits) == pytest.approx(ERRORS[rate, state_bits], rel=1e-6 if has_native() else 1e-3)
 
 
 def test_more_states_are_better():
