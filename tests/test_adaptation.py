@@ -180,8 +180,8 @@ def adapted(zoo_and_original, tokens):
 # --- the student -----------------------------------------------------------------------------------------------------------
 
 
-def test_apart_and_together_is_the_same_model(zoo, packed, tokens):
-    for model, rank in ((zoo, None), (packed, 4)):
+def test_apart_and_together_is_the_same_model(zoo, few, tokens):
+    for model, rank in ((zoo, None), (few, 4)):
         student, values, frame = take_apart(model, ("factors", "scales"), rank, {})
         assert near(student_says(student, frame, values, tokens), says(model, tokens))
         for name, matrix in packed_matrices(model).items():

@@ -73,9 +73,9 @@ def least(table: OptionTable, limit: int, pairs: Pairwise) -> float:
 
 
 def test_pairwise_equals_brute_force():
-    """Local search need not find the best; it did in 599 of 600 such tables, and here 114 of 120 are asked for."""
+    """Local search need not find the best; it did in 599 of 600 such tables, and here 69 of 72 are asked for."""
     equal, close = 0, 0
-    for ties, kind, seed in itertools.product(TIES, ("gram", "positive", "any"), range(10)):
+    for ties, kind, seed in itertools.product(TIES, ("gram", "positive", "any"), range(6)):
         table = draw_table(seed, ties)
         pairs = Pairwise(tuple(table.index), draw_correlation(seed, kind))
         limit = int(np.random.default_rng(seed).integers(table.least_bytes, table.most_bytes + 1))
@@ -89,8 +89,8 @@ def test_pairwise_equals_brute_force():
         assert (found.status in (Status.WITHIN_GAP, Status.OPTIMAL)) == proved
         equal += found.damage <= best + 1e-9 * (1 + abs(best))
         close += proved
-    assert equal >= 114
-    assert close >= 60  # the bound is tight for Gram matrices; for the others it need not be
+    assert equal >= 69
+    assert close >= 36  # the bound is tight for Gram matrices; for the others it need not be
 
 
 @pytest.mark.parametrize("kind", ["gram", "positive", "any"])

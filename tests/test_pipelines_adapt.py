@@ -53,7 +53,7 @@ def folders(tmp_path_factory):
     files = {"report.json": json.dumps(report), "recipe.yaml": "budget: 3bpw\n"}
     settings = {"base_model": str(parent / "model")}
     save_packed(parent / "out", model, matrices, source=parent / "model", settings=settings, files=files)
-    (parent / "text.txt").write_text(standard_library("calibration")[:40000], encoding="utf-8")
+    (parent / "text.txt").write_text(standard_library("calibration")[:34000], encoding="utf-8")
     return parent
 
 

@@ -27,7 +27,7 @@ RECIPE = LIGHT.updated(
     backbones=("nvfp4", "nvfp4/rot"), factors=("nvfp4",), budget="5.2bpw", refine=0, include=("*.gate_proj", "*.down_proj")
 )
 CONFIG = AdaptConfig(
-    train=("norms", "scales", "factors", "backbone"), steps=2, batch=2, evaluate_every=1, compute="float32", devices=1
+    train=("norms", "scales", "factors", "backbone"), steps=2, batch=5, evaluate_every=1, compute="float32", devices=1
 )
 
 
