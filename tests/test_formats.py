@@ -7,13 +7,14 @@ import shutil
 import subprocess
 import sys
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from rates import some_rates
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -31,6 +32,7 @@ from qlr_jax.formats.qlr.packed import CODES, FORMAT_VERSION, _runtime_version, 
 from qlr_jax.models import KINDS, Llama, LlamaConfig, linear_names, load_model, parts_of, save_model, shape_of
 
 SHAPES = dict(vocab_size=96, hidden_size=48, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4)
+TEXTS = ("def f(x): return x", "import os")
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 9))
 SOLVED = {"q": "trellis-2"}  # of layer 0; solving with a rank takes long to compile, so the others hold random codes
 SPECS = [  # by layer, in the order of KINDS
@@ -59,8 +61,13 @@ def random_matrix(spec, shape, seed=1, size=0.2, **layout):
             array = rng.uniform(1.0, 2.0, dims) * size / 2 ** bits[name.split(".")[0]]
         else:
             array = rng.standard_normal(dims) * (0.1 if name.startswith("component") else size)
-        arrays[name] = jnp.asarray(array.astype(kind))
+        arrays[name] = jax.device_put(array.astype(kind))  # jnp.asarray would compile a program for each shape
     return QLRMatrix(arrays, layout)
+
+
+def on_host(matrix):
+    """The same in numpy's arrays, which are decoded by one program and not op by op; the last bit of a product may differ."""
+    return QLRMatrix({name: np.asarray(array) for name, array in matrix.arrays.items()}, matrix.layout)
 
 
 def relative(a, b):
@@ -106,16 +113,20 @@ def copy(folders, tmp_path):
     return Path(shutil.copytree(folders["untied"][0], tmp_path / "copy"))
 
 
-def dense_in_place(model, matrices):
+def dense_in_place(model, matrices, as_stored=on_host):
+    """The model with every matrix decoded; what is rounded afterwards has to be decoded where an export decodes it."""
     copied = jax.tree.map(lambda leaf: leaf, model)
     for name, linear in copied.linears().items():
         if name in matrices:
-            linear.weight.set_value(matrices[name].dense())
+            linear.weight.set_value(as_stored(matrices[name]).dense())
     return copied
 
 
+run = jax.jit(lambda model, tokens: model(tokens))
+
+
 def logits(model):
-    return np.asarray(model(jnp.asarray(TOKENS)))
+    return np.asarray(run(model, TOKENS))
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +167,16 @@ def test_torch_decodes_as_dense(index, monkeypatch):
     state = {k: to_torch(v) for k, v in matrix.arrays.items()}
     assert {k: (v.shape, v.dtype) for k, v in linear.state_dict().items()} == {k: (v.shape, v.dtype) for k, v in state.items()}
     linear.load_state_dict(state)
-    wanted = np.asarray(matrix.dense(), np.float64)
+    dense = np.asarray(on_host(matrix).dense())
+    wanted = dense.astype(np.float64)
     assert relative(linear.dense(), wanted) < 1e-6
     for name, quantizer, rows, cols in parts_of_spec(matrix):  # what is stored means the same to the bit
         decoded = torch.cat([rows for _, _, rows in linear.get_submodule(name).tiles()])
         assert decoded.dtype == torch.float32
-        np.testing.assert_array_equal(decoded, quantizer.decode(matrix.part(name), rows, cols), strict=True)
+        exact = jax.jit(quantizer.decode, static_argnums=(1, 2))(matrix.part(name), rows, cols)
+        np.testing.assert_array_equal(decoded, exact, strict=True)
     if not matrix.spec.rotated and not matrix.spec.rank:
-        np.testing.assert_array_equal(linear.dense(), matrix.dense())
+        np.testing.assert_array_equal(linear.dense(), dense)
     x = np.random.default_rng(1).standard_normal((2, 3, shape[1]), np.float32)
     assert relative(linear(torch.from_numpy(x)), x.astype(np.float64) @ wanted.T) < 1e-6
 
@@ -200,7 +213,8 @@ def test_constants_are_one_and_the_same():
     for seed, salt, size in ((0, 0, 5), (123456789, 1, 1000), (2**32 - 1, 1, 4096)):
         assert np.array_equal(runtime.signs(seed, salt, size).numpy(), hadamard.signs(seed, salt, size))
     values = runtime.state_values(80, 16).numpy()  # a walk of 256 weights at 2.5 bits
-    np.testing.assert_array_equal(values, code_values(jnp.arange(2**16), Spec.parse("trellis-2.5").quantizer().gain))
+    every = np.arange(2**16)
+    np.testing.assert_array_equal(values, jax.jit(code_values)(every, Spec.parse("trellis-2.5").quantizer().gain))
     for sixteenths in range(16, 97):
         gain = np.float32(Spec.parse(f"trellis-{sixteenths / 16:g}").quantizer().gain) / np.float32(147.8)
         assert runtime.state_gain(2 * sixteenths) == gain
@@ -211,7 +225,7 @@ def test_constants_are_one_and_the_same():
     np.testing.assert_array_equal(roots, lattice.roots())
     code = torch.arange(2**16)
     points = runtime.shifted_points((code & 255).byte(), (code >> 8).byte())
-    np.testing.assert_array_equal(points, lattice.shifted_points(jnp.arange(2**16)))  # every point there is
+    np.testing.assert_array_equal(points, jax.jit(lattice.shifted_points)(every))  # every point there is
 
 
 def test_a_folder_asks_for_the_runtime_that_decodes_its_rates():
@@ -302,9 +316,10 @@ torch.manual_seed(0)
 log = io.StringIO()
 logging.getLogger("transformers").addHandler(logging.StreamHandler(log))
 results = {}
-for out, dest in zip(sys.argv[2::2], sys.argv[3::2]):
+settings = json.loads(sys.argv[1])
+for out, dest in settings["folders"]:
     def check(model, key):
-        tokens = torch.tensor(json.loads(sys.argv[1]))
+        tokens = torch.tensor(settings["tokens"])
         with torch.no_grad():
             np.save(os.path.join(dest, key + ".npy"), model(tokens).logits.float().numpy())
         return model
@@ -329,25 +344,54 @@ for out, dest in zip(sys.argv[2::2], sys.argv[3::2]):
     results[out] = dict(types=types, packed=len(packed), generated=grown.shape[1], kind=type(half).__name__,
                         memory=sum(b.nbytes for m in packed for b in m.buffers()))
 results["log"] = log.getvalue()
+if settings["evaluated"]:  # what lm_eval's command does, but for reading the thousands of files of its own tasks
+    from transformers.quantizers import auto
+    for mapping in (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING):
+        del mapping["qlr"]  # as in a process that has loaded no folder
+    import lm_eval, lm_eval.tasks
+    manager = lm_eval.tasks.TaskManager(include_path=settings["tasks"], include_defaults=False)
+    arguments = f"pretrained={settings['evaluated']},trust_remote_code=True,dtype=float32"
+    done = lm_eval.simple_evaluate("hf", arguments, tasks=["local_text"], task_manager=manager, device="cpu", batch_size=1)
+    results["scores"] = done["results"]["local_text"]
 print("RESULT" + json.dumps(results))
 """
 
 
 @pytest.fixture(scope="module")
 def in_torch(folders, tmp_path_factory):
-    """Both folders loaded, saved again, cast, run in one process that cannot import jax or qlr_jax."""
+    """Both folders loaded, saved again, cast and run, and one evaluated by lm_eval, in a process that cannot import jax or ours."""
     parent = tmp_path_factory.mktemp("torch")
-    arguments = []
+    settings = {"tokens": TOKENS.tolist(), "folders": [], "evaluated": None}
     for name, (out, _, _) in folders.items():
         (parent / name).mkdir()
-        arguments += [str(out), str(parent / name)]
+        settings["folders"].append([str(out), str(parent / name)])
+    if find_spec("lm_eval"):
+        settings |= evaluation(parent)
     env = os.environ | {"HF_MODULES_CACHE": str(parent / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    env |= {"HF_DATASETS_CACHE": str(parent / "cache")}
     done = subprocess.run(
-        [sys.executable, "-c", RUNTIME, json.dumps(TOKENS.tolist()), *arguments],
+        [sys.executable, "-c", RUNTIME, json.dumps(settings)],
         capture_output=True, text=True, cwd=parent, env=env, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
     return parent, json.loads(done.stdout.split("RESULT")[-1])
+
+
+def evaluation(parent):
+    """A packed folder with a real tokenizer, and a task of lm_eval."""
+    from test_formats_peft import SHAPES, SPECS, packed_folder
+
+    tasks = parent / "tasks"
+    tasks.mkdir()
+    (tasks / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    task = {
+        "task": "local_text", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tasks / "t.jsonl")}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
+    }  # fmt: skip
+    (tasks / "t.yaml").write_text(yaml.safe_dump(task))
+    out = packed_folder(parent, "evaluated", SPECS, tied=False, shapes=SHAPES | {"vocab_size": 2048})[0]
+    return {"evaluated": str(out), "tasks": str(tasks)}
 
 
 @pytest.mark.parametrize("name", ["tied", "untied"])
@@ -377,6 +421,26 @@ def test_saved_by_torch_loads_in_jax(folders, in_torch, name):
     assert {n: m.layout for n, m in read_matrices(again).items()} == {n: m.layout for n, m in matrices.items()}
 
 
+def test_lm_eval_runs(in_torch):
+    """The scores of a process that knows nothing of this library are those of one that imported the runtime first."""
+    pytest.importorskip("lm_eval")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import qlr_jax.formats.qlr.torch_runtime as runtime
+
+    runtime.register()
+    out = in_torch[0] / "evaluated"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32), AutoTokenizer.from_pretrained(out)
+    total = 0.0
+    for text in TEXTS:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
+        with torch.no_grad():
+            total += float(torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None]).sum())
+    found = in_torch[1]["scores"]["byte_perplexity,none"]
+    assert found == pytest.approx(np.exp(-total / sum(map(len, TEXTS))), rel=1e-5)
+
+
 def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -394,10 +458,18 @@ def test_plain_from_pretrained_once_registered(folders, wanted, tmp_path):
 
 
 def test_importing_is_light():
-    """And the former addresses name the new ones, each once."""
+    """One after the other in one process: what a module may not bring in, none before it has.
+
+    And the former addresses name the new ones, each once.
+    """
+    never = {"jax", "vllm", "qlr_jax.models", "qlr_jax.core"}
+    steps = [("", {"torch", "transformers"}), (".rules", {"torch"}), (".shards", set()), (".checks", set())]
+    plugin = "qlr_jax.formats.qlr.vllm_plugin"
+    lines = [f"import {plugin}{name}\nassert not set({sorted(never | own)}) & sys.modules.keys(), {name!r}" for name, own in steps]
     code = """
 import sys, warnings, qlr_jax.formats
 print("jax" in sys.modules, "torch" in sys.modules)
+PLUGIN
 import qlr_jax.formats.qlr.torch_runtime as runtime
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
@@ -412,6 +484,7 @@ with warnings.catch_warnings(record=True) as said:
     assert set(qlr_jax.export.__all__) == set(qlr_jax.formats.__all__) and load is qlr_jax.formats.load
 print(*(f"{w.category.__name__} {w.filename} {w.message}" for w in said if "qlr_jax" in str(w.message)), sep="\\n")
 """
+    code = code.replace("PLUGIN", "\n".join(lines))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     first, second, *said = done.stdout.splitlines()
     assert first == second == "False False"
@@ -572,9 +645,9 @@ def test_dense_export(folders, dtype, tmp_path):
 
     out, model, matrices = folders["tied" if dtype == "bfloat16" else "untied"]
     dest = export_dense(out, tmp_path / "dense", dtype, shard_bytes=50_000)
-    rounded = dense_in_place(model, matrices)
+    rounded = dense_in_place(model, matrices, jax.device_put)
     for param in rounded.tensors().values():
-        param.set_value(param.get_value().astype(dtype).astype(jnp.float32))
+        param.set_value(np.asarray(param.get_value()).astype(dtype).astype(np.float32))
     wanted = logits(rounded)
     assert relative(logits(load_model(dest)), wanted) < 1e-6
     loaded = AutoModelForCausalLM.from_pretrained(dest, dtype=torch.float32)

@@ -212,8 +212,13 @@ def test_refusals_write_nothing(tmp_path):
 
 
 def test_exporting_needs_none_of_their_packages(folders, tmp_path):
+    """And a tokenizer that is its file is read without torch: importing that takes some seconds of every command."""
     code = """
 import sys
+from qlr_jax.models import load_tokenizer
+from qlr_jax.models.bundled import BUNDLED
+load_tokenizer(BUNDLED)
+assert "torch" not in sys.modules
 for name in ("torch", "peft", "compressed_tensors", "accelerate"):
     sys.modules[name] = None  # importing it now fails, as where it is not installed
 from qlr_jax.formats.peft import export_peft

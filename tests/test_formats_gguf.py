@@ -58,7 +58,7 @@ def scaled(matrix, scale):
     """The matrix with another g; the grid's own scales stay."""
     if "scale" not in matrix.arrays:
         return matrix
-    return QLRMatrix(dict(matrix.arrays) | {"scale": jnp.asarray([scale], jnp.float32)}, matrix.layout)
+    return QLRMatrix(dict(matrix.arrays) | {"scale": jax.device_put(np.float32([scale]))}, matrix.layout)
 
 
 def make_folder(parent, name, *, source=None, specs=SPECS, **shape):
@@ -67,7 +67,8 @@ def make_folder(parent, name, *, source=None, specs=SPECS, **shape):
     source = save_model(Llama(config, jax.random.key(3)), parent / f"{name}-source", tokenizer_from=source or BUNDLED)
     model = load_model(source)
     for norm in [p for n, p in model.tensors().items() if "norm" in n]:
-        norm.set_value(norm.get_value() + 0.25 * jnp.arange(norm.get_value().size) / norm.get_value().size)
+        value = np.asarray(norm.get_value())
+        norm.set_value(jax.device_put(value + 0.25 * np.arange(value.size, dtype=np.float32) / value.size))
     matrices = {}
     for linear in model.linears():
         layer, kind = parts_of(linear)
@@ -317,7 +318,7 @@ def trained(kind):
     """A small tokenizer of each kind, trained on this package's own source."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-    texts = [path.read_text(encoding="utf-8") for path in SOURCES]
+    texts = [path.read_text(encoding="utf-8") for path in SOURCES[:40]]
     specials = ["<unk>", "<s>", "</s>"]
     if kind in ("llama", "gemma"):
         tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -369,8 +370,9 @@ def small(parent, tokenizer_from):
     """A packed folder with another tokenizer, whose embedding has more rows than that has tokens."""
     specs = [["int-4g32"] * 7]
     out, _ = make_folder(
-        parent, "small", source=tokenizer_from, specs=specs, num_hidden_layers=1, vocab_size=720, bos_token_id=1, eos_token_id=2
-    )
+        parent, "small", source=tokenizer_from, specs=specs, num_hidden_layers=1, vocab_size=720, bos_token_id=1, eos_token_id=2,
+        hidden_size=64, intermediate_size=64, num_attention_heads=2,
+    )  # fmt: skip
     return out
 
 

@@ -1,17 +1,12 @@
-"""What other tools do with a packed folder: they read its configuration first, generate, evaluate, and train LoRA on top."""
+"""What other tools do with a packed folder: they read its configuration first, generate, and train LoRA on top."""
 
 import json
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 from test_formats import change_config
 from test_formats_peft import SHAPES, SPECS, packed_folder
 
@@ -24,7 +19,6 @@ from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
 from qlr_jax.native import product  # noqa: E402
 
 IDS = torch.arange(24)[None] % 7 + 40
-TEXTS = ("def f(x): return x", "import os")
 
 
 @pytest.fixture(scope="module")
@@ -94,41 +88,6 @@ def test_a_model_says_what_multiplies_and_writes_the_same_either_way(out, monkey
     monkeypatch.setattr(runtime, "native_products", lambda: None)
     assert model.qlr_backend == "torch"
     assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False), written)
-
-
-def test_lm_eval_runs(out, tmp_path):
-    """The scores of a process that knows nothing of this library are those of one that imported the runtime first."""
-    pytest.importorskip("lm_eval")
-    tasks = tmp_path / "tasks"
-    tasks.mkdir()
-    (tasks / "t.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    task = {
-        "task": "local_text", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tasks / "t.jsonl")}},
-        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "byte_perplexity", "aggregation": "weighted_perplexity", "higher_is_better": False}],
-    }  # fmt: skip
-    (tasks / "t.yaml").write_text(yaml.safe_dump(task))
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    clean |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    clean |= {"OMP_NUM_THREADS": "1"}
-    # what its command does, but for reading the thousands of files of its own tasks
-    code = f"""
-import json
-import lm_eval, lm_eval.tasks
-manager = lm_eval.tasks.TaskManager(include_path={str(tasks)!r}, include_defaults=False)
-arguments = "pretrained={out},trust_remote_code=True,dtype=float32"
-done = lm_eval.simple_evaluate("hf", arguments, tasks=["local_text"], task_manager=manager, device="cpu", batch_size=1)
-print(json.dumps(done["results"]["local_text"]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], env=clean, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    scores = json.loads(done.stdout.splitlines()[-1])
-    model, tokenizer, total = get(out), transformers.AutoTokenizer.from_pretrained(out), 0.0
-    for text in TEXTS:
-        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(text).input_ids]])
-        with torch.no_grad():
-            total += float(torch.log_softmax(model(ids).logits[0, :-1].double(), -1).gather(1, ids[0, 1:, None]).sum())
-    assert scores["byte_perplexity,none"] == pytest.approx(np.exp(-total / sum(map(len, TEXTS))), rel=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- LoRA on top

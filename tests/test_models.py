@@ -1,8 +1,6 @@
 """The Llama import: logits against transformers' torch Llama, refusals, and the way back to a folder (other families apart)."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -164,13 +162,22 @@ def test_blocks_share_one_compilation_and_make_up_the_model():
 
 
 def test_tap_and_adjust_see_every_linear():
-    model, inputs, outputs = Llama(SMALL, jax.random.key(5)), {}, {}
+    model, order = Llama(SMALL, jax.random.key(5)), {}
 
-    def adjust(name, y):
-        outputs[name] = y
-        return y
+    @jax.jit
+    def watched(model, tokens):
+        inputs, outputs = {}, {}
 
-    model(jnp.arange(12).reshape(2, 6), tap=lambda name, x: inputs.setdefault(name, x), adjust=adjust)
+        def adjust(name, y):
+            outputs[name] = y
+            return y
+
+        model(tokens, tap=lambda name, x: inputs.setdefault(name, x), adjust=adjust)
+        order.update(inputs=list(inputs), outputs=list(outputs))  # what jit returns is sorted
+        return inputs, outputs
+
+    found = watched(model, jnp.arange(12).reshape(2, 6))
+    inputs, outputs = ({name: of[name] for name in order[key]} for key, of in zip(order, found, strict=True))
     assert list(inputs) == input_names(SMALL)
     assert list(outputs) == linear_names(SMALL) == list(model.linears())
     for name, y in outputs.items():
@@ -309,7 +316,13 @@ def test_attention_in_parts(monkeypatch, window):
     draw = np.random.default_rng(0)
     q, k, v, g = (3 * draw.standard_normal((2, heads, 11, 4)) for heads in (4, 2, 2, 4))
     f32 = [jnp.asarray(a, jnp.float32) for a in (q, k, v)]
-    out, pull = jax.vjp(lambda *a: attention.causal_attention(*a, window), *f32)
+
+    @jax.jit
+    def forward_and_back(q, k, v, g):
+        out, pull = jax.vjp(lambda *a: attention.causal_attention(*a, window), q, k, v)
+        return out, pull(g)
+
+    out, gradients = forward_and_back(*f32, jnp.asarray(g, jnp.float32))
 
     back = np.arange(11)[:, None] - np.arange(11)
     seen = (back >= 0) & (back < (window or 11))
@@ -320,29 +333,17 @@ def test_attention_in_parts(monkeypatch, window):
         return weights / weights.sum(-1, keepdims=True) @ np.repeat(v, 2, 1)
 
     np.testing.assert_allclose(out, exact(q, k, v), atol=4e-6)
-    for at, pulled in enumerate(pull(jnp.asarray(g, jnp.float32))):
+    for at, pulled in enumerate(gradients):
         step: list = [0.0, 0.0, 0.0]
         step[at] = draw.standard_normal((q, k, v)[at].shape)
         moved = [exact(*(a + sign * 1e-6 * s for a, s in zip((q, k, v), step, strict=True))) for sign in (1, -1)]
         np.testing.assert_allclose(np.vdot(pulled, step[at]), np.vdot(g, moved[0] - moved[1]) / 2e-6, rtol=1e-4, atol=1e-4)
 
 
-def test_a_tokenizer_that_is_its_file_is_read_without_torch():
-    """As transformers' AutoTokenizer reads it, which imports torch: some seconds of every command."""
+def test_a_tokenizer_that_is_its_file_is_read_as_transformers_does():
+    """Without torch, which AutoTokenizer imports, see tests/test_formats_compressed_tensors.py."""
     from transformers import AutoTokenizer
 
-    from qlr_jax.models import load_tokenizer
-    from qlr_jax.models.bundled import BUNDLED
-
-    code = """
-import sys
-from qlr_jax.models import load_tokenizer
-from qlr_jax.models.bundled import BUNDLED
-load_tokenizer(BUNDLED)
-print("torch" in sys.modules)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False"]
     own, auto = load_tokenizer(BUNDLED), AutoTokenizer.from_pretrained(BUNDLED)
     text = "def f(x):\n    return <s> x ** 2  # ünï\n"
     assert type(own) is type(auto) and own(text)["input_ids"] == auto(text)["input_ids"]
