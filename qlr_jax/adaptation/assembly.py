@@ -101,8 +101,8 @@ def _packed_factors(
     matrix: StudentMatrix, values: Mapping[str, Array], quantized: Mapping[str, Array], scale: float
 ) -> dict[str, np.ndarray]:
     left, right = (tuple(quantized[k] for k in sorted(quantized) if k.startswith(f"{side}.scales")) for side in ("left", "right"))
-    component = np.asarray(values["unit"]) * np.asarray(values["component"])
-    unused = np.zeros(())  # packing reads codes and scales
+    component: Any = np.asarray(values["unit"]) * np.asarray(values["component"])
+    unused: Any = np.zeros(())  # packing reads codes and scales
     factors = Factors(unused, unused, component, quantized["left.codes"], quantized["right.codes"], left, right)
     return pack_factors(factors, matrix.spec, matrix.layout.state_bits, scale)
 

@@ -53,6 +53,7 @@ def quantize_right(
     return {**values, **new}, _codes("right", codes, scales)
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # an added component is 0 at first
 def quantize_left(
     matrix: StudentMatrix, values: Mapping[str, Array], hessian: np.ndarray
 ) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -86,6 +87,7 @@ def quantize_left(
 QUANTIZE_SIDE = {"right": quantize_right, "left": quantize_left}
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def factor_shifts(
     matrix: StudentMatrix, values: Mapping[str, Array], hessian: np.ndarray, quantized: Mapping[str, Any]
 ) -> dict[str, Array]:
@@ -102,8 +104,8 @@ def factor_shifts(
 
     Source: straight-through estimator: Bengio et al., arXiv 1308.3432.
     """
-    plain = {k: np.asarray(v) if k in FACTORED else v for k, v in values.items() if not k.endswith(".shift")}
-    right = plain if "right.codes" in quantized else quantize_right(matrix, plain, hessian)[0]
+    plain: dict[str, Any] = {k: np.asarray(v) if k in FACTORED else v for k, v in values.items() if not k.endswith(".shift")}
+    right: Any = plain if "right.codes" in quantized else quantize_right(matrix, plain, hessian)[0]
     left = right if "left.codes" in quantized else quantize_left(matrix, right, hessian)[0]
     size = (right["component"] / plain["component"])[:, None]
     scale = (left["unit"] * left["component"] / (plain["unit"] * right["component"]))[:, None]
