@@ -33,8 +33,9 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)  # as jobs do: loops t
 # Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
 # run_workspace comes before run_processes: what it compiled, those three at once need not.
 SLOW = """
-    demo adaptation core_sharding run_workspace formats pipelines_nvfp4 job run_processes job_streaming formats_targets
-    core_quantizers sensitivity core_solver formats_tools pipelines_adapt models_import examples formats_kernels
+    adaptation core_sharding cluster formats formats_torch_runtime formats_kernels demo core_ahead run_workspace pipelines_nvfp4
+    examples job run_processes job_streaming core_bounds core_solver formats_gguf evaluation_zero_shot house sensitivity
+    pipelines_adapt calibration_devices formats_compressed_tensors
 """
 
 
