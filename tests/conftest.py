@@ -31,10 +31,9 @@ import pytest
 jax.config.update("jax_cpu_enable_async_dispatch", False)  # as jobs do: loops that overlap can wait for each other for ever
 
 # Begun first, the slowest before the others: two processes then end at about the same time. All others follow by name.
-# run_workspace comes before run_processes: what it compiled, those three at once need not.
 SLOW = """
     adaptation core_sharding cluster formats formats_torch_runtime formats_kernels demo core_ahead run_workspace pipelines_nvfp4
-    examples job run_processes job_streaming core_bounds core_solver formats_gguf evaluation_zero_shot house sensitivity
+    examples job job_streaming core_bounds core_solver formats_gguf evaluation_zero_shot house sensitivity
     pipelines_adapt calibration_devices formats_compressed_tensors
 """
 
