@@ -43,7 +43,6 @@ from qlr_jax.adaptation import AdaptConfig, fine_tune
 from qlr_jax.calibration import Corpus
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.blas import one_blas_thread
-from qlr_jax.core.spec import Spec
 from qlr_jax.formats.qlr.packed import load, save_packed
 from qlr_jax.models import Llama
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
@@ -185,7 +184,9 @@ def uniform(study: Study, seeds: list[int], names: list[str]) -> None:
         changes = {"spec": "trellis-2.5w", "state_bits": 8} | UNIFORM[name]
         text = {key: changes.pop(key) for key in ("h", "g", "share") if key in changes}
         todo = [seed for seed in seeds if study.missing(part="uniform", seed=seed, name=name)]
-        statistics = study.metrics(**text) if todo else None
+        if not todo:
+            continue
+        statistics = study.metrics(**text)
         for seed in todo:
             before = time.process_time()
             peer = one_spec(study, statistics, seed, **changes)
@@ -194,9 +195,8 @@ def uniform(study: Study, seeds: list[int], names: list[str]) -> None:
             study.keep({"part": "uniform", "seed": seed, "name": name} | record | {"texts": texts})
 
 
-def one_spec(study: Study, statistics: Statistics | None, seed: int, *, spec: str, sequence: bool = False, **options: Any) -> Peer:
+def one_spec(study: Study, statistics: Statistics, seed: int, *, spec: str, sequence: bool = False, **options: Any) -> Peer:
     """Every matrix by one spec; in sequence each behind the compressed blocks before it (`--sequential`)."""
-    assert statistics is not None
     if not sequence:
         return peers.one_spec(spec, statistics, seed=seed, **options)
     recipe = study.base.updated(seed=seed, **options)
@@ -204,8 +204,7 @@ def one_spec(study: Study, statistics: Statistics | None, seed: int, *, spec: st
     solver = partial(solve_many, seed=seed, config=run.settings.solver)
     specs = dict.fromkeys(statistics.weights, spec)
     found = solve_blocks(run, specs, all_tokens(run.source, study.calibration), solver, run.original.embed)
-    size = sum(Spec.parse(spec).nbytes(weight.shape) for weight in statistics.weights.values())
-    return Peer({name: np.asarray(solution.value.dense()) for (name, _), solution in found.items()}, size)
+    return peers.as_peer({name: solution for (name, _), solution in found.items()})
 
 
 def with_dense(original: Llama, peer: peers.Peer) -> object:

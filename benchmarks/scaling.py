@@ -99,7 +99,7 @@ def operations(jaxpr: Any) -> float:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2 * size * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        elif eqn.primitive.name == "trellis_search":  # two passes, each with a distance and a comparison for every state
+        elif eqn.primitive.name == "trellis_search":  # two passes; for every state a difference, a square, a sum, a minimum
             total += 8 * size * 2 ** eqn.params["state_bits"]
         elif eqn.primitive.name == "cond":
             total += max(inner)

@@ -70,7 +70,7 @@ def student_logits(*arguments):
 
 def student_says(student, frame, values, tokens):
     """What a student says, of one program."""
-    return jax.jit(lambda f, v: student_logits(student, f, v, jnp.asarray(tokens), exact_product))(frame, values)
+    return student_logits(student, frame, values, jnp.asarray(tokens), exact_product)
 
 
 @jax.jit

@@ -14,6 +14,7 @@ import numpy as np
 
 from qlr_jax.core.batch import solve_many
 from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.solution import Solution
 from qlr_jax.core.spec import Spec
 from qlr_jax.models.gguf.file import read_gguf
 from qlr_jax.models.gguf.names import gguf_name, natural_order
@@ -62,9 +63,13 @@ def one_spec(
         elif metrics == "none":
             h = diagonals.setdefault(len(h), np.eye(len(h), dtype=np.float32))
         problems[name] = weight, h, spec, statistics.outputs[name] if metrics == "both" else None
-    solved = solve_many(problems, seed=seed, config=SolverConfig.make(options, preset))
-    size = sum(Spec.parse(spec).nbytes(weight.shape) for weight in statistics.weights.values())
-    return Peer({name: np.asarray(solution.value.dense()) for name, solution in solved.items()}, size)
+    return as_peer(solve_many(problems, seed=seed, config=SolverConfig.make(options, preset)))
+
+
+def as_peer(solved: Mapping[str, Solution]) -> Peer:
+    """Matrices that this library solved."""
+    matrices = {name: solution.value for name, solution in solved.items()}
+    return Peer({name: np.asarray(m.dense()) for name, m in matrices.items()}, sum(m.nbytes for m in matrices.values()))
 
 
 def own_specs(shapes: Mapping[str, tuple[int, int]], bits: float) -> dict[str, tuple[str, dict[str, Any]]]:

@@ -138,12 +138,9 @@ def _unit(weight: np.ndarray, quantizer: Quantizer) -> float:
 
 
 def _slabs(weight: np.ndarray, height: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """(which rows, those rows), whole tiles of one shape each: the last is filled up with zeros.
-
-    A matrix that is one slab is filled up to a power of two of tiles: samples of about as many rows then share a program.
-    """
+    """(which rows, those rows), whole tiles of one shape each: the last is filled up with zeros."""
     m, n = weight.shape
-    step = min(max(SLAB_WEIGHTS // n // height, 1), 1 << (-(-m // height) - 1).bit_length()) * height
+    step = min(max(SLAB_WEIGHTS // n // height, 1), -(-m // height)) * height
     for start in range(0, m, step):
         part = weight[start : start + step]
         yield slice(start, start + len(part)), np.pad(part, [(0, step - len(part)), (0, 0)])

@@ -85,7 +85,7 @@ def search(
 
 
 _primitive = Primitive("trellis_search")
-"""As `_in_xla`. `lax.platform_dependent` would trace that for a CPU too, only to leave it out: half of a solver's tracing."""
+"""As `_in_xla`. `lax.platform_dependent` would trace that for a CPU too, only to leave it out, for every shape anew."""
 
 
 @partial(jax.jit, static_argnames=("state_bits", "free"))
