@@ -209,62 +209,66 @@ def ldlq_rows(
         cut = jax.vmap(lambda a, s: lax.dynamic_slice_in_dim(a, s, wide, axis=-1), in_axes=(None if shared else 1, 0), out_axes=1)
         return cut(array[:, 0] if shared else array, start)
 
+    # Errors and targets are columns first here, (..., columns, rows): products are then with rows that lie side by side, and a
+    # group of columns is one piece.
     def round_columns(
         original: Array, live: Array, fed_back: Array, into: Array, after: Array, columns: Array, within: Array, *local: Array
     ) -> tuple[Array, Array, Array]:
         """Of some groups of rows one group of columns each, all (b, groups, ...): what was missed, values, codes."""
         groups = original.shape[1]
-        aims = original + jnp.einsum("birg,birw->bigw", into, after, precision="highest")
+        aims = jnp.swapaxes(original, -1, -2) + jnp.einsum("biwr,birg->biwg", after, into, precision="highest")
         # zeros where a group is not under way: a search in C++ is soon done with them
-        target = jnp.where(live, aims + jnp.einsum("bign,binw->bigw", fed_back, columns, precision="highest"), 0.0)
+        target = jnp.where(live, aims + jnp.einsum("binw,bing->biwg", columns, fed_back, precision="highest"), 0.0)
 
         def round_block(missed: Array, block: Array) -> tuple[Array, tuple[Array, Array]]:
             here = block * width
             part = lax.dynamic_slice_in_dim(within, here, width, axis=-1)
-            aim = lax.dynamic_slice_in_dim(target, here, width, axis=-1) + jnp.einsum(
-                "bigw,biwk->bigk", missed, part, precision="highest"
+            aim = lax.dynamic_slice_in_dim(target, here, width, axis=2) + jnp.einsum(
+                "biwk,biwg->bikg", part, missed, precision="highest"
             )
-            flat = aim.reshape(b * groups, high, width)
+            flat = jnp.swapaxes(aim, -1, -2).reshape(b * groups, high, width)
             sizes = tuple(
                 jnp.broadcast_to(_columns(g, here, width), (b, groups, *g.shape[-2:-1], min(width, g.shape[-1]))) for g in local
             )
             given = tuple(g.reshape(b * groups, *g.shape[2:]) for g in sizes)
             value, code = static.round_block(flat, given[: len(qparams)], traced, False, *given[len(qparams) :])
-            value = value.reshape(aim.shape)
-            new = jnp.where(live, lax.dynamic_slice_in_dim(aims, here, width, axis=-1) - value, 0.0)
-            return lax.dynamic_update_slice_in_dim(missed, new, here, axis=-1), (value, code)
+            value = jnp.swapaxes(value.reshape(b, groups, high, width), -1, -2)
+            new = jnp.where(live, lax.dynamic_slice_in_dim(aims, here, width, axis=2) - value, 0.0)
+            return lax.dynamic_update_slice_in_dim(missed, new, here, axis=2), (value, code)
 
         missed, (values, codes) = lax.scan(round_block, jnp.zeros_like(target), jnp.arange(wide // width - 1, -1, -1))
         codes = codes[::-1].reshape(len(codes), b, groups, *codes.shape[2:])  # blocks, b, groups, rows or tile rows, ...
-        return missed, jnp.moveaxis(values[::-1], 0, -2).reshape(target.shape), jnp.moveaxis(codes, 0, 3)
+        return missed, jnp.moveaxis(values[::-1], 0, 2).reshape(target.shape), jnp.moveaxis(codes, 0, 3)
+
+    itself = jnp.eye(count, dtype=bool)[None, :, None, :, None]
 
     def advance(carry: tuple[Array, Array], step: Array) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-        error, feed = carry  # W − Q, and that with what the rows after it fed in: the error that F feeds on
+        # W − Q of the groups before each one, in the columns that it has come to; of all its columns what F feeds on
+        after, feed = carry
         at = step - jnp.arange(count)
         live = ((at >= 0) & (at < ahead))[None, :, None, None]
         start = (ahead - 1 - jnp.clip(at, 0, ahead - 1)) * wide
         original = window(own, start)
-        after = window(error.reshape(b, 1, m, n), start)  # still zero in the rows that come later
         columns = window(factor[:, None], start)
         within = jax.vmap(lambda f, s: lax.dynamic_slice_in_dim(f, s, wide, axis=-2), in_axes=(1, 0), out_axes=1)(columns, start)
         local = tuple(window(g, start) for g in scales)
 
-        everything = (original, live, feed, into, after, columns, within, *local)
+        everything = (original, live, feed, into, after.reshape(b, count, wide, m), columns, within, *local)
         missed, values, codes = by_rows(round_columns, everything)
 
-        def written(array: Array, part: Array) -> Array:
-            kept = jnp.where(live, part, window(array, start))
-            put = jax.vmap(lambda a, p, s: lax.dynamic_update_slice_in_dim(a, p, s, axis=-1), in_axes=(1, 1, 0), out_axes=1)
-            return put(array, kept, start)
+        error = (jnp.swapaxes(original, -1, -2) - values)[:, :, :, None]
+        # in the next step each group comes to the columns of the group before it, and needs the same errors and that group's own
+        passed = jnp.where(itself, error, after)[:, :-1]
+        for group in range(count):  # groups that are not under way write where nothing is read any more, or not yet
+            feed = lax.dynamic_update_slice(feed, missed[:, group : group + 1], (0, group, start[group], 0))
+        return (jnp.pad(passed, [(0, 0), (1, 0), *[(0, 0)] * 3]), feed), (values, codes)
 
-        return (written(error, original - values), written(feed, missed)), (values, codes)
-
-    nothing = jnp.zeros_like(own)
-    _, (values, codes) = lax.scan(advance, (nothing, nothing), jnp.arange(ahead + count - 1))
+    nothing = jnp.zeros((b, count, wide, count, high), weight.dtype), jnp.zeros((b, count, n, high), weight.dtype)
+    _, (values, codes) = lax.scan(advance, nothing, jnp.arange(ahead + count - 1))
     # group i came to its j-th columns, from the last, at step i + j; both orders are reversed
     group, column = jnp.arange(count)[::-1, None], jnp.arange(ahead)[None, ::-1]
-    values = values[group + column, :, group]  # (count, ahead, b, high, wide)
-    values = jnp.transpose(values, (2, 0, 3, 1, 4)).reshape(weight.shape)
+    values = values[group + column, :, group]  # (count, ahead, b, wide, high)
+    values = jnp.transpose(values, (2, 0, 4, 1, 3)).reshape(weight.shape)
     codes = codes[group + column, :, group]  # (count, ahead, b, rows or tile rows, blocks, ...)
     codes = jnp.transpose(codes, (2, 0, 3, 1, 4, *range(5, codes.ndim)))
     if static.tile == (1, 1):
