@@ -75,6 +75,7 @@ UNIFORM: dict[str, dict] = {
     "14 state bits": {"state_bits": 14},
     "16 state bits": {"state_bits": 16},
     "G as it is": {"share": 0.0},
+    "twice the text for G": {"g": 2},
     "four times the text for G": {"g": 4},
     "four times the text for G as it is": {"g": 4, "share": 0.0},
     "four times the text for G, 0.03 of it the identity": {"g": 4, "share": 0.03},

@@ -186,6 +186,21 @@ def test_one_hessian_for_all_equals_one_each(main, monkeypatch):
     assert again["w"].stats["relative_error"] == pytest.approx(again["q"].stats["relative_error"], rel=0.01)
 
 
+@pytest.mark.parametrize("outputs", [False, True])
+def test_few_state_bits_while_alternating_end_where_all_of_them_do(main, activations, outputs):
+    """Also where the best pair is one whose factors were there before Q, and are not fitted again (a race's start from W)."""
+    weight, hessian, _ = main
+    given = {"output_hessian": activations(len(weight)) if outputs else None, "state_bits": 10}
+    few, all_of_them = (qlr.solve(weight, hessian, MAIN, alternation_bits=bits, **given) for bits in (6, 10))
+    assert few.value.layout.state_bits == 10 and few.value.nbytes == all_of_them.value.nbytes
+    key = "weighted_error" if outputs else "relative_error"
+    assert few.stats[key] == pytest.approx(all_of_them.stats[key], rel=0.1)  # few tiles: in large matrices 0.99 to 1
+    assert few.stats[key] == pytest.approx(min(few.stats["history"][-2:]), rel=1e-3)  # of the last step
+    assert few.stats["relative_error"] == pytest.approx(error_of(few.value, weight, hessian), rel=1e-4)
+    near = qlr.solve(weight, hessian, MAIN, alternation_bits=8, **given)  # would spare nothing
+    assert same(near.value, all_of_them.value)
+
+
 def test_one_compilation_serves_a_bucket_of_ranks_and_all_rates(main):
     weight, hessian, _ = main  # solved with rank 4 and 2 bits already
     compiled = [f.__wrapped__._cache_size() for f in (fit_factors, round_backbone)]
@@ -331,6 +346,7 @@ WITH_NAN[1, 2], WITH_INF[3, 5] = np.nan, -np.inf
     (W, H, "int-4", {"preset": "fast"}, "preset 'fast' is not known; pass one of 'paper', or leave it out"),
     (W, H, "int-4", {"start": "svd"}, "start='svd' is not known; pass 'race' or 'weight' or 'low-rank'"),
     (W, H, "int-4", {"damping": -0.1}, "damping=-0.1 is no fraction"),
+    (W, H, "trellis-2", {"alternation_bits": 5}, "alternation_bits=5 is no number of state bits; pass 6 to 16"),
 ])  # fmt: skip
 def test_refused(weight, hessian, spec, options, message):
     with pytest.raises(QLRError, match=message):

@@ -158,8 +158,8 @@ def test_alone_and_noise_measure_and_leave_the_model_as_it_was(case):
         assert alone[name] == pytest.approx(kl(case, {name: case.errors[name]}), rel=1e-4)
     noise = attribute("noise", case, seed=1).kl
     assert noise == attribute("noise", case, seed=1).kl
-    # these errors are noise themselves; KL of a float32 model is not measured below 1e-7
-    assert all(noise[name] == pytest.approx(alone[name], rel=0.9, abs=1e-7) for name in NAMES)
+    # these errors are noise themselves; KL of a float32 model is not measured below 1e-7, so a difference not below 2e-7
+    assert all(noise[name] == pytest.approx(alone[name], rel=0.9, abs=2e-7) for name in NAMES)
     assert sum(noise.values()) == pytest.approx(sum(alone.values()), rel=0.3)
     for name, linear in case.model.linears().items():
         assert np.array_equal(before[name], linear.weight.get_value())

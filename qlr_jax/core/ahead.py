@@ -50,10 +50,14 @@ def _calls(
     shape: tuple[int, int], spec: Spec, config: SolverConfig, count: int, shared: bool, outputs: bool
 ) -> Iterator[tuple[Any, tuple, dict[str, Any]]]:
     """(function, arguments, static arguments) as `alternation` calls them."""
-    (m, n), own, quantizer = shape, 1 if shared else count, spec.quantizer(config.state_bits, shape)
+    (m, n), own = shape, 1 if shared else count
+    stages = dict.fromkeys(([config.first_bits] if spec.rank else []) + [config.state_bits])
+    quantizers = {quantizer.static(): quantizer for quantizer in (spec.quantizer(bits, shape) for bits in stages)}
     weight, hessian, energy = _array(count, m, n), _array(own, n, n), _array(count)
     metric, root = (_array(count, m, m), _array(count, m, m)) if outputs else (None, None)
-    if not quantizer.empty:
+    for quantizer in quantizers.values():
+        if quantizer.empty:
+            continue
         height, width = quantizer.tile[0], column_block(quantizer)
         columns, rows = n + -n % width, m + -m % height
         metrics = count if downdate_strength(spec, config) else own

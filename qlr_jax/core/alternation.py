@@ -40,6 +40,7 @@ class Iterate:
         scale: (b,), of a backbone of unit scale, else 1.
         scales: of a backbone that stores its own.
         factors: L and R.
+        behind: those that Q was rounded behind.
     """
 
     q: Array
@@ -47,6 +48,7 @@ class Iterate:
     scale: Array
     scales: tuple[Array, ...]
     factors: Factors
+    behind: Factors
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def init(problem: MatrixProblem, start: str) -> State:
     none_yet = np.full(b, np.inf, np.float32)
     # numpy's: JAX would compile zeros for every shape
     arrays: Any = (np.zeros(problem.weight.shape, np.float32), np.zeros((b, 0), np.float32), np.ones(b, np.float32))
-    blank = Iterate(arrays[0], arrays[1], arrays[2], (), no_factors(b))
+    blank = Iterate(arrays[0], arrays[1], arrays[2], (), no_factors(b), no_factors(b))
     now = jax.tree.map(problem.placement.place, blank)
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
@@ -139,6 +141,19 @@ def step(problem: MatrixProblem, state: State) -> State:
     factors, basis, error = _fit(problem, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
     state = _evaluated(replace(state, basis=basis), replace(state.now, factors=factors), error)
     return replace(state, trail=(*trail, state.error))
+
+
+def last_step(problem: MatrixProblem, state: State) -> State:
+    """The best iterate made once more, with more state bits: Q behind the factors that it was rounded behind, and factors of what
+    it leaves.
+
+    Args:
+        problem: with a backbone and factors.
+        state: of the same problem with a backbone of fewer state bits.
+    """
+    assert state.best is not None
+    again = replace(state.best, factors=state.best.behind)
+    return step(problem, replace(state, now=again, best=None, best_error=np.full_like(state.best_error, np.inf)))
 
 
 def _random_basis(problem: MatrixProblem) -> Array:
@@ -180,7 +195,7 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         static=quantizer.static(),
         refit=fitted,
     )
-    return _evaluated(state, Iterate(q, codes, scale, scales, factors), error)
+    return _evaluated(state, Iterate(q, codes, scale, scales, factors, factors), error)
 
 
 def _fit(
@@ -258,4 +273,4 @@ def _choose(better: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(better.reshape(-1, *[1] * (a.ndim - 1)), a, b), new, old)
 
 
-__all__ = ["Iterate", "State", "first_step", "improve_backbone", "init", "keep_stopped", "step"]
+__all__ = ["Iterate", "State", "first_step", "improve_backbone", "init", "keep_stopped", "last_step", "step"]

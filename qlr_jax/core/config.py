@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS
 from qlr_jax.errors import QLRError
 
 CHOICES = {
@@ -38,6 +39,8 @@ class SolverConfig:
             what is rounded.
         tolerance: stop when an iteration improves the error by less than this fraction; 0 runs all iterations.
         state_bits: of trellis codes, 6 to 16: time grows as 2^state_bits.
+        alternation_bits: of a trellis backbone while Q and L R are improved in turn, where `state_bits` are at least 4 more; the
+            best pair is then made once more with all of them.
         rotation_block: 0 for full-width rotations, or a power of two for block-diagonal ones.
     """
 
@@ -52,13 +55,16 @@ class SolverConfig:
     factor_scales: str = "component"
     backbone_scale: str = "fitted"
     tolerance: float = 3e-3
-    state_bits: int = 12
+    state_bits: int = DEFAULT_STATE_BITS
+    alternation_bits: int = 8
     rotation_block: int = 0
 
     def __post_init__(self) -> None:
         for name in ("iterations", "inner", "subspace_steps"):
             if getattr(self, name) < 1:
                 raise QLRError(f"{name}={getattr(self, name)} does nothing; pass at least 1")
+        if not 6 <= self.alternation_bits <= 16:
+            raise QLRError(f"alternation_bits={self.alternation_bits} is no number of state bits; pass 6 to 16")
         if self.downdate is not None and not 0 <= self.downdate <= 1:
             raise QLRError(f"downdate={self.downdate} is outside [0, 1]; pass a strength from 0 to 1, or None")
         if not 0 <= self.damping < float("inf"):
@@ -66,6 +72,16 @@ class SolverConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise QLRError(f"{name}={getattr(self, name)!r} is not known; pass {' or '.join(map(repr, allowed))}")
+
+    @property
+    def first_bits(self) -> int:
+        """State bits of the alternation: fewer than `state_bits` where that spares much.
+
+        Example:
+            >>> SolverConfig(state_bits=12).first_bits, SolverConfig(state_bits=10).first_bits
+            (8, 10)
+        """
+        return self.alternation_bits if self.state_bits >= self.alternation_bits + 4 else self.state_bits
 
     @classmethod
     def make(cls, options: Mapping[str, Any], preset: str | None = None) -> SolverConfig:
@@ -99,5 +115,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "factor_scales": "matrix",
         "backbone_scale": "rms",
         "tolerance": 0.0,
+        "alternation_bits": 16,
     }
 }

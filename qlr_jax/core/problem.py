@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -93,6 +93,10 @@ class MatrixProblem:
             weight, energy = _rotated(weight, *metrics, u, v, blocks=(u_block, v_block))
         mask = component_mask(spec.rank, (m, n)) if spec.rank else None
         return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
+
+    def with_backbone_bits(self, state_bits: int) -> MatrixProblem:
+        """The same problem with a backbone of so many state bits, if it is a trellis."""
+        return replace(self, backbone=self.spec.quantizer(state_bits, self.layout.shape))
 
     @property
     def output_metric(self) -> Array | None:

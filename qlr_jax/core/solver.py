@@ -1,8 +1,9 @@
 """The alternation: W ≈ g · Uᵀ (Q + L R) V, Q and L R improved in turn, the best pair kept.
 
 After Q ← LDLQ(W − L R) and (L, R) ← rank-constrained regression of W − Q, both rounded, the error tr(E H Eᵀ) is evaluated
-after each half-step; the alternation stops when it no longer falls. The decomposition and its alternation are CALDERA's
-(arXiv 2405.18886, algorithms 1 and 2); trellis backbones and factors rounded with feedback in their own metrics are ours.
+after each half-step; the alternation stops when it no longer falls. A trellis backbone has few state bits until
+then, and the best pair is made once more with all of them. The decomposition and its alternation are CALDERA's (arXiv 2405.18886,
+algorithms 1 and 2); trellis backbones and factors rounded with feedback in their own metrics are ours.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.alternation import first_step, improve_backbone, init, keep_stopped, step
+from qlr_jax.core.alternation import first_step, improve_backbone, init, keep_stopped, last_step, step
 from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.metric import Metric
@@ -133,6 +134,7 @@ def solve_batch(
         state = improve_backbone(problem, init(problem, config.start))
         assert state.best is not None
         return finish(problem, state.best, [[state.error]] * len(weights), [True] * len(weights), wanted)
+    final, problem = problem, problem.with_backbone_bits(config.first_bits)
     state = first_step(problem)
     members = np.repeat(np.arange(len(groups or [0])), groups or len(weights))
     members = np.append(members, np.full(len(state.error) - len(members), members[-1]))  # a mesh is filled up with the last one
@@ -153,7 +155,10 @@ def solve_batch(
             running = ~converged
         if not running.any():
             break
+    if final.backbone != problem.backbone:
+        state = last_step(final, state)
+        histories = [[*history, *state.trail] for history in histories]
     best = state.best
     assert best is not None
-    del state, before  # decoding needs the room
-    return finish(problem, best, histories, converged, wanted)
+    del state, before, problem  # decoding needs the room
+    return finish(final, best, histories, converged, wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from allocators.strategies import STRATEGIES
@@ -116,17 +117,20 @@ def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int,
         passed=30 * sum(b * side * side for side in sides) + 60 * b * m * n,
         products=b * 3 * quadratic,
     )
-    quantizer = job.backbone.for_backbone(shape, state_bits)
-    waste, steps = _staggered(job, quantizer, m, n)
-    once = b * m * n * waste
 
-    def search(weights: float, sequences: float) -> Work:
+    def search(quantizer: Quantizer, weights: float, sequences: float) -> Work:
         return job.rates.search(quantizer.search_cost, weights, sequences, _filled(job, sequences))
 
-    rounding = Work(products=b * quadratic * (waste + 2), placed=once, steps=steps)
-    rounding += search(once, b * m / 64 if m >= 64 else b * m / 16)
+    def rounding(bits: int) -> Work:
+        quantizer = job.backbone.for_backbone(shape, bits)
+        waste, steps = _staggered(job, quantizer, m, n)
+        once = b * m * n * waste
+        own = Work(products=b * quadratic * (waste + 2), placed=once, steps=steps)
+        return own + search(quantizer, once, b * m / 64 if m >= 64 else b * m / 16)
+
     if not factors:
-        return found + rounding
+        return found + rounding(state_bits)
+    grid, first = job.backbone.for_backbone(shape, state_bits), replace(job.settings.solver, state_bits=state_bits).first_bits
     race = 2 if job.outputs else 1
     iterations = job.settings.solver.iterations
     rounds, k = min(ROUNDS, iterations - 1), bucket(sorted(job.recipe.ranks)[len(job.recipe.ranks) // 2], min(shape))
@@ -137,8 +141,9 @@ def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int,
         placed=inner * b * k * (m + n),
         steps=inner * (k / 4 + n / 64) * 512,
     )
-    fit += search(inner * b * k * m, b * m / 64) + search(inner * b * k * n, b * k / 4)
-    return found + rounding * (race + rounds) + fit * (2 * race + rounds)
+    fit += search(grid, inner * b * k * m, b * m / 64) + search(grid, inner * b * k * n, b * k / 4)
+    found += rounding(first) * (race + rounds) + fit * (2 * race + rounds)
+    return found if first == state_bits else found + rounding(state_bits) + fit
 
 
 def _staggered(job: Counted, quantizer: Quantizer, m: int, n: int) -> tuple[float, float]:

@@ -45,7 +45,7 @@ class Recipe:
         "bits per weight, of linear layers (2.25bpw) or of all (2.5bpw:all); bytes (900MB); a device (device:8GiB,context=8192)",
     )
     seed: int = _field(0, "of the rotations' signs and of every sample")
-    state_bits: int = _field(12, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")
+    state_bits: int = _field(14, "of the trellis in the final solve, 6 to 16: more is better and slower, time grows with 2^bits")
     search_state_bits: int = _field(8, "of the trellis while options are measured")
     rotation_block: int = _field(0, "width of the Hadamard blocks, 0 = the whole width")
     preset: str | None = _field(None, "of the solver; paper = CALDERA as published, for backbones [e8-2] and factors e8-4")

@@ -19,7 +19,7 @@ from qlr_jax.native.product import Format
 Arrays = Mapping[str, Array]
 QParams = tuple[Array, ...]  # scale, and zero point where there is one
 Traced = tuple[Array, ...]
-DEFAULT_STATE_BITS = 12  # of a trellis
+DEFAULT_STATE_BITS = 14  # of a trellis
 
 
 @dataclass(frozen=True)
