@@ -80,15 +80,15 @@ class _context:
 def test_full_solves_every_pair_once(staged):
     asked, _, compared, _ = staged("full")
     (kind, bits, keys), *more = asked
-    assert (kind, bits, more) == ("final", 12, []) and len(keys) == len(set(keys)) == 5  # of nine
+    assert (kind, bits, more) == ("final", 14, []) and len(keys) == len(set(keys)) == 5  # of nine
     assert {key for specs in PLANS.values() for key in specs.items()} == set(keys) and len(compared) == 3
-    assert {bits for model in compared for _, bits in model.values()} == {12}
+    assert {bits for model in compared for _, bits in model.values()} == {14}
 
 
 def test_quick_solves_controls_with_fewer_state_bits(staged):
     asked, candidates, compared, _ = staged("quick")
-    assert [(kind, bits, len(keys)) for kind, bits, keys in asked] == [("final", 12, 3), ("control", 8, 5)]
-    assert [{bits for _, bits in model.values()} for model in compared] == [{12}, {8}, {8}]
+    assert [(kind, bits, len(keys)) for kind, bits, keys in asked] == [("final", 14, 3), ("control", 8, 5)]
+    assert [{bits for _, bits in model.values()} for model in compared] == [{14}, {8}, {8}]
     assert all(dict(c.plan.specs) == {name: key[1] for name, (key, _) in model.items()}
                for c, model in zip(candidates.values(), compared, strict=True))  # fmt: skip
 
@@ -141,7 +141,7 @@ def test_reports_say_how_controls_were_solved():
 
 def test_settings_of_controls():
     bits = lambda **settings: (c := resolved.Settings.of(Recipe(**settings), SMALL).controls) and c.state_bits  # noqa: E731
-    assert (bits(), bits(controls="quick"), bits(controls="none"), bits(controls="quick", state_bits=6)) == (12, 8, None, 6)
+    assert (bits(), bits(controls="quick"), bits(controls="none"), bits(controls="quick", state_bits=6)) == (14, 8, None, 6)
     same = resolved.Settings.of(Recipe(target="gguf", budget="5bpw", controls="quick"), SMALL)
     assert same.controls == same.solver  # integers have no state bits
     with pytest.raises(QLRError, match="controls 'some' is not known; give one of full, quick, none"):

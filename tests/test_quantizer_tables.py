@@ -1,9 +1,11 @@
 """The library's table of quantizers and the PyTorch runtime's, which travels alone: names, stored arrays, types, values."""
 
+import inspect
+
 import numpy as np
 import pytest
 
-from qlr_jax.core.quantizers import QUANTIZERS, parse_quantizer
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, QUANTIZERS, parse_quantizer
 
 torch = pytest.importorskip("torch")
 from qlr_jax.formats.qlr import modeling_qlr as runtime  # noqa: E402
@@ -13,13 +15,14 @@ SHAPE = (21, 53)
 
 def test_same_rows():
     assert list(QUANTIZERS) == list(runtime.QUANTIZERS)
+    assert inspect.signature(runtime.QLRLinear).parameters["state_bits"].default == DEFAULT_STATE_BITS
 
 
 @pytest.mark.parametrize("name", [name for kind in QUANTIZERS.values() for name in kind.examples])
 def test_same_arrays_and_values(name):
     quantizer, (row, match) = parse_quantizer(name).for_backbone(SHAPE), runtime.find_row(name)
     assert (row.unit_scale, row.always_rotated) == (quantizer.unit_scale, quantizer.always_rotated)
-    part, stored = row.part(match, *SHAPE, quantizer.tile[0], 12), quantizer.stored(*SHAPE)
+    part, stored = row.part(match, *SHAPE, quantizer.tile[0], DEFAULT_STATE_BITS), quantizer.stored(*SHAPE)
     if part is None:
         assert not stored
         return

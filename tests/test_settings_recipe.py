@@ -4,6 +4,9 @@ import dataclasses
 
 import pytest
 
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.matrix import Layout
+from qlr_jax.core.quantizers import DEFAULT_STATE_BITS
 from qlr_jax.errors import QLRError
 from qlr_jax.settings.recipe import Recipe, read_settings
 
@@ -90,3 +93,9 @@ def test_refusals(text, says):
         Recipe.from_yaml(text)
     assert says in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_solver_has_the_same_defaults():
+    """The recipe says them itself, so that to read one does not import JAX."""
+    assert (Recipe().state_bits, Recipe().damping) == (SolverConfig().state_bits, SolverConfig().damping)
+    assert Recipe().state_bits == DEFAULT_STATE_BITS == Layout("trellis-2", (1, 1)).state_bits

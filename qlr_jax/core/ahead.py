@@ -33,8 +33,8 @@ def programs(problems: Problems[Key], config: SolverConfig | None = None) -> Ite
     Example:
         >>> w, h = jax.ShapeDtypeStruct((64, 32), np.float32), jax.ShapeDtypeStruct((32, 32), np.float32)
         >>> specs = "trellis-2", "trellis-3", "trellis-2.5+r4@trellis-4"
-        >>> len(list(programs({spec: (w, h, spec) for spec in specs})))  # rates and ranks are data
-        2
+        >>> len(list(programs({spec: (w, h, spec) for spec in specs})))  # rates and ranks are data; 8 state bits, then all of them
+        3
     """
     config, seen = config or SolverConfig(), set()
     for problem, count, shared in sizes(problems):

@@ -67,7 +67,7 @@ class Settings:
             >>> config = LlamaConfig(512, 64, 96, num_hidden_layers=1, num_attention_heads=2)
             >>> settings = Settings.of(Recipe(), config, memory=2**34)
             >>> settings.sequence_length, settings.streaming, settings.solver.state_bits, len(settings.matrices)
-            (2048, False, 12, 7)
+            (2048, False, 14, 7)
         """
         memory = machine_memory() if memory is None else memory
         matrices = _matrices(recipe, config)

@@ -882,7 +882,7 @@ class QLRLinear(Stored):
         shape: tuple[int, int],
         seed: int = 0,
         rotation_block: int = 0,
-        state_bits: int = 12,
+        state_bits: int = 14,
         signs: bool = False,
         **_,
     ):
