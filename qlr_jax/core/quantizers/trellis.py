@@ -97,11 +97,11 @@ class Trellis(Quantizer):
 
     @property
     def name(self) -> str:
-        return f"trellis-{float(self.rate):g}"
+        return f"trellis-{self.bits:g}"
 
     @property
     def bits(self) -> float:
-        return float(self.rate)
+        return self.rate.numerator / self.rate.denominator  # float(rate) goes by way of `numbers`: ten times as long
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -121,7 +121,7 @@ class Trellis(Quantizer):
     @property
     def ends(self) -> np.ndarray:
         """⌊t b⌋ for t = 0 … 256: where the bits of each weight begin and end."""
-        return np.array([t * self.rate.numerator // self.rate.denominator for t in range(LENGTH + 1)])
+        return np.arange(LENGTH + 1) * self.rate.numerator // self.rate.denominator
 
     @property
     def shifts(self) -> np.ndarray:
