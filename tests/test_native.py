@@ -153,7 +153,7 @@ def test_without_it_searches_run_in_xla_and_jobs_say_so():
     )
     assert told.stdout.splitlines() == [
         "False",
-        "trellises are searched in XLA, about ten times slower than in C++: QLR_NATIVE is 0",
+        "trellises are searched in XLA, about ten times slower than in C++ (fewer --state-bits take less): QLR_NATIVE is 0",
         "packed weights are decoded once, to the size of dense ones, not multiplied by from their codes: QLR_NATIVE is 0",
     ]
 

@@ -40,7 +40,7 @@ class SolverConfig:
         tolerance: stop when an iteration improves the error by less than this fraction; 0 runs all iterations.
         state_bits: of trellis codes, 6 to 16: time grows as 2^state_bits.
         alternation_bits: of a trellis backbone while Q and L R are improved in turn, where `state_bits` are at least 4 more; the
-            best pair is then made once more with all of them.
+            best pair is then made once more with all of them, in one iteration beyond those.
         rotation_block: 0 for full-width rotations, or a power of two for block-diagonal ones.
     """
 

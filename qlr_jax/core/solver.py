@@ -1,9 +1,9 @@
 """The alternation: W ≈ g · Uᵀ (Q + L R) V, Q and L R improved in turn, the best pair kept.
 
 After Q ← LDLQ(W − L R) and (L, R) ← rank-constrained regression of W − Q, both rounded, the error tr(E H Eᵀ) is evaluated
-after each half-step; the alternation stops when it no longer falls. A trellis backbone has few state bits until
-then, and the best pair is made once more with all of them. The decomposition and its alternation are CALDERA's (arXiv 2405.18886,
-algorithms 1 and 2); trellis backbones and factors rounded with feedback in their own metrics are ours.
+after each half-step; the alternation stops when it no longer falls. A trellis backbone has few state bits until then, and the best
+pair is made once more with all of them. The decomposition and its alternation are CALDERA's (arXiv 2405.18886, algorithms 1 and 2);
+trellis backbones and factors rounded with feedback in their own metrics are ours.
 """
 
 from __future__ import annotations

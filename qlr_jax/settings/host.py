@@ -63,7 +63,8 @@ def slow_search() -> str:
         >>> slow_search() == "" or "install" in slow_search() or "QLR_NATIVE" in slow_search()
         True
     """
-    return _without_library("trellises are searched in XLA, about ten times slower than in C++", "qlr_search")
+    what = "trellises are searched in XLA, about ten times slower than in C++ (fewer --state-bits take less)"
+    return _without_library(what, "qlr_search")
 
 
 def slow_products() -> str:
