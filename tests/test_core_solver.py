@@ -364,6 +364,18 @@ def test_few_small_matrices_are_not_solved_many_times_over(monkeypatch):
 
     monkeypatch.setattr(batch, "solve_batch", counted)
     matrix = np.eye(32, dtype=np.float32)
-    for count in (1, 8, 9, 65):
+    for count in (1, 4, 9, 50, 65):
         assert len(batch.solve_many({i: (matrix, matrix, "int-4") for i in range(count)})) == count
-    assert sizes == [(8, [0]), (8, [*range(8)]), (64, [*range(9)]), (64, [*range(64)]), (8, [0])]
+    few = [(4, [0]), (4, [*range(4)]), (4, [*range(4)]), (4, [*range(4)]), (4, [0])]
+    assert sizes == [*few, (64, [*range(50)]), (64, [*range(64)]), (4, [0])]
+
+
+@pytest.mark.parametrize("rows", [16, 192, 576, 1000])
+def test_no_batch_is_filled_up_by_much(rows):
+    size = batch.ROWS_TOGETHER // rows
+    for count in range(1, 3 * size + 2):
+        found = batch.portions(count, size, rows)
+        assert sum(own for own, _ in found) == count and {filled for _, filled in found} <= {size, max(1, 128 // rows)}
+        assert all(own == filled for own, filled in found[:-1])
+        own, filled = found[-1]
+        assert own == filled or 3 * own > 2 * filled or filled * rows <= 128

@@ -23,7 +23,8 @@ Problems = Mapping[Key, tuple]  # (W, H, spec[, G, its diagonal or None[, Q or N
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
 # (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below, on each device by itself.
 FACTORED_TOGETHER = 2**15
-SMALL, ROWS_TOGETHER = 1024, 2048  # matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy
+# Matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy: ROWS_TOGETHER at a time, or ROWS_ALONE.
+SMALL, ROWS_TOGETHER, ROWS_ALONE = 1024, 2048, 128
 
 
 # one piece: its inner functions share what is solved and whose metric is current
@@ -42,8 +43,8 @@ def solve_many(
     rows, the matrix is solved by itself, row by row (`rows.solve_rows`).
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
-    and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of one fixed size a shape,
-    filled up by repeating, so that each shape is compiled once. Batches run one after another: two compiled loops that run at
+    and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of two sizes a shape, filled up
+    by repeating, so that few programs are compiled (`portions`). Batches run one after another: two compiled loops that run at
     once in one process can wait for each other for ever in XLA's thread pool on a CPU (seen with jaxlib 0.10.2 on two cores).
     Where this process has several devices, each batch is shared out over them, and batches of one kind are solved side by side, so
     that every device has about as much at a time as one alone would; what stops together does not depend on them.
@@ -221,9 +222,33 @@ def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
             groups[_kind(problem)].append(key)
     for (shape, spec, _), keys in groups.items():
         size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
-        for batch in (keys[start : start + size] for start in range(0, len(keys), size)):
-            # two sizes: few programs, and nothing is solved many times over
-            yield batch, size if len(batch) > size // 8 else max(1, size // 8)
+        start = 0
+        for count, filled in portions(len(keys), size, shape[0]):
+            yield keys[start : start + count], filled
+            start += count
+
+
+def portions(count: int, size: int, rows: int) -> list[tuple[int, int]]:
+    """(matrices, the size that they are filled up to) of each batch that so many small matrices of one kind are solved in.
+
+    Two sizes, so that there are few programs: `size`, for what takes more than two thirds of it, and what has ROWS_ALONE rows. A
+    matrix takes 0.4 to 0.9 of its time in the large one, and what fills a batch up takes as long as what is asked for.
+
+    Args:
+        count: how many there are.
+        size: of a large batch.
+        rows: of one matrix.
+
+    Example:
+        >>> portions(12, 8, 256), portions(7, 8, 256), portions(5, 64, 32)
+        ([(8, 8), (1, 1), (1, 1), (1, 1), (1, 1)], [(7, 8)], [(4, 4), (1, 4)])
+    """
+    few, found = max(1, min(size, ROWS_ALONE // rows)), []
+    while count:
+        filled = size if 3 * count > 2 * size else few
+        found.append((min(count, filled), filled))
+        count -= found[-1][0]
+    return found
 
 
 def _large(problems: Problems[Key]) -> list[list[Key]]:

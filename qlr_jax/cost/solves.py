@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 from allocators.strategies import STRATEGIES
-from qlr_jax.core.batch import SMALL
+from qlr_jax.core.batch import SMALL, portions
 from qlr_jax.core.ldlq import GROUP, row_group
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.quantizers import Quantizer
@@ -87,14 +88,15 @@ def _compiled(job: Counted) -> float:
 def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, factors: bool, count: int, choices: int = 1) -> Work:
     """`solve_many` of `count` matrices whose specs are spread over so many choices."""
     b = job.batch_size(kind, shape)
-    if shape[0] >= SMALL and choices > 1:
-        b = 1  # siblings seldom get the same spec
+    found = Work(decoded=shape[0] * shape[1]) * count  # of every solution, its error as it is stored
+    if shape[0] >= SMALL:
+        b = 1 if choices > 1 else b  # siblings seldom get the same spec
+        return found + work_of_solve(job, b, shape, state_bits, factors) * (count / b)
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
-    batches = count / b if shape[0] >= SMALL else max(distinct, math.ceil(count / b))
-    if shape[0] < SMALL and count / batches <= b // 8:  # as `core.batch` fills them up
-        b = max(1, b // 8)
-    made = Work(decoded=shape[0] * shape[1])  # of every solution, its error as it is stored
-    return work_of_solve(job, b, shape, state_bits, factors) * batches + made * count
+    alike = max(1, round(count / distinct))
+    for filled, batches in Counter(filled for _, filled in portions(alike, b, shape[0])).items():
+        found += work_of_solve(job, filled, shape, state_bits, factors) * (batches * count / alike)
+    return found
 
 
 def work_of_solve(job: Counted, b: int, shape: tuple[int, int], state_bits: int, factors: bool) -> Work:
