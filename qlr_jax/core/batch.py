@@ -23,8 +23,9 @@ Problems = Mapping[Key, tuple]  # (W, H, spec[, G, its diagonal or None[, Q or N
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
 # (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below, on each device by itself.
 FACTORED_TOGETHER = 2**15
-# Matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy: ROWS_TOGETHER at a time, or ROWS_ALONE.
-SMALL, ROWS_TOGETHER, ROWS_ALONE = 1024, 2048, 128
+# Matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy: ROWS_TOGETHER rows at a time, or a FEW (one
+# matrix at least) where there are not as many.
+SMALL, ROWS_TOGETHER, FEW = 1024, 2048, 128
 
 
 # one piece: its inner functions share what is solved and whose metric is current
@@ -231,8 +232,8 @@ def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
 def portions(count: int, size: int, rows: int) -> list[tuple[int, int]]:
     """(matrices, the size that they are filled up to) of each batch that so many small matrices of one kind are solved in.
 
-    Two sizes, so that there are few programs: `size`, for what takes more than two thirds of it, and what has ROWS_ALONE rows. A
-    matrix takes 0.4 to 0.9 of its time in the large one, and what fills a batch up takes as long as what is asked for.
+    Two sizes, so that there are few programs: `size`, for what takes more than two thirds of it, and what has FEW rows, or one
+    matrix. A matrix takes 0.4 to 0.9 of its time in the large one, and what fills a batch up takes as long as what is asked for.
 
     Args:
         count: how many there are.
@@ -243,7 +244,7 @@ def portions(count: int, size: int, rows: int) -> list[tuple[int, int]]:
         >>> portions(12, 8, 256), portions(7, 8, 256), portions(5, 64, 32)
         ([(8, 8), (1, 1), (1, 1), (1, 1), (1, 1)], [(7, 8)], [(4, 4), (1, 4)])
     """
-    few, found = max(1, min(size, ROWS_ALONE // rows)), []
+    few, found = max(1, min(size, FEW // rows)), list[tuple[int, int]]()
     while count:
         filled = size if 3 * count > 2 * size else few
         found.append((min(count, filled), filled))

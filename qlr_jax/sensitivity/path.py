@@ -16,9 +16,10 @@ from qlr_jax.core.typing import Array
 from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
-from qlr_jax.models.forward import by_parts
+from qlr_jax.models.forward import block_of, by_parts, through
 from qlr_jax.models.llama import Block, Embedding, Rope, Top, shallow_copy
 from qlr_jax.models.products import exact_product
+from qlr_jax.models.sites import BY_PATH
 
 TITLE = "sensitivity"  # of its pieces
 NODES = (0.5 - 0.5 / 3**0.5, 0.5 + 0.5 / 3**0.5)  # Gauss-Legendre on [0, 1]: exact for a KL of up to fourth order in the step
@@ -59,20 +60,21 @@ def path_shares(
         names[i][name.removeprefix(f"model.layers.{i}.")] = handle(errors, name)
     vocabulary = {name: handle(errors, name) for name in errors if not is_linear(name)}
     head = EMBEDDING if model.lm_head is None else HEAD
-    of_block = {i: Call(_on_device, (own, vocabulary.get(EMBEDDING) if not i else None), kept=True) for i, own in names.items()}
     of_head = Call(_head_error, (vocabulary[head],), kept=True) if head in vocabulary else None
     at_head = [(reference.part(b.start, b.start + b.live), of_head) for b in batches]
     found: list[tuple[int, int, Any]] = []
     for node in NODES:
-        work = _Path(node, model.model.embed_tokens.scale)
-        ends = None
+        work, ends = _Path(model.model.embed_tokens.scale), None
         if vocabulary:
             moved = model, vocabulary, node
             ends = Call(_moved_embedding, moved, kept=True), Call(_moved_top, moved, kept=True)
         last = node == NODES[-1]
-        for i, j, shares in backward(
-            model, batches, work, beside=of_block.__getitem__, at_head=at_head, ends=ends, engine=engine, title=TITLE
-        ):
+
+        def beside(i: int, node: float = node) -> Call:
+            block = Call(block_of, (model, i), kept=True)
+            return Call(_on_the_path, (block, names[i], vocabulary.get(EMBEDDING) if not i else None, node), kept=True)
+
+        for i, j, shares in backward(model, batches, work, beside=beside, at_head=at_head, ends=ends, engine=engine, title=TITLE):
             found.append((i, j, shares))
             if on_done is not None and last and i == 0:
                 on_done(batches[j].live)
@@ -87,18 +89,16 @@ def path_shares(
 
 @dataclass(frozen=True)
 class _Path:
-    """The work of a backward pass of ΣKL at one node (`calibration.backward.Work`).
+    """The work of a backward pass of ΣKL at one node (`calibration.backward.Work`); beside a block lies what `_on_the_path` makes.
 
     Attributes:
-        node: how far all matrices are moved toward the changed ones.
         scale: of the embedding.
     """
 
-    node: float
     scale: float
 
     def forward(self, i: int, block: Block, beside: Any, rope: Rope, batch: Batch, state: State) -> State:
-        return replace(state, x=np.asarray(_forward(block, beside[0], self.node, jax.device_put(state.x), rope)))
+        return replace(state, x=np.asarray(through(beside[0], jax.device_put(state.x), rope)))
 
     def head(self, top: Top, batch: Batch, beside: tuple[Any, Any], state: State) -> tuple[State, dict[str, float]]:
         logp, error = beside
@@ -110,18 +110,20 @@ class _Path:
     def pull_back(
         self, i: int, block: Block, beside: Any, rope: Rope, batch: Batch, state: State, gradient: State
     ) -> tuple[State, dict[str, float]]:
-        (errors, embedding), (x, g) = beside, jax.device_put((state.x, gradient.x))
-        pulled, found = _pull_back(block, errors, self.node, x, rope, g)
+        (moved, errors, embedding), (x, g) = beside, jax.device_put((state.x, gradient.x))
+        pulled, found = _pull_back(moved, errors, x, rope, g)
         shares = {name: float(share) for name, share in found.items()}
         if embedding is not None:
             shares[EMBEDDING] = float(jnp.vdot(pulled, embedding[batch.tokens] * self.scale))
         return replace(gradient, x=np.asarray(pulled)), shares
 
 
-def _on_device(errors: Mapping[str, Any], embedding: Any) -> tuple[dict[str, Array], Array | None]:
-    """The errors of one block by local name, and that of the embedding."""
+def _on_the_path(
+    block: Block, errors: Mapping[str, Any], embedding: Any, at: float
+) -> tuple[Block, dict[str, Array], Array | None]:
+    """The block with `at` · ΔW added to its matrices, their ΔW by local name, and that of the embedding."""
     placed = {name: jax.device_put(np.asarray(error, np.float32)) for name, error in errors.items()}
-    return placed, None if embedding is None else jax.device_put(np.asarray(embedding, np.float32))
+    return _moved(block, placed, at), placed, None if embedding is None else jax.device_put(np.asarray(embedding, np.float32))
 
 
 def _head_error(error: Any) -> Array:
@@ -146,20 +148,15 @@ def _with_vocabulary(model: Llama, errors: Mapping[str, Any], at: float) -> Llam
     return copy
 
 
-def _moved(block: Block, errors: Mapping[str, Array], steps: Mapping[str, Array]) -> Block:
-    """The block with `steps` · ΔW added to its matrices; names are local."""
+@jax.jit
+def _moved(block: Block, errors: dict[str, Array], at: Array | float) -> Block:
     copy = shallow_copy(block)
     linears = copy.linears()
     for name, error in errors.items():
         weight = linears[name].weight
         value = weight.get_value()
-        weight.set_value((value + steps[name] * error).astype(value.dtype))
+        weight.set_value((value + at * error).astype(value.dtype))
     return copy
-
-
-@jax.jit
-def _forward(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: Rope) -> Array:
-    return _moved(block, errors, dict.fromkeys(errors, at))(x, rope)
 
 
 @jax.jit
@@ -178,7 +175,21 @@ def _head_gradient(top: Top, error: Array | None, x: Array, logp: Array, live: A
 
 
 @jax.jit
-def _pull_back(block: Block, errors: dict[str, Array], at: Array, x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
-    """∂ΣKL/∂x, and ⟨∂ΣKL/∂W_i, ΔW_i⟩: the derivative in a step length of every matrix's own."""
-    steps = {name: jnp.asarray(at, jnp.float32) for name in errors}
-    return jax.vjp(lambda x, steps: _moved(block, errors, steps)(x, rope), x, steps)[1](g)
+def _pull_back(block: Block, errors: dict[str, Array], x: Array, rope: Rope, g: Array) -> tuple[Array, dict[str, Array]]:
+    """∂ΣKL/∂x, and ⟨∂ΣKL/∂W_i, ΔW_i⟩ = Σ_t ⟨∂ΣKL/∂y_t, ΔW_i x_t⟩ of every matrix: no gradient of a matrix is made."""
+
+    def stepped(x: Array, steps: dict[str, Array]) -> Array:
+        """The block's output where every matrix goes a step of its own further."""
+        inputs: dict[str, Array] = {}
+
+        def tap(name: str, value: Array) -> None:
+            inputs[name] = jax.lax.stop_gradient(value)  # steps are 0: of x they change nothing
+
+        def adjust(name: str, y: Array) -> Array:
+            if name not in errors:
+                return y
+            return y + (steps[name] * exact_product(inputs[BY_PATH[name].input], errors[name])).astype(y.dtype)
+
+        return block(x, rope, tap=tap, adjust=adjust)
+
+    return jax.vjp(stepped, x, {name: jnp.zeros(()) for name in errors})[1](g)
