@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -246,7 +247,11 @@ def test_what_fails_in_a_piece_is_not_taken_for_a_lost_scheduler(machines):
 
 def test_what_no_cluster_is_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(connect, "ANSWER", 0.5)
+    (tmp_path / "empty").touch()
+    (tmp_path / "other").write_text("[]")
     cases = {
+        str(tmp_path / "empty"): "is no scheduler's file: it names no address; give the one that dask scheduler",
+        str(tmp_path / "other"): "is no scheduler's file",
         "local:none": "has no number of processes; give e.g. local:4",
         "somewhere": "is neither an address",
         "tcp://127.0.0.1:1": "no scheduler answers at tcp://127.0.0.1:1 .*start one there with: dask scheduler",
@@ -257,6 +262,15 @@ def test_what_no_cluster_is_is_one_sentence(monkeypatch, tmp_path):
     monkeypatch.setattr(connect.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(QLRError, match=r"pip install 'qlr-jax\[cluster\]'"), connected("local:1"):
         pass
+
+
+def test_a_scheduler_file_that_is_not_written_yet_is_waited_for(machines, tmp_path):
+    """The scheduler makes it, and writes it then: whoever reads it between the two finds nothing."""
+    file = tmp_path / "scheduler.json"
+    file.touch()
+    threading.Timer(0.3, lambda: file.write_text(machines.file.read_text())).start()
+    with connected(str(file)) as engine:
+        assert engine.result(engine.submit(len, [1, 2])) == 2
 
 
 def test_workers_that_do_not_see_the_model_copy_its_files(alone, machines, tiny, text, tmp_path, monkeypatch):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -61,20 +63,35 @@ def _client(cluster: Any, stack: ExitStack) -> Any:
         )
         return stack.enter_context(Client(own))
     if "://" in text:
-        given: dict[str, Any] = {"address": text}
+        address = text
     elif Path(text).is_file():
-        given = {"scheduler_file": text}
+        address = _address_in(Path(text))
     else:
         raise QLRError(
             f"cluster {text!r} is neither an address (tcp://HOST:PORT), nor local:N, nor a scheduler's file that is there"
         )
     try:
-        return stack.enter_context(Client(**given, timeout=ANSWER))
+        return stack.enter_context(Client(address, timeout=ANSWER))
     except (OSError, TimeoutError, ValueError) as error:
         raise QLRError(
             f"no scheduler answers at {text} ({type(error).__name__}); start one there with: dask scheduler; and on each machine: "
             f"dask worker {text if '://' in text else 'ADDRESS'} --nthreads 1"
         ) from None
+
+
+def _address_in(file: Path) -> str:
+    """Where a scheduler's file says that it is; a scheduler that just starts has not written all of it yet."""
+    until = time.monotonic() + ANSWER
+    while True:
+        try:
+            return str(json.loads(file.read_text(encoding="utf-8"))["address"])
+        except (OSError, ValueError, KeyError, TypeError):
+            if time.monotonic() > until:
+                raise QLRError(
+                    f"cluster {str(file)!r} is no scheduler's file: it names no address; give the one that dask scheduler "
+                    "--scheduler-file FILE writes"
+                ) from None
+            time.sleep(0.05)
 
 
 def _address(client: Any) -> str:

@@ -23,8 +23,8 @@ Problems = Mapping[Key, tuple]  # (W, H, spec[, G, its diagonal or None[, Q or N
 # Batches of factorizations inside one compiled loop wait for each other for ever in XLA's thread pool on a CPU once they are large
 # (jaxlib 0.10.2: 16 matrices with 64 components hang, 8 never did): (matrices · components²) stays below, on each device by itself.
 FACTORED_TOGETHER = 2**15
-# Matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy: ROWS_TOGETHER rows at a time, or a FEW rows
-# (one matrix at least) where there are not as many.
+# Matrices of fewer rows than SMALL are batched, whatever their H, to keep a search busy: ROWS_TOGETHER rows at a time, or a FEW
+# rows (one matrix at least) where there are not as many.
 SMALL, ROWS_TOGETHER, FEW = 1024, 2048, 128
 
 
