@@ -379,3 +379,6 @@ def test_no_batch_is_filled_up_by_much(rows):
         assert all(own == filled for own, filled in found[:-1])
         own, filled = found[-1]
         assert own == filled or 3 * own > 2 * filled or filled * rows <= 128
+        on_wide = batch.portions(count, size, rows, wide=True)
+        assert sum(own for own, _ in on_wide) == count and all(own > filled // 8 or filled < size for own, filled in on_wide)
+        assert sum(own for own, filled in on_wide if filled < size) <= max(1, size // 8)

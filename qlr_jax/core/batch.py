@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
+import jax
 import numpy as np
 
 from qlr_jax.core.config import SolverConfig
@@ -221,32 +222,37 @@ def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
     for key, problem in problems.items():
         if len(problem[0]) < SMALL and not _is_by_rows(problem):
             groups[_kind(problem)].append(key)
+    wide = jax.default_backend() != "cpu"
     for (shape, spec, _), keys in groups.items():
         size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
         start = 0
-        for count, filled in portions(len(keys), size, shape[0]):
+        for count, filled in portions(len(keys), size, shape[0], wide):
             yield keys[start : start + count], filled
             start += count
 
 
-def portions(count: int, size: int, rows: int) -> list[tuple[int, int]]:
+def portions(count: int, size: int, rows: int, wide: bool = False) -> list[tuple[int, int]]:
     """(matrices, the size that they are filled up to) of each batch that so many small matrices of one kind are solved in.
 
     Two sizes, so that there are few programs: `size`, for what takes more than two thirds of it, and what has FEW rows, or one
-    matrix. A matrix takes 0.4 to 0.9 of its time in the large one, and what fills a batch up takes as long as what is asked for.
+    matrix. On a CPU a matrix takes 0.4 to 0.9 of its time in the large one, and what fills a batch up takes as long as what is
+    asked for; a wide device has room for it, and there an eighth is enough.
 
     Args:
         count: how many there are.
         size: of a large batch.
         rows: of one matrix.
+        wide: whether an accelerator solves them.
 
     Example:
-        >>> portions(12, 8, 256), portions(7, 8, 256), portions(5, 64, 32)
-        ([(8, 8), (1, 1), (1, 1), (1, 1), (1, 1)], [(7, 8)], [(4, 4), (1, 4)])
+        >>> portions(11, 8, 256), portions(7, 8, 256), portions(5, 64, 32)
+        ([(8, 8), (1, 1), (1, 1), (1, 1)], [(7, 8)], [(4, 4), (1, 4)])
+        >>> portions(11, 8, 256, wide=True)
+        [(8, 8), (3, 8)]
     """
     few, found = max(1, min(size, FEW // rows)), list[tuple[int, int]]()
     while count:
-        filled = size if 3 * count > 2 * size else few
+        filled = size if count > (size // 8 if wide else 2 * size / 3) else few
         found.append((min(count, filled), filled))
         count -= found[-1][0]
     return found

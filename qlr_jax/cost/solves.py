@@ -94,7 +94,7 @@ def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, fa
         return found + work_of_solve(job, b, shape, state_bits, factors) * (count / b)
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
     alike = max(1, round(count / distinct))
-    for filled, batches in Counter(filled for _, filled in portions(alike, b, shape[0])).items():
+    for filled, batches in Counter(filled for _, filled in portions(alike, b, shape[0], job.machine.kind != "cpu")).items():
         found += work_of_solve(job, filled, shape, state_bits, factors) * (batches * count / alike)
     return found
 
