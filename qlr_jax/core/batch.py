@@ -156,7 +156,7 @@ def sizes(problems: Problems[Key]) -> Iterator[tuple[tuple, int, bool]]:
     Example:
         >>> w = np.eye(32, dtype=np.float32)
         >>> [(count, shared) for _, count, shared in sizes({"a": (w, w, "int-4"), "b": (w, w, "int-3")})]
-        [(8, False), (8, False)]
+        [(4, False), (4, False)]
     """
     solved = _residuals(problems)
     for keys, size in _small(solved):
