@@ -110,6 +110,14 @@ def test_path_shares_add_up_and_equal_plain_derivatives(case):
         assert shares[name] == pytest.approx(want, rel=2e-2, abs=1e-3 * sum(shares.values()))
 
 
+def test_a_path_asks_for_a_block_once_on_either_way(case, monkeypatch):
+    """Of a node, whatever the number of batches: one that lies on disk is read twice."""
+    asked, of_model = [], Llama.block
+    monkeypatch.setattr(Llama, "block", lambda model, i: (asked.append(i), of_model(model, i))[1])
+    path_shares(case.model, case.errors, case.reference, batch=2)
+    assert {i: asked.count(i) for i in asked} == {0: 4, 1: 2}  # the last block stays, from the way up to the way down
+
+
 @pytest.mark.parametrize("outputs", ["fisher", "alike"])
 def test_an_error_that_undoes_another_is_not_for_nothing(case, outputs):
     """Less of o takes back a part of what too much of v does: of o there is more to lose than nothing even so."""

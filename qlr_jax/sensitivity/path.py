@@ -71,7 +71,7 @@ def path_shares(
         last = node == NODES[-1]
 
         def beside(i: int, node: float = node) -> Call:
-            block = Call(block_of, (model, i), kept=True)
+            block = Call(block_of, (model, i, 1), kept=True)  # as `backward` asks for it: made once
             return Call(_on_the_path, (block, names[i], vocabulary.get(EMBEDDING) if not i else None, node), kept=True)
 
         for i, j, shares in backward(model, batches, work, beside=beside, at_head=at_head, ends=ends, engine=engine, title=TITLE):
