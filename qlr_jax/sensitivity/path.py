@@ -150,6 +150,7 @@ def _with_vocabulary(model: Llama, errors: Mapping[str, Any], at: float) -> Llam
 
 @jax.jit
 def _moved(block: Block, errors: dict[str, Array], at: Array | float) -> Block:
+    """The block with `at` · ΔW added to its matrices; names are local."""
     copy = shallow_copy(block)
     linears = copy.linears()
     for name, error in errors.items():
