@@ -6,7 +6,7 @@ from processes import run
 
 # Programs of a stage at most, on a model of one block; what an earlier stage compiled is there already, and while calibration runs
 # those of measuring are compiled.
-MOST = {"load": 0, "calibrate and measure": 65, "solve": 0, "judge": 2, "refine": 0, "evaluate": 1}
+MOST = {"load": 0, "calibrate and measure": 26, "solve": 0, "judge": 1, "refine": 0, "evaluate": 1}
 PROGRAM = """
 import collections, contextlib, json, logging, re, sys
 import jax
@@ -43,7 +43,7 @@ job.compress(model, out, "2.25bpw", text, recipe, evaluate_on=text)
 print(json.dumps(found))
 """
 # Names of JAX's own operations, as a program of one of them is called; the few that a job may have are named.
-ALLOWED = {"_threefry_seed", "stage", "cholesky", "search"}
+ALLOWED = {"search"}
 
 
 def test_no_stage_of_a_job_compiles_more_than_it_needs(tiny, text, tmp_path):
@@ -56,4 +56,4 @@ def test_no_stage_of_a_job_compiles_more_than_it_needs(tiny, text, tmp_path):
     assert all(count <= MOST.get(stage, 0) for stage, count in counts.items()), (counts, found)
     single = {name for names in found.values() for name in names if hasattr(jax.lax, name) or hasattr(jax.numpy, name)}
     assert not single - ALLOWED, f"compiled op by op: {sorted(single - ALLOWED)}"
-    assert sum(counts.values()) <= 67
+    assert sum(counts.values()) <= 28

@@ -55,7 +55,7 @@ def test_factors_lower(names):
     left, right = spec.factor_quantizers(BITS)
     assert column_block(right) in (1, 8, 64)
     text = lowered(
-        fit_factors, WEIGHT, WEIGHT, HESSIAN, HESSIAN, BASIS, array(K), (data(left), data(right)), 2,
+        fit_factors, WEIGHT, WEIGHT, HESSIAN, HESSIAN, BASIS, array(K), (data(left), data(right)), 2, (HESSIAN, array(B), None),
         statics=(left.static(), right.static()), inner=2, one_scale=False,
     )  # fmt: skip
     assert "f64" not in text
@@ -65,7 +65,6 @@ def test_factors_lower(names):
     (metric.ldl, (HESSIAN, 0.01), {"width": 16}),
     (metric._rotate, (HESSIAN, array(N)), {"block": N}),
     (problem._rotated, (WEIGHT, HESSIAN, None, array(M), array(N)), {"blocks": (M, N)}),
-    (backbone.without_factors, (WEIGHT, BASIS, array(B, K, N)), {}),
     (backbone.downdated, (HESSIAN, array(B, K, N), 0.9), {}),
     (noise_gain, (HESSIAN,), {}),
     (low_rank.top_subspace, (WEIGHT, HESSIAN, BASIS, 3), {}),

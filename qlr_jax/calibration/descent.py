@@ -118,7 +118,7 @@ class Descent:
         if self.seed is None:
             return placement.shard(np.concatenate([rows[:, 1:], np.full((len(rows), 1), UNCOUNTED, np.int32)], axis=1))
         # each sequence has a key of its own
-        return _draws(jax.random.key(self.seed), placement.shard(batch.start + np.arange(len(rows))), time=rows.shape[1])
+        return _draws(np.int64(self.seed).astype(np.int32), placement.shard(batch.start + np.arange(len(rows))), time=rows.shape[1])
 
     def _probes(self, i: int, batch: Batch) -> dict[str, Any]:
         """What receives: of squares (batch, time), of products G (m, m) and ‖g‖² by sequence; one of each size serves all."""
@@ -247,8 +247,9 @@ def _normed_moment(norm: RMSNorm, x: Float[Array, "batch time n"], live: Float[A
 
 
 @partial(jax.jit, static_argnames=("time",))
-def _draws(key: Array, rows: Int[Array, "batch"], *, time: int) -> Float[Array, "batch time"]:
+def _draws(seed: Int[Array, ""], rows: Int[Array, "batch"], *, time: int) -> Float[Array, "batch time"]:
     """A number in [0, 1) for every position."""
+    key = jax.random.key(seed)
     return jax.vmap(lambda row: jax.random.uniform(jax.random.fold_in(key, row), (time,)))(rows)
 
 

@@ -11,6 +11,7 @@ from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.second_moment import added
 from qlr_jax.engine import HERE, Engine, TreeSum
 from qlr_jax.errors import QLRError
+from qlr_jax.models.forward import TOGETHER
 from qlr_jax.models.llama import Llama
 from qlr_jax.models.names import layer_of, linear_names, shape_of
 from qlr_jax.models.sites import BY_PATH
@@ -21,7 +22,7 @@ def squared_gradients(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],
     *,
-    batch: int = 4,
+    batch: int = TOGETHER,
     progress: Callable[[int], None] | None = None,
     devices: int | None = None,
     engine: Engine = HERE,
@@ -89,7 +90,7 @@ def output_hessians(
     names: Sequence[str] | None = None,
     *,
     seed: int = 0,
-    batch: int = 4,
+    batch: int = TOGETHER,
     progress: Callable[[int], None] | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,

@@ -14,7 +14,7 @@ from qlr_jax.calibration.second_moment import added, second_moment
 from qlr_jax.core.sharding import line, sequence_placement
 from qlr_jax.engine import HERE, Call, Engine, TreeSum
 from qlr_jax.errors import QLRError
-from qlr_jax.models.forward import block_of, rope_of
+from qlr_jax.models.forward import TOGETHER, block_of, rope_of
 from qlr_jax.models.llama import Block, Llama, Rope, embedded
 from qlr_jax.models.names import input_names, input_of, linear_names
 from qlr_jax.models.sites import INPUTS
@@ -33,7 +33,7 @@ def hessians(
     model: Llama,
     tokens: Int[np.ndarray, "sequences time"],
     *,
-    batch: int = 8,
+    batch: int = TOGETHER,
     weights: TokenWeights | Mapping[str, TokenWeights] | None = None,
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,

@@ -10,6 +10,7 @@ from jaxtyping import Int
 
 from qlr_jax.calibration.descent import Descent, DescentRun, EndSums
 from qlr_jax.engine import HERE, Engine
+from qlr_jax.models.forward import TOGETHER
 from qlr_jax.models.llama import Llama
 from qlr_jax.models.names import EMBEDDING, HEAD
 
@@ -32,7 +33,7 @@ def vocabulary_metrics(
     tokens: Int[np.ndarray, "sequences time"],
     *,
     counts: np.ndarray | None = None,
-    batch: int = 4,
+    batch: int = TOGETHER,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
     devices: int | None = None,

@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, scale_correction, without_factors
+from qlr_jax.core.backbone import downdate_strength, downdated, round_backbone, scale_correction
 from qlr_jax.core.factors import Factors, fit_factors, no_factors
 from qlr_jax.core.ldlq import column_block, noise_gain, row_group
 from qlr_jax.core.low_rank import start_basis
 from qlr_jax.core.metric import ldl, outlier_channels, rotated_hessian
-from qlr_jax.core.objective import normalised, quadratic_by_rows
 from qlr_jax.core.problem import MatrixProblem
 from qlr_jax.core.sharding import placement_of, sharded
 from qlr_jax.core.typing import Array
@@ -41,6 +40,7 @@ class Iterate:
         scales: of a backbone that stores its own.
         factors: L and R.
         behind: those that Q was rounded behind.
+        rest: W − L R, which the next Q is rounded on.
     """
 
     q: Array
@@ -49,6 +49,7 @@ class Iterate:
     scales: tuple[Array, ...]
     factors: Factors
     behind: Factors
+    rest: Array
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ def first_step(problem: MatrixProblem) -> State:
     better = other.best_error < state.best_error
     if not better.any():
         return state
+    if better.all():
+        return other
     assert state.basis is not None and other.basis is not None
     # one by one: iterates are all of one kind, and one program chooses among them
     now, best = _chosen(better, other.now, state.now), _chosen(better, other.best, state.best)
@@ -106,18 +109,18 @@ def init(problem: MatrixProblem, start: str) -> State:
     none_yet = np.full(b, np.inf, np.float32)
     # numpy's: JAX would compile zeros for every shape
     arrays: Any = (np.zeros(problem.weight.shape, np.float32), np.zeros((b, 0), np.float32), np.ones(b, np.float32))
-    blank = Iterate(arrays[0], arrays[1], arrays[2], (), no_factors(b), no_factors(b))
-    now = jax.tree.map(problem.placement.place, blank)
+    none = no_factors(b)
+    blank = jax.tree.map(problem.placement.place, Iterate(arrays[0], arrays[1], arrays[2], (), none, none, arrays[1]))
+    now = replace(blank, rest=problem.weight)
     state = State(now, None, none_yet, None, none_yet)
     if not problem.spec.rank:
         return state
     basis, steps, config = _random_basis(problem), problem.config.subspace_steps, problem.config
     if problem.backbone.empty:  # the factors alone: an iterate already
-        factors, basis, error = _fit(problem, now.q, basis, steps)
-        return _evaluated(replace(state, basis=basis), replace(now, factors=factors), error)
+        now, basis, error = _fit(problem, now, now.q, basis, steps)
+        return _evaluated(replace(state, basis=basis), now, error)
     if start == "backbone":  # nothing is left to the factors of W − W: zeros, in the shapes of all others
-        factors, _, _ = _fit(problem, problem.weight, basis, 1)
-        return replace(state, now=replace(now, factors=factors), basis=basis)
+        return replace(state, now=_fit(problem, now, problem.weight, basis, 1)[0], basis=basis)
     metric: Any = problem.metric.regular
     plain = config.factor_rounding == "plain"
     if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
@@ -126,8 +129,8 @@ def init(problem: MatrixProblem, start: str) -> State:
         metric = problem.placement.place(
             rotated_hessian(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.rotation)
         )
-    factors, basis, _ = _fit(problem, now.q, basis, steps, metric, plain)
-    return replace(state, now=replace(now, factors=factors), basis=basis)
+    now, basis, _ = _fit(problem, now, now.q, basis, steps, metric, plain)
+    return replace(state, now=now, basis=basis)
 
 
 def step(problem: MatrixProblem, state: State) -> State:
@@ -138,8 +141,8 @@ def step(problem: MatrixProblem, state: State) -> State:
         trail = (state.error,)
     warm = problem.config.warm_start
     basis = state.basis if warm and state.basis is not None else _random_basis(problem)
-    factors, basis, error = _fit(problem, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
-    state = _evaluated(replace(state, basis=basis), replace(state.now, factors=factors), error)
+    now, basis, error = _fit(problem, state.now, state.now.q, basis, 2 if warm else problem.config.subspace_steps)
+    state = _evaluated(replace(state, basis=basis), now, error)
     return replace(state, trail=(*trail, state.error))
 
 
@@ -152,7 +155,10 @@ def last_step(problem: MatrixProblem, state: State) -> State:
         state: of the same problem with a backbone of fewer state bits.
     """
     assert state.best is not None
-    again = replace(state.best, factors=state.best.behind)
+    behind = state.best.behind
+    # numpy's, once a solve: JAX would compile it for every rank
+    rest = np.asarray(problem.weight) - np.matmul(np.asarray(behind.left), np.asarray(behind.right))
+    again = replace(state.best, factors=behind, rest=problem.placement.place(rest))
     return step(problem, replace(state, now=again, best=None, best_error=np.full_like(state.best_error, np.inf)))
 
 
@@ -175,15 +181,15 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         gain = np.asarray(noise_gain(factor))
     else:
         factor, gain = metric.factor(width), metric.noise_gain(width)
-    rows, output, height, spread = None, problem.output, quantizer.tile[0], metric.spread(width)
+    rows, output, spread = None, problem.output, metric.spread(width)
     if output is not None:
-        group = row_group(-(-problem.layout.shape[0] // height) * height, height)
+        group = _row_group(problem)
         rows, gain = output.factor(group), (1 + gain) * (1 + output.noise_gain(group)) - 1
     given = quantizer.metric_qparams(np.broadcast_to(spread, (len(problem.weight), spread.shape[1])))
     fitted = problem.config.backbone_scale == "fitted"
     correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
     q, codes, scale, scales, error = round_backbone(
-        without_factors(problem.weight, factors.left, factors.right) if problem.spec.rank else problem.weight,
+        state.now.rest,
         metric.hessian,
         problem.energy,
         factor,
@@ -195,21 +201,27 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
         static=quantizer.static(),
         refit=fitted,
     )
-    return _evaluated(state, Iterate(q, codes, scale, scales, factors, factors), error)
+    return _evaluated(state, Iterate(q, codes, scale, scales, factors, factors, state.now.rest), error)
+
+
+def _row_group(problem: MatrixProblem) -> int:
+    """Rows that the backbone's grid rounds side by side."""
+    height = problem.backbone.tile[0]
+    return row_group(-(-problem.layout.shape[0] // height) * height, height)
 
 
 def _fit(
-    problem: MatrixProblem, q: Array, basis: Array, steps: int, metric: Array | None = None, plain: bool | None = None
-) -> tuple[Factors, Array, Array]:
-    """Factors of W − Q in H and G, or their start in another metric: with the new basis, and the error of Q + L R."""
+    problem: MatrixProblem, now: Iterate, q: Array, basis: Array, steps: int, metric: Array | None = None, plain: bool | None = None
+) -> tuple[Iterate, Array, Array]:
+    """`now` with factors of W − Q in H and G, or with their start in another metric; the new basis, and the error of Q + L R."""
     config, output = problem.config, problem.output
-    given = (output.regular, output.root()) if output is not None else None
+    given = (output.regular, output.root(_row_group(problem))) if output is not None else None
     if metric is not None:
         # the start, with operands of the shapes of all later calls: one program serves both, where products with I are cheap
         metric = problem.placement.place(np.broadcast_to(np.asarray(metric), problem.metric.regular.shape))
         given = given and (_identity_like(given) if max(problem.weight.shape[1:]) <= ONE_PROGRAM else None)
     left, right = problem.spec.factor_quantizers(config.state_bits)
-    factors, basis = fit_factors(
+    factors, basis, rest, error = fit_factors(
         problem.weight,
         q,
         problem.metric.regular if metric is None else metric,
@@ -218,25 +230,19 @@ def _fit(
         problem.mask,
         (left.traced(), right.traced()),
         steps,
+        (problem.metric.hessian, problem.energy, problem.output_metric),
         given,
         config.factor_rounding == "plain" if plain is None else plain,
         statics=(left.static(), right.static()),
         inner=config.inner,
         one_scale=config.factor_scales == "matrix",
     )
-    error = _error(problem.weight, q, factors, problem.metric.hessian, problem.energy, problem.output_metric)
-    return factors, basis, error
+    return replace(now, factors=factors, rest=rest), basis, error
 
 
 def _identity_like(output: tuple[Array, Array]) -> Any:
     """(I, I) in the shapes and where the arrays lie of (G, C)."""
     return tuple(placement_of(a).place(np.broadcast_to(np.eye(a.shape[-1], dtype=np.float32), a.shape)) for a in output)
-
-
-@sharded
-@jax.jit
-def _error(weight: Array, q: Array, factors: Factors, hessian: Array, energy: Array, output: Array | None = None) -> Array:
-    return normalised(quadratic_by_rows(weight - q - factors.product(), hessian, output), energy)
 
 
 def _evaluated(state: State, iterate: Iterate, error: Array) -> State:

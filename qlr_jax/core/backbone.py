@@ -74,18 +74,6 @@ def downdated(hessian: Array, right: Array, strength: float) -> Array:
 
 
 @sharded
-@jax.jit
-def without_factors(weight: Array, left: Array, right: Array) -> Array:
-    """W − L R: a program of its own, so that `round_backbone` is one for all ranks.
-
-    Args:
-        weight: W, (b, m, n).
-        left, right: L diag(s), (b, m, r), and R, (b, r, n).
-    """
-    return weight - jnp.matmul(left, right, precision="highest")
-
-
-@sharded
 @partial(jax.jit, static_argnames=("static", "refit"))
 def round_backbone(
     residual: Array,
@@ -145,4 +133,4 @@ def round_backbone(
     return q, codes, scale, scales, normalised(quadratic_by_rows(residual - q, hessian, output), energy)
 
 
-__all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction", "without_factors"]
+__all__ = ["downdate_strength", "downdated", "round_backbone", "scale_correction"]

@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from qlr_jax.core.ldlq import column_block, feedback, ldlq, pad_metric, pad_to_tiles
 from qlr_jax.core.low_rank import refit_left, refit_right, top_subspace
-from qlr_jax.core.objective import quadratic
+from qlr_jax.core.objective import normalised, quadratic, quadratic_by_rows
 from qlr_jax.core.quantizers import Quantizer
 from qlr_jax.core.quantizers.base import QParams, Traced
 from qlr_jax.core.sharding import sharded
@@ -62,13 +62,14 @@ def fit_factors(
     mask: Array,
     traced: tuple[Traced, Traced],
     steps: int,
+    judged: tuple[Array, Array, Array | None],
     output: tuple[Array, Array] | None = None,
     plain: Array | bool = False,
     *,
     statics: tuple[Quantizer, Quantizer],
     inner: int,
     one_scale: bool = False,
-) -> tuple[Factors, Array]:
+) -> tuple[Factors, Array, Array, Array]:
     """Rounded factors of A = W − Q: minimise tr(G (A − L R) H (A − L R)ᵀ), L and R on their grids, the best pair kept.
 
     Start from the rank-constrained optimum (`top_subspace` of CᵀA for G = C Cᵀ), then in turn R ← (LᵀGL)⁻¹LᵀG A, rounded in the
@@ -82,13 +83,14 @@ def fit_factors(
         mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
         steps: of the subspace iteration.
         traced, statics: of the quantizers of L and R.
-        output: (G, C), the metric of the outputs; None is the identity.
+        judged: H, tr(G W H Wᵀ) and G, undamped, that the error of Q + L R is evaluated in.
+        output: (G, C), damped, the metric of the outputs; None is the identity.
         plain: round without feedback; traced, so that both ways are one program.
         inner: rounds.
         one_scale: one scale for all components, where a grid has none of its own.
 
     Returns:
-        The factors, and the basis for a warm start.
+        The factors, the basis for a warm start, W − L R, and √(tr(G E H Eᵀ) / tr(G W H Wᵀ)) of E = W − Q − L R, (b,).
     """
     target, k = weight - backbone, mask.shape[0]
     left_static, right_static = statics
@@ -127,7 +129,9 @@ def fit_factors(
     shapes = jax.eval_shape(pair, start)[0]
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (_, best, _), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
-    return best, basis
+    rest = weight - best.product()
+    evaluated, energy, outputs = judged
+    return best, basis, rest, normalised(quadratic_by_rows(rest - backbone, evaluated, outputs), energy)
 
 
 def round_right(

@@ -34,10 +34,19 @@ def feedback(hessian: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, 
         >>> f.tolist(), traces.tolist()
         ([[0.0, 0.0], [0.5, 0.0]], [1.0, 1.0])
     """
-    n = hessian.shape[-1]
-    lower = jnp.linalg.cholesky(hessian)
+    return unit_blocks(jnp.linalg.cholesky(hessian), block)
+
+
+def unit_blocks(lower: Float[Array, "*b n n"], block: int) -> tuple[Float[Array, "*b n n"], Float[Array, "*b blocks"]]:
+    """`feedback` of a Hessian whose Cholesky factor is known.
+
+    Args:
+        lower: C, lower triangular, H = C Cᵀ.
+        block: columns a block; n must be a multiple of it.
+    """
+    n = lower.shape[-1]
     count = n // block
-    lead = hessian.shape[:-2]
+    lead = lower.shape[:-2]
     tiles = lower.reshape(*lead, count, block, count, block)
     corner = jnp.moveaxis(jnp.diagonal(tiles, axis1=-4, axis2=-2), -1, -3)  # (*b, count, block, block)
     traces = jnp.sum(jnp.square(corner), axis=(-2, -1))

@@ -12,9 +12,9 @@ import numpy as np
 from qlr_jax.core import hadamard
 from qlr_jax.core.bounds import block_norms
 from qlr_jax.core.config import SolverConfig
-from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric
+from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, unit_blocks
 from qlr_jax.core.objective import damped
-from qlr_jax.core.sharding import HERE, Placement, sharded
+from qlr_jax.core.sharding import HERE, Placement, one_by_one, sharded
 from qlr_jax.core.typing import Array
 
 
@@ -23,23 +23,27 @@ class Metric:
     """H of the inputs (or G of the outputs) for a batch of matrices: one for all, (1, n, n), or one each, (b, n, n).
 
     Attributes:
-        original: as given, divided by a power of two: errors are relative, so no digit changes, and float32 stays in range.
+        original: as given, divided by `unit`: errors are relative, so no digit changes, and float32 stays in range.
+        unit: a power of two for each.
         hessian: the same in the rotated basis: what results are evaluated in.
         regular: the same, damped: what factors are fitted in.
         rotation: signs and block of the rotation of this side; None where there is none.
         damping: fraction of the mean diagonal that is added before H is factored.
+        side: `hadamard.INPUT`, or `hadamard.OUTPUT`, of which a root is kept beside each factor.
         placement: where `hessian` and `regular` lie.
         source: the metric on one device, where one H serves all on several.
     """
 
     original: np.ndarray
+    unit: np.ndarray
     hessian: Array
     regular: Array
     rotation: tuple[np.ndarray, int] | None
     damping: float
+    side: int = hadamard.INPUT
     placement: Placement = HERE
     source: Metric | None = field(default=None, repr=False)
-    _factors: dict[int, tuple[Array, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    _factors: dict[int, tuple[Array, np.ndarray, np.ndarray, Array | None]] = field(default_factory=dict, repr=False)
     _norms: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -55,10 +59,12 @@ class Metric:
         """
         n = hessians.shape[-1]
         peak = np.abs(hessians).max(axis=(1, 2))
-        original = hessians / np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)[:, None, None]
+        unit = np.exp2(np.round(np.log2(np.where(peak > 0, peak, 1.0)))).astype(np.float32)
+        original = hessians / unit[:, None, None]
         rotation = (hadamard.signs(seed, side, n), hadamard.block_size(n, config.rotation_block)) if rotated else None
-        hessian, regular = _prepared(original, rotation and rotation[0], config.damping, block=rotation[1] if rotation else 0)
-        return cls(original, hessian, regular, rotation, config.damping)
+        sign, block = rotation or (None, 0)
+        hessian, regular = one_by_one(_prepared, (original,), sign, config.damping, block=block)
+        return cls(original, unit, hessian, regular, rotation, config.damping, side)
 
     def of(self, i: int) -> np.ndarray:
         """H of one matrix of the batch, as given."""
@@ -76,12 +82,11 @@ class Metric:
         """tr(D_k) of that factor's column blocks, (b or 1, blocks): what rounding noise in each of them costs."""
         return self._made(width)[2]
 
-    def root(self) -> Array:
-        """C, lower triangular, with C Cᵀ = the damped H."""
-        if 0 not in self._factors:
-            found = self.placement.place(self.source.root()) if self.source else _cholesky(self.regular)
-            self._factors[0] = found, np.zeros(0), np.zeros(0)
-        return self._factors[0][0]
+    def root(self, width: int) -> Array:
+        """C, lower triangular, with C Cᵀ = the damped H, from the factorization at `width`; of the outputs' metric alone."""
+        root = self._made(width)[3]
+        assert root is not None, "of the inputs' metric no root is kept"
+        return root
 
     def block_norms(self, i: int, width: int) -> np.ndarray:
         """λ_max of the diagonal blocks of the damped H's LDLᵀ factor, of one entry, in float64 (`bounds.block_norms`)."""
@@ -97,14 +102,16 @@ class Metric:
         source = self if len(self.original) == 1 else None  # else it would keep the room of all on one device
         return replace(self, hessian=hessian, regular=regular, placement=placement, source=source, _factors={}, _norms={})
 
-    def _made(self, width: int) -> tuple[Array, np.ndarray, np.ndarray]:
+    def _made(self, width: int) -> tuple[Array, np.ndarray, np.ndarray, Array | None]:
         if width not in self._factors:
             if self.source:
-                factor, gain, spread = self.source._made(width)
-                self._factors[width] = self.placement.place(factor), gain, spread
+                factor, gain, spread, root = self.source._made(width)
+                place = self.placement.place
+                self._factors[width] = place(factor), gain, spread, root if root is None else place(root)
             else:
-                factor, gain, spread = _ldl_and_gain(self.regular, width=width)
-                self._factors[width] = factor, np.asarray(gain), np.asarray(spread)
+                factor, gain, spread, root = one_by_one(_ldl_and_gain, (self.regular,), width=width)
+                kept = root if self.side == hadamard.OUTPUT else None
+                self._factors[width] = factor, np.asarray(gain), np.asarray(spread), kept
         return self._factors[width]
 
 
@@ -125,15 +132,14 @@ def _rotate(hessian: Array, sign: Array, block: int) -> Array:
     return hadamard.rotate_hessian(hessian, sign, block)
 
 
-_cholesky = sharded(jax.jit(jnp.linalg.cholesky), factors=True)
-
-
 @partial(sharded, factors=True)
 @partial(jax.jit, static_argnames=("width",))
-def _ldl_and_gain(regular: Array, width: int) -> tuple[Array, Array, Array]:
-    """F of the damped H, padded to whole blocks, its φ, and the traces of its D."""
-    factor, traces = feedback(pad_metric(regular, width), width)
-    return factor, noise_gain(factor), traces
+def _ldl_and_gain(regular: Array, width: int) -> tuple[Array, Array, Array, Array]:
+    """F of the damped H, padded to whole blocks, its φ, the traces of its D, and C, the root of the damped H."""
+    n = regular.shape[-1]
+    lower = jnp.linalg.cholesky(pad_metric(regular, width))
+    factor, traces = unit_blocks(lower, width)
+    return factor, noise_gain(factor), traces, lower[..., :n, :n]
 
 
 @partial(sharded, factors=True)

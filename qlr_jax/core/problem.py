@@ -16,7 +16,7 @@ from qlr_jax.core.matrix import Layout
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import quadratic_by_rows
 from qlr_jax.core.quantizers import Quantizer
-from qlr_jax.core.sharding import HERE, Placement, sharded
+from qlr_jax.core.sharding import HERE, Placement, one_by_one, sharded
 from qlr_jax.core.spec import Spec
 from qlr_jax.core.typing import Array
 
@@ -85,12 +85,12 @@ class MatrixProblem:
             size = plain_unit(size) if spec.has_scale else np.ones_like(size)
         metric, output = metric.placed(placement), output and output.placed(placement)
         weight = placement.place(jax.device_put(weights / size.astype(np.float32)[:, None, None]))
-        metrics = metric.hessian, output and output.hessian
+        arrays = weight, metric.hessian, output and output.hessian
         if metric.rotation is None:
-            energy = _energy(weight, *metrics)
+            energy = one_by_one(_energy, arrays)
         else:
             (u, u_block), (v, v_block) = hadamard.rotations((m, n), seed, config.rotation_block)
-            weight, energy = _rotated(weight, *metrics, u, v, blocks=(u_block, v_block))
+            weight, energy = one_by_one(_rotated, arrays, u, v, blocks=(u_block, v_block))
         mask = component_mask(spec.rank, (m, n)) if spec.rank else None
         return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
 

@@ -253,6 +253,29 @@ def _one_after_another(key: tuple, leaves: list[Any]) -> Any:
     return jax.tree.map(assembled, *found)
 
 
+def one_by_one(function: Callable[..., Any], arrays: tuple[Any, ...], *rest: Any, **static: Any) -> Any:
+    """`function(*arrays, *rest)`, a matrix at a time where one CPU has them all.
+
+    Its factorizations go one after another anyway, and one program then serves batches of every size.
+
+    Args:
+        function: all of its results are (b, ...).
+        arrays: (b or 1, ...), or None.
+        rest, static: what is the same for all matrices.
+
+    Example:
+        >>> one_by_one(lambda x, y: x + y, (np.arange(3), np.ones(1, int))).tolist()
+        [1, 2, 3]
+    """
+    count = max(len(array) for array in arrays if array is not None)
+    if count == 1 or jax.default_backend() != "cpu" or any(_mesh_of(array) is not None for array in arrays):
+        return function(*arrays, *rest, **static)
+    # numpy slices and joins them: JAX would compile that for every shape
+    host = [None if array is None else np.asarray(array) for array in arrays]
+    found = [function(*(a if a is None or len(a) == 1 else a[i : i + 1] for a in host), *rest, **static) for i in range(count)]
+    return jax.tree.map(lambda *parts: jax.device_put(np.concatenate([np.asarray(part) for part in parts])), *found)
+
+
 def _part(leaf: Any, device: Any) -> Any:
     """What of a leaf lies on a device; a leaf that was not placed goes anywhere."""
     if _mesh_of(leaf) is None:
@@ -308,6 +331,7 @@ __all__ = [
     "by_rows",
     "device_kind",
     "matrix_placement",
+    "one_by_one",
     "placement_of",
     "product_by_rows",
     "sequence_placement",

@@ -16,11 +16,10 @@ from qlr_jax.core.spec import expand_backbones
 from qlr_jax.cost.machine import Machine
 from qlr_jax.cost.rates import RATES, Rates
 from qlr_jax.models import LlamaConfig, input_of, kind_of, linear_names, parameter_count, shape_of, tensor_names
+from qlr_jax.models.forward import TOGETHER
 from qlr_jax.models.sites import siblings
 from qlr_jax.settings.recipe import Recipe
 from qlr_jax.settings.resolved import Settings, vocabulary_tokens
-
-CALIBRATED, BACKWARD, SCORED = 8, 4, 8  # sequences in one batch of calibration, of a backward pass, of a comparison
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Counted:
     def boundaries(self, sequences: int) -> int:
         """Bytes of the hidden states before, between and after all blocks, for a backward pass of so many sequences, its batches
         filled up; gradients take their places."""
-        batch = min(BACKWARD, sequences)
+        batch = min(TOGETHER, sequences)
         rows = -(-sequences // batch) * batch
         return 4 * (self.config.num_hidden_layers + 1) * rows * self.length * self.config.hidden_size
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import allocators
 from qlr_jax.core.batch import SMALL
-from qlr_jax.cost.counted import BACKWARD, CALIBRATED, SCORED, Counted
+from qlr_jax.cost.counted import Counted
 from qlr_jax.models import linear_names, parameter_count
-from qlr_jax.models.forward import AT_ONCE
+from qlr_jax.models.forward import AT_ONCE, TOGETHER
 from qlr_jax.settings.limits import REFERENCE_BYTES
 
 
@@ -84,7 +84,7 @@ def _inputs(job: Counted) -> Iterator[Part]:
         yield from _backward(job, "calibrate: gradients", recipe.sequences)
         yield Part(stage, *squares)
     yield Part(stage, "hidden states of all sequences", host=4 * job.tokens * job.config.hidden_size)
-    yield Part(stage, "one layer's activations", device=_activations(job, min(CALIBRATED, recipe.sequences) * job.length))
+    yield Part(stage, "one layer's activations", device=_activations(job, min(TOGETHER, recipe.sequences) * job.length))
     yield Part(stage, "one layer's sums of x xᵀ", device=2 * block)
     if job.streaming and not recipe.hessians_from:
         yield Part(stage, "Hessians H of the inputs, in files", kept=True, disk=job.hessians)
@@ -145,7 +145,7 @@ def _measure(job: Counted) -> Iterator[Part]:
         return
     if method == "second-order":
         yield Part(stage, "errors of all matrices", device=4 * job.weights)
-        whole = 12 * min(SCORED, job.windows) * job.length * job.config.vocab_size  # logits of a batch, for its derivatives
+        whole = 12 * min(TOGETHER, job.windows) * job.length * job.config.vocab_size  # logits of a batch, for its derivatives
         yield Part(stage, "passes for second-order", device=_pass(job)[0][1] + whole)
         return
     yield Part(stage, "one matrix's error", host=8 * m * n)
@@ -166,7 +166,7 @@ def _comparisons(job: Counted) -> Iterator[Part]:
         what = "a matrix that is decoded"
     else:
         decoded += 4 * job.weights
-    batch = SCORED * job.length
+    batch = TOGETHER * job.length
     logits = "logits of some positions of both", 12 * AT_ONCE * job.config.vocab_size
     yield Part("judge", what, device=decoded)
     yield _states(job, "judge", job.measured)
@@ -188,7 +188,7 @@ def _states(job: Counted, stage: str, tokens: int) -> Part:
 
 def _backward(job: Counted, stage: str, sequences: int, compared: bool = False) -> Iterator[Part]:
     """Memory of `calibration.backward`; where it compares, with the original's log-probabilities of a batch."""
-    config, batch = job.config, min(BACKWARD, sequences) * job.length
+    config, batch = job.config, min(TOGETHER, sequences) * job.length
     if job.in_file(sequences):
         yield Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
     else:
@@ -212,7 +212,7 @@ def _larger(stage: str, *parts: tuple[str, int]) -> Part:
 
 def _pass(job: Counted) -> tuple[tuple[str, int], tuple[str, int]]:
     """Memory of a forward pass of a batch, first and last."""
-    batch = min(SCORED, job.windows) * job.length
+    batch = min(TOGETHER, job.windows) * job.length
     return ("one layer's activations", _activations(job, batch)), ("logits of some positions", 12 * AT_ONCE * job.config.vocab_size)
 
 

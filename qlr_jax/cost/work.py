@@ -6,10 +6,11 @@ import math
 
 from qlr_jax.core.ldlq import row_group
 from qlr_jax.core.low_rank import bucket
-from qlr_jax.cost.counted import BACKWARD, Counted
+from qlr_jax.cost.counted import Counted
 from qlr_jax.cost.rates import Work
 from qlr_jax.cost.solves import plan_solves, probe_solves, vocabulary_solves
 from qlr_jax.models import parameter_count
+from qlr_jax.models.forward import TOGETHER
 
 COMPILED = {"load": 14, "calibrate": 24, "shape": 10}  # functions: in a stage as such, for a shape that is measured
 
@@ -95,7 +96,7 @@ def _attribution(job: Counted, body: float, head: float, soft: float, score: Wor
     """`sensitivity.attribute`: passes through the model for KL's sake."""
     measured, count = job.measured, len(job.shapes)
     quadratics = sum(2 * m * n * n + (2 * m * m * n if job.outputs else 0) for m, n in job.shapes.values())
-    moved = Work(passed=6 * job.weights * math.ceil(job.windows / BACKWARD), compiled=8)
+    moved = Work(passed=6 * job.weights * math.ceil(job.windows / TOGETHER), compiled=8)
     path = (
         Work(products=2 * (4 * body + 2 * head) * measured, passed=2 * (3 * soft + 30 * job.config.vocab_size) * measured)
         + moved * 2

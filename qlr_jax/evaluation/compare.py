@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from qlr_jax.engine import HERE, Call, Engine, Here
 from qlr_jax.errors import QLRError
 from qlr_jax.evaluation.windows import batches
-from qlr_jax.models.forward import Parts, by_parts, last_states
+from qlr_jax.models.forward import TOGETHER, Parts, by_parts, last_states
 from qlr_jax.models.llama import Llama, Top
 
 TITLE = "evaluating"  # of its pieces
@@ -115,7 +115,7 @@ class LastStates:
 
 
 def run_windows(
-    model: Llama | Parts, windows: Int[np.ndarray, "windows length"], batch: int = 8, *, engine: Engine = HERE
+    model: Llama | Parts, windows: Int[np.ndarray, "windows length"], batch: int = TOGETHER, *, engine: Engine = HERE
 ) -> LastStates:
     """Run a model, to compare others with it again and again (`compare`). Memory is one hidden state a token.
 
@@ -131,7 +131,7 @@ def run_windows(
     return LastStates(windows, parts.top(), states, parts.model.config.vocab_size, min(batch, len(windows)))
 
 
-def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = 8) -> float:
+def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: int = TOGETHER) -> float:
     """exp of the mean over windows of the mean negative log-likelihood of each window's tokens after its first.
 
     Args:
@@ -146,7 +146,7 @@ def perplexity(model: Llama, windows: Int[np.ndarray, "windows length"], batch: 
 def reference(
     original: Llama,
     windows: Int[np.ndarray, "windows length"],
-    batch: int = 8,
+    batch: int = TOGETHER,
     max_bytes: int = 1_000_000_000,
     *,
     engine: Engine = HERE,
@@ -205,7 +205,7 @@ def compare(
     original: Llama | LastStates,
     compressed: Llama | Parts,
     windows: Int[np.ndarray, "windows length"],
-    batch: int = 8,
+    batch: int = TOGETHER,
     *,
     engine: Engine = HERE,
 ) -> Comparison:
@@ -232,7 +232,7 @@ def positions(
     original: Llama | LastStates,
     compressed: Llama | Parts,
     windows: Int[np.ndarray, "windows length"],
-    batch: int = 8,
+    batch: int = TOGETHER,
     *,
     engine: Engine = HERE,
 ) -> Positions:

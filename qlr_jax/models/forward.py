@@ -151,6 +151,7 @@ def rope_of(model: Llama, time: int, devices: int = 1) -> Rope:
     return line(devices).replicate(model.rope(time))
 
 
+TOGETHER = 4  # sequences of one pass: no slower than 8 on two cores, and every stage that has as many shares its programs
 AT_ONCE = 64  # positions whose logits are in memory: a product large enough for all cores, arrays small enough for their caches
 
 

@@ -18,6 +18,7 @@ from qlr_jax.evaluation.windows import Windows, fitting_batch
 from qlr_jax.formats.qlr.packed import load
 from qlr_jax.models import Llama, load_tokenizer
 from qlr_jax.models.bundled import BUNDLED
+from qlr_jax.models.forward import TOGETHER
 from qlr_jax.paths import local
 from qlr_jax.pipelines.original import find_original, load_original
 from qlr_jax.progress import Progress, silent
@@ -40,7 +41,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_path: str | Path | None = None,
     limit: int | None = None,
-    batch: int = 8,
+    batch: int = TOGETHER,
     ignore_config: Sequence[str] = (),
     chat: bool = False,
     cluster: Any = None,

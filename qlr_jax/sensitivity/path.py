@@ -16,7 +16,7 @@ from qlr_jax.core.typing import Array
 from qlr_jax.engine import HERE, Call, Engine
 from qlr_jax.evaluation import Reference
 from qlr_jax.models import EMBEDDING, HEAD, Llama, is_linear, layer_of
-from qlr_jax.models.forward import block_of, by_parts, through
+from qlr_jax.models.forward import TOGETHER, block_of, by_parts, through
 from qlr_jax.models.llama import Block, Embedding, Rope, Top, shallow_copy
 from qlr_jax.models.products import exact_product
 from qlr_jax.models.sites import BY_PATH
@@ -30,7 +30,7 @@ def path_shares(
     errors: Mapping[str, Any],
     reference: Reference,
     *,
-    batch: int = 4,
+    batch: int = TOGETHER,
     on_done: Callable[[int], None] | None = None,
     engine: Engine = HERE,
 ) -> dict[str, float]:

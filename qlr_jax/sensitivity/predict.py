@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,10 @@ import numpy as np
 from jax import lax
 
 from qlr_jax.core import hadamard
-from qlr_jax.core.ldlq import feedback, noise_gain, pad_metric, row_group, variance_gain
+from qlr_jax.core.config import SolverConfig
+from qlr_jax.core.ldlq import row_group, variance_gain
 from qlr_jax.core.low_rank import bucket, start_basis, top_subspace
+from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import damped, quadratic
 from qlr_jax.core.quantizers import DEFAULT_STATE_BITS, Quantizer, parse_quantizer
 from qlr_jax.core.spec import Spec
@@ -89,17 +91,19 @@ def profile(
     g = given[0] if given else None
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
     start = start_basis(m, columns, 0)[None]
-    weighted, energy = _weighted(w, h, g, damping)
-    _, values = top_subspace(weighted, h, start, 3)
-    _, captured = top_subspace(w, np.eye(n, dtype=np.float32)[None], start, 3)
+    values, captured, energy = _spectra(w, h, g, start, damping)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
-    noise, gain, _, spread = _feedback_noise(h, hadamard.INPUT, width, seed, block, damping)
+    config = SolverConfig(rotation_block=block, damping=damping)
+    # the metrics as a solve makes them, by its programs
+    inputs = Metric.make(np.asarray(h), seed, config, True)
+    noise, gain, spread = _feedback_noise(inputs, width)
     absorbed = np.full(columns, 1 / m)
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        noise_out, gain_out, lower, _ = _feedback_noise(g, hadamard.OUTPUT, group, seed, block, damping)
+        outputs = Metric.make(np.asarray(g), seed, config, True, hadamard.OUTPUT)
+        noise_out, gain_out, _ = _feedback_noise(outputs, group)
         noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
-        absorbed = _absorbed(lower, m, group)[:columns]
+        absorbed = _absorbed(np.asarray(outputs.root(group))[0], group)[:columns]
     return Profile(
         (m, n),
         max(float(np.asarray(energy)[0]), 0.0),
@@ -114,44 +118,29 @@ def profile(
 
 
 @jax.jit
-def _weighted(w: Array, h: Array, g: Array | None, damping: float) -> tuple[Array, Array]:
-    """Cᵀ W for G = C Cᵀ, damped, and tr(G W H Wᵀ)."""
-    if g is None:
-        return w, quadratic(w, h)
-    return jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w, quadratic(w, h, g)
-
-
-@partial(jax.jit, static_argnames=("width", "block"))
-def _factored(metric: Array, sign: Array, damping: float, width: int, block: int) -> tuple[Array, Array, Array, Array]:
-    """Of a metric, rotated and damped: its Cholesky factor, padded to whole blocks; its trace; tr(D_k), φ of its feedback."""
-    regular = damped(hadamard.rotate_hessian(metric, sign, block), damping)
-    padded = pad_metric(regular, width)
-    factor, traces = feedback(padded, width)
+def _spectra(w: Array, h: Array, g: Array | None, start: Array, damping: float) -> tuple[Array, Array, Array]:
+    """Leading eigenvalues of A H Aᵀ, A = Cᵀ W for G = C Cᵀ, damped, and of W Wᵀ; tr(G W H Wᵀ)."""
+    weighted = w if g is None else jnp.swapaxes(jnp.linalg.cholesky(damped(g, damping)), -1, -2) @ w
+    _, values = top_subspace(weighted, h, start, 3)
     # one factorization after the other: side by side they can wait for each other for ever (`core.factors`)
-    padded, factor, traces = lax.optimization_barrier((padded, factor, traces))
-    lower = jnp.linalg.cholesky(padded)
-    lower, factor = lax.optimization_barrier((lower, factor))
-    return lower[0], jnp.trace(regular[0]), traces[0], noise_gain(factor)[0]
+    w, values = lax.optimization_barrier((w, values))
+    _, captured = top_subspace(w, jnp.eye(w.shape[-1])[None], start, 3)
+    return values, captured, quadratic(w, h, g)
 
 
-def _feedback_noise(
-    metric: Array, salt: int, width: int, seed: int, block: int, damping: float
-) -> tuple[float, float, Array, np.ndarray]:
-    """tr(D) / n and φ of one metric's feedback at `width` columns a block, its Cholesky factor, and tr(D_k) of the blocks."""
-    n = metric.shape[-1]
-    lower, trace, of_blocks, gain = _factored(
-        metric, hadamard.signs(seed, salt, n), damping, width=width, block=hadamard.block_size(n, block)
-    )
-    # a block's D is spread over its columns; padding added an identity of the mean diagonal
-    padding = (-n % width) * float(trace) / n
-    traces = np.asarray(of_blocks)
-    return max(float(traces.sum()) - padding, 0.0) / n, float(gain), lower, traces
+def _feedback_noise(metric: Metric, width: int) -> tuple[float, float, np.ndarray]:
+    """tr(D) / n and φ of one metric's feedback at `width` columns a block, and tr(D_k) of the blocks."""
+    n = metric.original.shape[-1]
+    traces = metric.spread(width)[0] * metric.unit[0]
+    # padding added an identity of the mean diagonal
+    padding = (-n % width) * float(np.trace(np.asarray(metric.regular)[0])) * metric.unit[0] / n
+    return max(float(traces.sum()) - padding, 0.0) / n, float(metric.noise_gain(width)[0]), traces
 
 
-def _absorbed(lower: Array, m: int, group: int) -> np.ndarray:
+def _absorbed(lower: np.ndarray, group: int) -> np.ndarray:
     """Eigenvalues of D_G over their sum, largest first: those of its blocks."""
-    host = np.asarray(lower, np.float64)[:m, :m]
-    parts = [np.linalg.svd(host[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, m, group)]
+    host = np.asarray(lower, np.float64)
+    parts = [np.linalg.svd(host[i : i + group, i : i + group], compute_uv=False) ** 2 for i in range(0, len(host), group)]
     values = np.sort(np.concatenate(parts))[::-1]
     return values / values.sum()
 

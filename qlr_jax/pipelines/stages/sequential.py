@@ -16,14 +16,12 @@ from qlr_jax.core.objective import checked_hessian
 from qlr_jax.core.solution import Solution
 from qlr_jax.evaluation import divergence
 from qlr_jax.models import input_of, is_linear, layer_of
-from qlr_jax.models.forward import through
+from qlr_jax.models.forward import TOGETHER, through
 from qlr_jax.models.llama import Block, shallow_copy
 from qlr_jax.pipelines.run import Candidate, Run, with_weights
 from qlr_jax.pipelines.stages.calibrate import calibration_tokens
 from qlr_jax.pipelines.stages.solve import solutions_of
 from qlr_jax.run.workspace import Key
-
-BATCH = 8  # sequences of one pass
 
 
 def solve_in_sequence(run: Run, candidate: Candidate, text: str | Corpus) -> Candidate:
@@ -70,9 +68,9 @@ def solve_blocks(
     Source: GPTQ, arXiv 2210.17323, section 4 (inputs of compressed blocks); GPTAQ, arXiv 2504.02692 (the original's output).
     """
     model, statistics = run.original, run.statistics
-    fill = -len(tokens) % min(BATCH, len(tokens))
+    fill = -len(tokens) % min(TOGETHER, len(tokens))
     rows = np.concatenate([tokens, tokens[:fill]])  # repeats: every batch has one shape, and nothing weighs much more
-    batches = np.split(rows, len(rows) // min(BATCH, len(tokens)))
+    batches = np.split(rows, len(rows) // min(TOGETHER, len(tokens)))
     rope = model.rope(tokens.shape[1])
     original = [np.asarray(model.embed(jnp.asarray(batch))) for batch in batches]
     behind = [np.asarray(embed(jnp.asarray(batch))) for batch in batches]
