@@ -164,11 +164,11 @@ def watched(name: str, folder: Path) -> dict[str, Any]:
 
     solve_batch = batch.solve_batch
 
-    def timed(weights: Any, metric: Any, spec: Any, **options: Any) -> Any:
+    def timed(weights: Any, metric: Any, specs: Any, **options: Any) -> Any:
         cpu, wall, compiled = _cpu(), time.perf_counter(), len(watch.compiled)
-        found = solve_batch(weights, metric, spec, **options)
+        found = solve_batch(weights, metric, specs, **options)
         watch.solves.append({
-            "shape": weights.shape, "spec": str(spec), "state_bits": options["config"].state_bits,
+            "shape": weights.shape, "specs": [*map(str, specs)], "state_bits": options["config"].state_bits,
             "iterations": found[0].stats["iterations"], "outputs": options.get("outputs") is not None,
             "cpu": _cpu() - cpu, "wall": time.perf_counter() - wall,
             "compiles": len(watch.compiled) - compiled, "compile_seconds": sum(watch.compiled[compiled:]),

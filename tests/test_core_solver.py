@@ -168,6 +168,33 @@ def test_batch_equals_singles(main, activations):
         assert np.mean(np.asarray(both.value.dense() == alone.value.dense())) > 0.98
 
 
+def test_specs_of_one_kind_are_solved_together(activations):
+    """Rates and ranks of their own in one batch: each comes out with its own spec, about as well as by itself."""
+    specs = {
+        "a": "trellis-2w+r4@trellis-4",
+        "b": "trellis-2.5w+r4@trellis-4",
+        "c": "trellis-2.25w+r12@trellis-4",
+        "d": "trellis-2w",
+    }
+    specs |= {"e": "trellis-3w", "f": "trellis-2w+r4@trellis-3", "g": "trellis-2"}
+    problems = {
+        key: (normal(*SHAPE, seed=i).astype(np.float32), activations(SHAPE[1], seed=i).astype(np.float32), spec,
+              activations(SHAPE[0], seed=9 + i).astype(np.float32))
+        for i, (key, spec) in enumerate(specs.items())
+    }  # fmt: skip
+    config = SolverConfig(state_bits=6, iterations=2)
+    assert batch.batches(problems) == [["a", "b", "c"], ["d", "e"], ["f"], ["g"]]
+    found = solve_many(problems, config=config)
+    for key, (w, h, spec, g) in problems.items():
+        value, alone = found[key].value, qlr.solve(w, h, spec, output_hessian=g, state_bits=6, iterations=2)
+        assert str(value.spec) == spec and value.nbytes == qlr.Spec.parse(spec).nbytes(SHAPE)
+        assert {name: a.shape for name, a in value.arrays.items()} == {name: a.shape for name, a in alone.value.arrays.items()}
+        assert found[key].stats["weighted_error"] == pytest.approx(alone.stats["weighted_error"], rel=0.03)
+        error = w - np.asarray(value.dense(), np.float64)
+        of_all = np.sqrt(np.trace(g @ error @ h @ error.T) / np.trace(g @ w.astype(np.float64) @ h @ w.T))
+        assert found[key].stats["weighted_error"] == pytest.approx(of_all, rel=1e-4)
+
+
 def test_one_hessian_for_all_equals_one_each(main, monkeypatch):
     """Matrices of one input are solved together, with one H, one factor of it and one rotation."""
     weights = {k: normal(*SHAPE, seed=i).astype(np.float32) for i, k in enumerate("qk")}
@@ -282,8 +309,9 @@ def test_weight_start_leaves_the_least_to_the_backbone(main):
 
 def test_outlier_channels(activations):
     hessian = activations(6)[None] * np.array([1, 50, 1, 1, 9, 1])
-    kept = outlier_channels(hessian, 2)[0]
+    kept, one = outlier_channels(np.concatenate([hessian, hessian]), [2, 1])
     assert set(np.flatnonzero(kept.any(0))) <= {1, 4} and kept[1, 4] == hessian[0, 1, 4]
+    assert np.flatnonzero(one.any(0)).tolist() == [1]
 
 
 def test_downdate_follows_the_factors_precision():

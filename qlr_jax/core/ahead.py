@@ -64,16 +64,16 @@ def _calls(
         feedback = _array(metrics, columns, columns)
         group = row_group(rows, height)
         padded = m + -m % group
-        correction = _array(count if outputs else metrics)
+        correction = _array(count)
         row_feedback = _array(count, padded, padded) if outputs else None
         decided = quantizer.metric_qparams(np.ones((count, columns // width)))
         given = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in decided)
         arguments = (weight, hessian, energy, feedback, correction, quantizer.traced(), metric, row_feedback, given)
         yield round_backbone, arguments, {"static": quantizer.static(), "refit": config.backbone_scale == "fitted"}
     if spec.rank:
-        mask, (left, right) = component_mask(spec.rank, shape), spec.factor_quantizers(config.state_bits)
+        mask, (left, right) = _array(count, len(component_mask(spec.rank, shape))), spec.factor_quantizers(config.state_bits)
         width = column_block(right)
-        basis, feedback = _array(count, m, min(len(mask), m, n)), _array(own, n + -n % width, n + -n % width)
+        basis, feedback = _array(count, m, min(mask.shape[-1], m, n)), _array(own, n + -n % width, n + -n % width)
         static = {"statics": (left.static(), right.static()), "inner": config.inner, "one_scale": config.factor_scales == "matrix"}
         traced = left.traced(), right.traced()
         for given in dict.fromkeys((outputs, outputs and max(shape) <= ONE_PROGRAM)):  # a large start is fitted without G

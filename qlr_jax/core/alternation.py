@@ -126,9 +126,8 @@ def init(problem: MatrixProblem, start: str) -> State:
     if start == "weight":  # what is left to Q then has the least size, and Q's error is a multiple of that
         metric, plain = np.eye(n, dtype=np.float32)[None], True
     elif start == "outliers":
-        metric = problem.placement.place(
-            rotated_hessian(outlier_channels(problem.metric.original, problem.spec.rank), problem.metric.rotation)
-        )
+        ranks = [spec.rank for spec in problem.specs[: len(problem.metric.original)]]
+        metric = problem.placement.place(rotated_hessian(outlier_channels(problem.metric.original, ranks), problem.metric.rotation))
     now, basis, _ = _fit(problem, now, now.q, basis, steps, metric, plain)
     return replace(state, now=now, basis=basis)
 
@@ -166,7 +165,7 @@ def _random_basis(problem: MatrixProblem) -> Array:
     """Where the subspace iteration starts from."""
     assert problem.mask is not None
     b, m, n = problem.weight.shape
-    columns = min(len(problem.mask), m, n)
+    columns = min(problem.mask.shape[-1], m, n)
     return problem.placement.place(np.broadcast_to(start_basis(m, columns, 0), (b, m, columns)))
 
 
@@ -185,9 +184,16 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
     if output is not None:
         group = _row_group(problem)
         rows, gain = output.factor(group), (1 + gain) * (1 + output.noise_gain(group)) - 1
-    given = quantizer.metric_qparams(np.broadcast_to(spread, (len(problem.weight), spread.shape[1])))
+    count = len(problem.weight)
+    each = [
+        own.metric_qparams(row[None])
+        for own, row in zip(problem.backbones, np.broadcast_to(spread, (count, spread.shape[1])), strict=True)
+    ]
+    given = tuple(np.concatenate(arrays) for arrays in zip(*each, strict=True))
     fitted = problem.config.backbone_scale == "fitted"
-    correction = scale_correction(quantizer, gain) if fitted and quantizer.unit_scale else np.ones(len(gain), np.float32)
+    correction = np.ones(count, np.float32)
+    if fitted and quantizer.unit_scale:
+        correction[:] = [scale_correction(*own) for own in zip(problem.backbones, np.broadcast_to(gain, count), strict=True)]
     q, codes, scale, scales, error = round_backbone(
         state.now.rest,
         metric.hessian,
@@ -206,8 +212,8 @@ def improve_backbone(problem: MatrixProblem, state: State) -> State:
 
 def _row_group(problem: MatrixProblem) -> int:
     """Rows that the backbone's grid rounds side by side."""
-    height = problem.backbone.tile[0]
-    return row_group(-(-problem.layout.shape[0] // height) * height, height)
+    height, (rows, _) = problem.backbone.tile[0], problem.layouts[0].shape
+    return row_group(-(-rows // height) * height, height)
 
 
 def _fit(

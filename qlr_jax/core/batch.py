@@ -1,4 +1,4 @@
-"""Many matrices: those of one shape and spec are solved together, and those of one input share its metric."""
+"""Many matrices: small ones of one shape and kind of spec are solved together, and large ones of one input share its metric."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.low_rank import bucket
 from qlr_jax.core.metric import Metric
+from qlr_jax.core.problem import kind_of_spec
 from qlr_jax.core.reconstruction import factors_only, with_backbone
 from qlr_jax.core.rows import solve_rows
 from qlr_jax.core.sharding import available
@@ -45,11 +46,12 @@ def solve_many(
     rows, the matrix is solved by itself, row by row (`rows.solve_rows`).
 
     Large matrices whose Hessian is the same array (q, k, v; gate, up) share its rotation and its factors, and those of one shape
-    and spec among them are solved in one batch. Small ones are batched across Hessians, in batches of two sizes a shape, filled up
-    by repeating, so that few programs are compiled (`portions`). Batches run one after another: two compiled loops that run at
-    once in one process can wait for each other for ever in XLA's thread pool on a CPU (seen with jaxlib 0.10.2 on two cores).
-    Where this process has several devices, each batch is shared out over them, and batches of one kind are solved side by side, so
-    that every device has about as much at a time as one alone would; what stops together does not depend on them.
+    and spec among them are solved in one batch. Small ones are batched across Hessians, and across specs of one kind
+    (`problem.kind_of_spec`), in batches of two sizes a shape, filled up by repeating, so that few programs are compiled
+    (`portions`). Batches run one after another: two compiled loops that run at once in one process can wait for each other for ever
+    in XLA's thread pool on a CPU (seen with jaxlib 0.10.2 on two cores). Where this process has several devices, each batch is
+    shared out over them, and batches of one kind are solved side by side, so that every device has about as much at a time as one
+    alone would; what stops together does not depend on them.
 
     Args:
         problems: checked weights and Hessians (`checked_weight`, `checked_hessian`).
@@ -95,13 +97,13 @@ def solve_many(
 
     def run(units: list[list[Key]], hessians: np.ndarray | Metric) -> None:
         keys = [key for unit in units for key in unit]
-        weights, spec = np.stack([problems[k][0] for k in keys]), problems[keys[0]][2]
+        weights, specs = np.stack([problems[k][0] for k in keys]), [problems[k][2] for k in keys]
         given = [output for k in keys if (output := _output(problems[k])) is not None]  # of one kind: all have one, or none
         outputs = np.stack(given) if given else None
         groups = [len(unit) for unit in units]
         wanted = [i for i, key in enumerate(keys) if key not in keys[:i]]  # no repeat that fills a batch up
         how = {"seed": seed, "config": config, "groups": groups, "devices": devices, "wanted": wanted}
-        found = solve_batch(weights, hessians, spec, outputs=outputs, **how)
+        found = solve_batch(weights, hessians, specs, outputs=outputs, **how)
         for i, solution in zip(wanted, found, strict=True):
             finish(keys[i], solution)
 
@@ -208,7 +210,8 @@ def _output(problem: tuple) -> np.ndarray | None:
 
 def _kind(problem: tuple) -> tuple:
     """What matrices must have in common to be solved together."""
-    return problem[0].shape, str(problem[2]), _output(problem) is None
+    shape = problem[0].shape
+    return shape, kind_of_spec(Spec.parse(problem[2]), shape), _output(problem) is None
 
 
 def _most(size: int, shape: tuple[int, int], spec: Spec) -> int:
@@ -217,14 +220,14 @@ def _most(size: int, shape: tuple[int, int], spec: Spec) -> int:
 
 
 def _small(problems: Problems[Key]) -> Iterator[tuple[list[Key], int]]:
-    """Batches of small matrices of one shape and spec, and the size that each is filled up to."""
+    """Batches of small matrices of one shape and kind of spec, and the size that each is filled up to."""
     groups: dict[tuple, list[Key]] = defaultdict(list)
     for key, problem in problems.items():
         if len(problem[0]) < SMALL and not _is_by_rows(problem):
             groups[_kind(problem)].append(key)
     wide = jax.default_backend() != "cpu"
-    for (shape, spec, _), keys in groups.items():
-        size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(spec))
+    for (shape, *_), keys in groups.items():
+        size = _most(ROWS_TOGETHER // shape[0], shape, Spec.parse(problems[keys[0]][2]))
         start = 0
         for count, filled in portions(len(keys), size, shape[0], wide):
             yield keys[start : start + count], filled
@@ -263,10 +266,11 @@ def _large(problems: Problems[Key]) -> list[list[Key]]:
     by_hessian: dict[int, dict[tuple, list[Key]]] = defaultdict(lambda: defaultdict(list))
     for key, problem in problems.items():
         if len(problem[0]) >= SMALL and not _is_by_rows(problem):
-            by_hessian[id(problem[1])][_kind(problem)].append(key)
+            # no larger batches than those of one spec: they would take more memory, and are busy enough
+            by_hessian[id(problem[1])][str(problem[2]), _kind(problem)].append(key)
     batches = []
     for groups in by_hessian.values():
-        for (shape, spec, _), keys in groups.items():
+        for (spec, (shape, *_)), keys in groups.items():
             size = _most(len(keys), shape, Spec.parse(spec))
             batches += [keys[start : start + size] for start in range(0, len(keys), size)]
     return batches

@@ -80,7 +80,7 @@ def fit_factors(
         hessian: H, damped, (b, n, n) or (1, n, n).
         right_feedback: F of H at R's column block.
         basis: (b, m, k') to start the subspace iteration from.
-        mask: (k,), 1 for the components that exist: one compilation serves a bucket of ranks.
+        mask: (b, k), 1 for the components that exist: one compilation serves a bucket of ranks.
         steps: of the subspace iteration.
         traced, statics: of the quantizers of L and R.
         judged: H, tr(G W H Wᵀ) and G, undamped, that the error of Q + L R is evaluated in.
@@ -92,13 +92,13 @@ def fit_factors(
     Returns:
         The factors, the basis for a warm start, W − L R, and √(tr(G E H Eᵀ) / tr(G W H Wᵀ)) of E = W − Q − L R, (b,).
     """
-    target, k = weight - backbone, mask.shape[0]
+    target, k, columns = weight - backbone, mask.shape[-1], mask[..., None, :]
     left_static, right_static = statics
     metric, root = output or (None, None)
     output_weighted = target if root is None else jnp.matmul(jnp.swapaxes(root, -1, -2), target, precision="highest")
     basis, _ = top_subspace(output_weighted, hessian, basis, steps)
     leading = basis if root is None else solve_triangular(jnp.swapaxes(root, -1, -2), basis, lower=False)
-    start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * mask
+    start = jnp.pad(leading, ((0, 0), (0, 0), (0, max(0, k - basis.shape[-1]))))[..., :k] * columns
     own_scales = not (left_static.unit_scale or right_static.unit_scale)
     right_feedback = jnp.where(plain, 0.0, right_feedback)
 
@@ -106,11 +106,11 @@ def fit_factors(
         wanted, _ = refit_right(target, left, mask, metric)
         wanted = jnp.swapaxes(wanted, -1, -2)
         right, right_codes, right_scales = round_right(wanted, right_feedback, right_static, traced[1], one_scale)
-        right = right * mask[:, None]
+        right = right * mask[..., :, None]
         # one factorization after the other: two batches of them side by side wait for each other for ever in XLA's thread pool on
         # a CPU (jaxlib 0.10.2: 16 matrices of 64 components)
         wanted, own = lax.optimization_barrier(refit_left(target, right, hessian, mask))
-        ideal = wanted * mask
+        ideal = wanted * columns
         left, component, left_codes, left_scales = round_left(
             ideal, own, mask, left_static, traced[0], own_scales, plain, one_scale
         )
@@ -182,7 +182,7 @@ def round_left(
     Args:
         wanted: L before rounding, (b, m, k).
         metric: R H Rᵀ, (b, k, k).
-        mask: (k,), 1 for the components that exist.
+        mask: (b, k) or (k,), 1 for the components that exist.
         static, traced: the quantizer of Lᵀ.
         own_scales: whether the grids of both factors have scales of their own: then components need none.
         plain: round without feedback.
@@ -208,7 +208,7 @@ def round_left(
     # F is for L itself: for components in units of their size it turns into diag(size) F diag(size)⁻¹
     scaled_feedback = factor * jnp.swapaxes(size, -1, -2) / size
     values, codes = ldlq(padded, scaled_feedback, qparams, traced, static, transposed=True)
-    return values[..., :m, :] * size * mask, size[..., 0, :], codes, scales[1:] if static.unit_scale else scales
+    return values[..., :m, :] * size * mask[..., None, :], size[..., 0, :], codes, scales[1:] if static.unit_scale else scales
 
 
 def pack_factors(factors: Factors, spec: Spec, state_bits: int, backbone_scale: float) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ def top_subspace(
 
 @jax.jit
 def refit_left(
-    matrix: Float[Array, "*b m n"], right: Float[Array, "*b k n"], hessian: Float[Array, "*b n n"], mask: Float[Array, "k"]
+    matrix: Float[Array, "*b m n"], right: Float[Array, "*b k n"], hessian: Float[Array, "*b n n"], mask: Float[Array, "*b k"]
 ) -> tuple[Float[Array, "*b m k"], Float[Array, "*b k k"]]:
     """L = A H Rᵀ (R H Rᵀ)⁻¹ on the masked components, and their metric R H Rᵀ (the identity elsewhere).
 
@@ -86,7 +86,7 @@ def refit_left(
         matrix: A, (*b, m, n).
         right: R, (*b, k, n).
         hessian: H, (*b, n, n).
-        mask: (k,), 1 for the components that exist.
+        mask: (*b, k), 1 for the components that exist; or (k,), for all matrices.
 
     Returns:
         L (*b, m, k), R H Rᵀ (*b, k, k).
@@ -102,7 +102,7 @@ def refit_left(
 def refit_right(
     matrix: Float[Array, "*b m n"],
     left: Float[Array, "*b m k"],
-    mask: Float[Array, "k"],
+    mask: Float[Array, "*b k"],
     output: Float[Array, "*b m m"] | None = None,
 ) -> tuple[Float[Array, "*b n k"], Float[Array, "*b k k"]]:
     """Rᵀ of R = (LᵀGL)⁻¹ LᵀG A on the masked components, and their metric LᵀGL (the identity elsewhere).
@@ -110,7 +110,7 @@ def refit_right(
     Args:
         matrix: A, (*b, m, n).
         left: L, (*b, m, k).
-        mask: (k,), 1 for the components that exist.
+        mask: (*b, k), 1 for the components that exist; or (k,), for all matrices.
         output: G, (*b, m, m); None is the identity.
 
     Returns:
@@ -124,11 +124,11 @@ def refit_right(
 
 def _solve(metric: Array, rhs: Array, mask: Array) -> tuple[Array, Array]:
     """(M⁻¹ B)ᵀ, with M made safe: unused components decoupled, and a ridge far below what quantization costs."""
-    both = mask[:, None] * mask[None, :]
+    both = mask[..., :, None] * mask[..., None, :]
     metric = (metric + jnp.swapaxes(metric, -1, -2)) / 2 * both
-    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None] / jnp.maximum(jnp.sum(mask), 1.0)
+    mean = jnp.trace(metric, axis1=-2, axis2=-1)[..., None] / jnp.maximum(jnp.sum(mask, axis=-1, keepdims=True), 1.0)
     mean = jnp.where(mean > 0, mean, 1.0)
-    metric = metric + (mask * 1e-5 * mean + (1.0 - mask) * mean)[..., None, :] * jnp.eye(mask.shape[0])
+    metric = metric + (mask * 1e-5 * mean + (1.0 - mask) * mean)[..., None, :] * jnp.eye(mask.shape[-1])
     factor = jnp.linalg.cholesky(metric)
-    solved = jax.scipy.linalg.cho_solve((factor, True), rhs * mask[:, None])
+    solved = jax.scipy.linalg.cho_solve((factor, True), rhs * mask[..., :, None])
     return jnp.swapaxes(solved, -1, -2), metric

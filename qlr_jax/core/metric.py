@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -155,9 +156,14 @@ def ldl(hessian: Array, damping: float, width: int) -> Array:
     return feedback(pad_metric(damped(hessian, damping), width), width)[0]
 
 
-def outlier_channels(hessians: np.ndarray, count: int) -> np.ndarray:
-    """H restricted to the `count` input channels of the largest mean square, zero elsewhere: (b, n, n)."""
+def outlier_channels(hessians: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """H restricted to the input channels of the largest mean square, zero elsewhere: (b, n, n).
+
+    Args:
+        hessians: H, (b, n, n).
+        counts: how many channels of each.
+    """
     diagonal = np.diagonal(hessians, axis1=-2, axis2=-1)
-    kept = np.zeros_like(diagonal)
-    np.put_along_axis(kept, np.argsort(-diagonal, axis=-1)[:, :count], 1.0, axis=-1)
+    place = np.argsort(np.argsort(-diagonal, axis=-1), axis=-1)
+    kept = (place < np.asarray(counts)[:, None]).astype(hessians.dtype)
     return hessians * kept[:, :, None] * kept[:, None, :]

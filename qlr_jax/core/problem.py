@@ -1,7 +1,8 @@
-"""What one batch of solves is of: matrices of one shape and spec, in the rotated basis, with their metrics."""
+"""What one batch of solves is of: matrices of one shape and of specs of one kind, in the rotated basis, with their metrics."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,8 +29,8 @@ class MatrixProblem:
     """What does not change during the alternation, in the rotated basis and in units of `unit`: minimise tr(G E H Eᵀ).
 
     Attributes:
-        spec: how the matrices are to be stored.
-        layout: the same, as it is recorded with each.
+        specs: how each matrix is to be stored, of one kind (`kind_of_spec`).
+        layouts: the same, as it is recorded with each.
         config: settings of the solver.
         original: W as given, (b, m, n).
         unit: (b,), the weights' sizes.
@@ -37,13 +38,13 @@ class MatrixProblem:
         output: G of the outputs; None is the identity.
         weight: U W Vᵀ / unit, (b, m, n); on several devices filled up as `Placement.place` does.
         energy: tr(G W H Wᵀ), (b,).
-        backbone: the quantizer of Q.
-        mask: 1 for the components that exist, of a bucket of ranks; None at rank 0.
+        backbones: the quantizers of Q.
+        mask: 1 for the components that exist of each, of a bucket of ranks, (b, k); None at rank 0.
         placement: the devices that the matrices lie on.
     """
 
-    spec: Spec
-    layout: Layout
+    specs: tuple[Spec, ...]
+    layouts: tuple[Layout, ...]
     config: SolverConfig
     original: np.ndarray
     unit: np.ndarray
@@ -51,8 +52,8 @@ class MatrixProblem:
     output: Metric | None
     weight: Array
     energy: Array
-    backbone: Quantizer
-    mask: np.ndarray | None
+    backbones: tuple[Quantizer, ...]
+    mask: Array | None
     placement: Placement = HERE
 
     @classmethod
@@ -61,7 +62,7 @@ class MatrixProblem:
         weights: np.ndarray,
         metric: Metric,
         output: Metric | None,
-        spec: Spec,
+        specs: Spec | Sequence[Spec],
         seed: int,
         config: SolverConfig,
         placement: Placement = HERE,
@@ -71,14 +72,15 @@ class MatrixProblem:
         Args:
             weights: W, checked.
             metric, output: H and G, one for all or one each, rotated by `seed` if the spec rotates.
-            spec: how to store W.
+            specs: how to store W, one for all or one each.
             seed: of the rotation's signs.
             config: settings.
             placement: where it is solved.
         """
-        m, n = weights.shape[1:]
-        layout = Layout(str(spec), (m, n), seed, config.rotation_block, config.state_bits)
-        backbone = spec.quantizer(config.state_bits, (m, n))
+        m, n = shape = weights.shape[1:]
+        specs = [specs] * len(weights) if isinstance(specs, Spec) else list(specs)
+        spec = specs[0]
+        backbone = spec.quantizer(config.state_bits, shape)
         size = np.sqrt(np.einsum("bij,bij->b", weights, weights, dtype=np.float64) / (m * n))
         size = np.where(size > 0, size, 1.0)
         if not backbone.unit_scale:
@@ -91,17 +93,49 @@ class MatrixProblem:
         else:
             (u, u_block), (v, v_block) = hadamard.rotations((m, n), seed, config.rotation_block)
             weight, energy = one_by_one(_rotated, arrays, u, v, blocks=(u_block, v_block))
-        mask = component_mask(spec.rank, (m, n)) if spec.rank else None
-        return cls(spec, layout, config, weights, size, metric, output, weight, energy, backbone, mask, placement)
+        specs += specs[-1:] * (len(weight) - len(specs))  # a mesh is filled up with the last one
+        mask = placement.place(np.stack([component_mask(own.rank, shape) for own in specs])) if spec.rank else None
+        layouts = tuple(Layout(str(own), shape, seed, config.rotation_block, config.state_bits) for own in specs)
+        backbones = tuple(own.quantizer(config.state_bits, shape) for own in specs)
+        return cls(tuple(specs), layouts, config, weights, size, metric, output, weight, energy, backbones, mask, placement)
+
+    @property
+    def spec(self) -> Spec:
+        """One of the specs, for what all have in common."""
+        return self.specs[0]
+
+    @property
+    def backbone(self) -> Quantizer:
+        """One of the backbones' quantizers, for what all have in common."""
+        return self.backbones[0]
 
     def with_backbone_bits(self, state_bits: int) -> MatrixProblem:
         """The same problem with a backbone of so many state bits, if it is a trellis."""
-        return replace(self, backbone=self.spec.quantizer(state_bits, self.layout.shape))
+        return replace(self, backbones=tuple(spec.quantizer(state_bits, self.layouts[0].shape) for spec in self.specs))
 
     @property
     def output_metric(self) -> Array | None:
         """G in the rotated basis: with H, what results are evaluated in."""
         return self.output and self.output.hessian
+
+
+def kind_of_spec(spec: Spec, shape: tuple[int, int]) -> Hashable:
+    """What the specs of matrices must have in common to be solved together: one program, and parameters for each matrix.
+
+    The ranks of one bucket, and the rates of backbones that store their own.
+
+    Example:
+        >>> specs = [Spec.parse(f"trellis-{text}@trellis-4") for text in ("2w+r8", "2.5w+r12", "2w+r32")]
+        >>> first, *others = [kind_of_spec(spec, (64, 64)) for spec in specs]
+        >>> [kind == first for kind in others]
+        [True, False]
+    """
+    backbone = spec.quantizer(shape=shape)
+    grid = backbone.name if backbone.traced() else backbone.static()
+    if not spec.rank:
+        return grid, spec.rotated, spec.by_rows
+    factors = tuple(quantizer.static() for quantizer in spec.factor_quantizers())
+    return grid, spec.rotated, spec.left, spec.right, factors, bucket(spec.rank, min(shape))
 
 
 def component_mask(rank: int, shape: tuple[int, ...]) -> np.ndarray:

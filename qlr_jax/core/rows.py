@@ -84,7 +84,7 @@ def solve_rows(
     factor = metric.factor(width)
     correction = np.ones(1, np.float32)
     if quantizer.unit_scale and config.backbone_scale == "fitted":
-        correction = scale_correction(quantizer, metric.noise_gain(width))
+        correction[:] = scale_correction(quantizer, metric.noise_gain(width).item())
     unit = _unit(weight, quantizer) if spec.has_scale else 1.0
 
     parts: list[dict[str, np.ndarray]] = []

@@ -79,9 +79,9 @@ def finish(
         converged: by matrix, whether it stopped by itself.
         wanted: the matrices to make solutions of; None: all.
     """
-    spec, solutions = problem.spec, []
+    solutions = []
     best = jax.tree.map(np.asarray, iterate)
-    half_steps = 2 if spec.rank and not problem.backbone.empty else 1  # errors recorded in one iteration
+    half_steps = 2 if problem.spec.rank and not problem.backbone.empty else 1  # errors recorded in one iteration
     for i in range(len(problem.original)) if wanted is None else wanted:  # the weights on several devices are filled up
         value, original = _packed(problem, best, i), problem.original[i]
         peak = np.exp2(np.round(np.log2(np.abs(original).max() or np.float32(1))))  # as for H: exact, and in range
@@ -100,22 +100,22 @@ def finish(
 
 def _packed(problem: MatrixProblem, best: Iterate, i: int) -> QLRMatrix:
     """One matrix of the batch as it is stored."""
-    spec, inner = problem.spec, float(best.scale[i])
+    spec, inner = problem.specs[i], float(best.scale[i])
     if inner == 0 and problem.original[i].any():  # the factors leave nothing to Q; g is theirs too and must not erase them
         inner = 2.0**-12
     scales = tuple(s[i] for s in best.scales)
-    arrays: dict[str, Any] = {f"backbone.{k}": v for k, v in problem.backbone.pack(np.asarray(best.codes[i]), scales).items()}
+    arrays: dict[str, Any] = {f"backbone.{k}": v for k, v in problem.backbones[i].pack(np.asarray(best.codes[i]), scales).items()}
     if spec.has_scale:
         arrays["scale"] = np.array([inner * problem.unit[i]], np.float32)
     if spec.rank:
         arrays |= pack_factors(best.factors.of(i), spec, problem.config.state_bits, inner)
-    return QLRMatrix(arrays, problem.layout)
+    return QLRMatrix(arrays, problem.layouts[i])
 
 
 def _bound(problem: MatrixProblem, best: Iterate, value: QLRMatrix, i: int) -> tuple[float | None, str | None]:
     """(bound on the relative error, None), or (None, why there is none)."""
-    backbone, energy, metric = problem.backbone, float(np.asarray(problem.energy)[i]), problem.metric
-    n, width, at = problem.layout.shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
+    backbone, energy, metric = problem.backbones[i], float(np.asarray(problem.energy)[i]), problem.metric
+    n, width, at = problem.layouts[i].shape[1], backbone.tile[1], min(i, len(metric.original) - 1)
     own = tuple(s[i] for s in best.scales)
     radius = backbone.covering_radius((best.scale[i].reshape(1, 1), *own) if backbone.unit_scale else own, n)
     if backbone.empty:

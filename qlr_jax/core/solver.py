@@ -19,7 +19,7 @@ from qlr_jax.core.blas import one_blas_thread
 from qlr_jax.core.config import SolverConfig
 from qlr_jax.core.metric import Metric
 from qlr_jax.core.objective import checked_hessian, checked_weight
-from qlr_jax.core.problem import MatrixProblem
+from qlr_jax.core.problem import MatrixProblem, kind_of_spec
 from qlr_jax.core.rows import solve_rows
 from qlr_jax.core.sharding import matrix_placement
 from qlr_jax.core.solution import Solution, finish
@@ -91,7 +91,7 @@ def _checked_rows(weights: Any, rows: int) -> np.ndarray:
 def solve_batch(
     weights: np.ndarray,
     hessians: np.ndarray | Metric,
-    spec: str | Spec,
+    specs: str | Spec | Sequence[str | Spec],
     *,
     outputs: np.ndarray | None = None,
     seed: int = 0,
@@ -100,7 +100,7 @@ def solve_batch(
     devices: int | None = None,
     wanted: Sequence[int] | None = None,
 ) -> list[Solution]:
-    """`solve` for matrices of one shape and spec, (b, m, n), computed together; inputs already checked.
+    """`solve` for matrices of one shape, (b, m, n), and of specs of one kind, computed together; inputs already checked.
 
     The matrices are shared out over the devices of this process, and the rows of each where devices are left over; results are
     those of one device, for batches up to near ties (`core.sharding`).
@@ -108,7 +108,7 @@ def solve_batch(
     Args:
         weights: W of each, (b, m, n), float32.
         hessians: H, one each (b, n, n), one for all (1, n, n), or a `Metric` made before of either.
-        spec: how to store them.
+        specs: how to store them, one for all or one each of one kind (`problem.kind_of_spec`).
         outputs: G of each (b, m, m) or for all (1, m, m); None: the identity.
         seed: of the rotation's signs.
         config: settings; None: the defaults.
@@ -122,13 +122,17 @@ def solve_batch(
     Raises:
         QLRError: a rank too large, `devices` below 1.
     """
-    config, spec = config or SolverConfig(), Spec.parse(spec)
-    spec.nbytes(weights.shape[1:])  # refuses a rank too large
+    config, shape = config or SolverConfig(), weights.shape[1:]
+    each = [Spec.parse(own) for own in ([specs] * len(weights) if isinstance(specs, str | Spec) else specs)]
+    for own in each:
+        own.nbytes(shape)  # refuses a rank too large
+    spec = each[0]
+    assert len({kind_of_spec(own, shape) for own in each}) == 1, "such matrices are not solved together"
     assert not spec.by_rows, "such a matrix is solved by solve_rows"
     metric = hessians if isinstance(hessians, Metric) else Metric.make(hessians, seed, config, spec.rotated)
     output = None if outputs is None else Metric.make(outputs, seed, config, spec.rotated, hadamard.OUTPUT)
     placement = matrix_placement(weights.shape[0], weights.shape[1], devices)
-    problem = MatrixProblem.make(weights, metric, output, spec, seed, config, placement)
+    problem = MatrixProblem.make(weights, metric, output, each, seed, config, placement)
     del metric, output  # on several devices the problem has its own
     if spec.rank == 0:
         state = improve_backbone(problem, init(problem, config.start))
@@ -155,7 +159,7 @@ def solve_batch(
             running = ~converged
         if not running.any():
             break
-    if final.backbone != problem.backbone:
+    if final.backbones != problem.backbones:
         state = last_step(final, state)
         histories = [[*history, *state.trail] for history in histories]
     best = state.best

@@ -18,6 +18,7 @@ from qlr_jax.cost.rates import Work
 ANCHORED = 21  # as in sensitivity.anchors
 ROUNDS = 1.0  # alternations after the first, as nearly every solve had them: the error soon stops falling
 CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks spreads the matrices of one shape over, about
+KINDS = {True: 4, False: 1}  # the same of kinds of specs (`core.problem.kind_of_spec`), where backbones store their own rates
 RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about
 # Functions that are compiled for a batch shape that is solved, small ones as parts of one, and those with factors.
 COMPILED = {"solve": 40, "factors": 33}
@@ -46,13 +47,13 @@ def _again(job: Counted) -> int:
 def plan_solves(job: Counted, name: str, bits: int) -> Work:
     """The final solves of the allocation of one strategy, with so many state bits."""
     strategy = STRATEGIES[name]
-    choices, part = 1, float(strategy.ranks and job.has_factors)
-    if strategy.per_matrix:
-        choices, part = CHOICES[strategy.ranks], RANKED * part
+    choices, part, spread = 1, float(strategy.ranks and job.has_factors), strategy.per_matrix
+    if spread:
+        choices, part = (CHOICES if job.backbone.traced() else KINDS)[strategy.ranks], RANKED * part
     found = Work()
     for (kind, shape), count, _ in _alike(job):
         for factors, share in ((True, part), (False, 1 - part)):
-            found += _solves(job, kind, shape, bits, factors, count, choices) * share
+            found += _solves(job, kind, shape, bits, factors, count, choices, spread) * share
     if name == job.recipe.strategy and bits != job.recipe.search_state_bits:
         found += Work(compiled=LATER * _compiled(job))
     return found
@@ -85,12 +86,21 @@ def _compiled(job: Counted) -> float:
     return len(shapes) * (COMPILED["solve"] + COMPILED["factors"] * buckets)
 
 
-def _solves(job: Counted, kind: str, shape: tuple[int, int], state_bits: int, factors: bool, count: int, choices: int = 1) -> Work:
-    """`solve_many` of `count` matrices whose specs are spread over so many choices."""
+def _solves(
+    job: Counted,
+    kind: str,
+    shape: tuple[int, int],
+    state_bits: int,
+    factors: bool,
+    count: int,
+    choices: int = 1,
+    spread: bool = False,
+) -> Work:
+    """`solve_many` of `count` matrices: the specs of small ones are of so many kinds, those of large ones all differ if `spread`."""
     b = job.batch_size(kind, shape)
     found = Work(decoded=shape[0] * shape[1]) * count  # of every solution, its error as it is stored
     if shape[0] >= SMALL:
-        b = 1 if choices > 1 else b  # siblings seldom get the same spec
+        b = 1 if spread else b  # siblings seldom get the same spec
         return found + work_of_solve(job, b, shape, state_bits, factors) * (count / b)
     distinct = choices * (1 - (1 - 1 / choices) ** count) if choices > 1 else 1.0
     alike = max(1, round(count / distinct))
