@@ -96,7 +96,7 @@ def _solves(
     choices: int = 1,
     spread: bool = False,
 ) -> Work:
-    """`solve_many` of `count` matrices: the specs of small ones are of so many kinds, those of large ones all differ if `spread`."""
+    """`solve_many` of `count` matrices: the specs of small ones are of so many kinds, all of large ones differ if `spread`."""
     b = job.batch_size(kind, shape)
     found = Work(decoded=shape[0] * shape[1]) * count  # of every solution, its error as it is stored
     if shape[0] >= SMALL:
