@@ -8,7 +8,10 @@ import pytest
 from qlr_jax.calibration import (
     WEIGHTINGS,
     EndSums,
+    backward,
     calibration_tokens,
+    descent,
+    forward_states,
     hessians,
     matrix_hessians,
     output_hessians,
@@ -392,6 +395,25 @@ def test_a_second_moment_in_blocks_is_that_of_one_product(size):
     x = np.random.default_rng(0).standard_normal((2, 5, size)).astype(np.float32)
     rows = x.reshape(-1, size).astype(np.float64)
     assert_is(np.asarray(jax.jit(second_moment)(x)), rows.T @ rows)
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_pass_for_both_hessians_is_that_for_each(model, tokens, monkeypatch, in_file):
+    """What the pass for H leaves at every block is what the backward pass would have computed on its way up."""
+    monkeypatch.setattr(backward, "SPILLED", 0 if in_file else backward.SPILLED)
+    some = [name for name in linear_names(SMALL) if ".1." in name]
+    ups = []
+    for names in (None, some):  # the lowest block that is watched need not be the first
+        alone, ends = output_hessians(model, tokens, names, seed=3), EndSums()
+        with forward_states(model, len(tokens)) as states:
+            inputs = matrix_hessians(model, tokens, linear_names(SMALL), entering=states)
+            with monkeypatch.context() as patch:
+                patch.setattr(descent.Descent, "forward", lambda *args: ups.append(args))
+                found = output_hessians(model, tokens, names, seed=3, ends=ends, states=states)
+        assert not inputs.left_out and not ups and list(found) == list(alone)
+        for name, g in alone.items():
+            np.testing.assert_allclose(found[name], g, rtol=1e-5, atol=1e-6 * np.abs(g).max())
+        assert ends.embedding.shape == (16, 16)
 
 
 def test_output_hessians_predict_the_divergence_of_a_small_error(model, tokens):

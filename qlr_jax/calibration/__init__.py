@@ -1,5 +1,6 @@
 """Text -> tokens -> Hessians of inputs, plain or weighted by the end loss, and of outputs."""
 
+from qlr_jax.calibration.backward import States, forward_states
 from qlr_jax.calibration.compensated import compensated_target, moments
 from qlr_jax.calibration.corpus import Corpus, Files
 from qlr_jax.calibration.descent import EndSums
@@ -29,11 +30,13 @@ __all__ = [
     "EndSums",
     "Files",
     "RowMetric",
+    "States",
     "calibration_tokens",
     "compensated_target",
     "encode",
     "evenly_spaced",
     "fitting_length",
+    "forward_states",
     "hessians",
     "matrix_hessians",
     "moments",

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from qlr_jax.core.sharding import line
+from qlr_jax.core.sharding import line, sequence_placement
 from qlr_jax.engine import HERE, Call, Engine, Here
 from qlr_jax.errors import QLRError
-from qlr_jax.models.forward import block_of, rope_of
+from qlr_jax.models.forward import TOGETHER, block_of, rope_of
 from qlr_jax.models.llama import Block, Embedding, Llama, Rope, Top, check_tokens, embedded
 
 SPILLED = 2**26  # bytes of hidden states beyond which they lie in a file
@@ -76,6 +76,35 @@ class Work(Protocol):
         ...
 
 
+def divided(sequences: int, batch: int, devices: int | None = None) -> tuple[int, int]:
+    """(devices, sequences of a batch) of a pass over so many sequences: at most `devices` of this process's, which divide a batch.
+
+    Example:
+        >>> divided(10, 4, 1), divided(3, 4, 1)
+        ((1, 4), (1, 3))
+    """
+    placed = sequence_placement(sequences, devices).count
+    return placed, -(-min(batch, sequences) // placed) * placed
+
+
+def forward_states(
+    model: Llama, sequences: int, *, batch: int = TOGETHER, devices: int | None = None, engine: Engine = HERE
+) -> "States":
+    """Room for what enters every block, of every batch of so many sequences: one pass leaves it there, and another begins with it.
+
+    Where it is large it lies in a temporary file; to be used as a context, which that file goes with.
+
+    Args:
+        model, batch, devices, engine: of both passes (`hessians`, `output_hessians`).
+        sequences: that go through the model.
+    """
+    return _room(model.config.num_hidden_layers + 1, -(-sequences // divided(sequences, batch, devices)[1]), engine)
+
+
+def _room(slots: int, batches: int, engine: Engine) -> "States":
+    return _StateStore(slots, batches) if isinstance(engine, Here) else _AnyStates()
+
+
 # the two ways through the model belong together
 def backward(
     model: Llama,
@@ -86,6 +115,7 @@ def backward(
     beside: Callable[[int], Any] = lambda i: None,
     at_head: Sequence[Any] | None = None,
     ends: tuple[Any, Any] | None = None,
+    states: "States | None" = None,
     devices: int = 1,
     engine: Engine = HERE,
     title: str = "",
@@ -106,6 +136,8 @@ def backward(
         beside: what pieces of block i are given beside the block.
         at_head: by batch, what the head is given beside the state.
         ends: what stands for the embedding, and for what lies above the blocks, in place of the model's.
+        states: what enters every block, of every batch, where a pass before has left that (`forward_states`): there is no way up
+            then, and gradients take their places; None: it is computed.
         devices: of this process, that a batch is shared out over; a batch has a multiple of them.
         engine: where the pieces run.
         title: of the pieces.
@@ -118,24 +150,26 @@ def backward(
     embedding, top = ends or (Call(_embedding_of, (model,), kept=True), Call(_top_of, (model, devices), kept=True))
     for batch in batches:
         check_tokens(batch.tokens, model.config.vocab_size)
-    with _StateStore(layers - first + 1, len(batches)) if isinstance(engine, Here) else _AnyStates() as states:
-        for j, batch in enumerate(batches):  # at [i − first]: what enters block i
-            states[0, j] = engine.submit(_enter, embedding, batch, title=title)
-        for i in range(layers):
-            block, near = Call(block_of, (model, i, devices), kept=True), beside(i)
-            at, to = max(i - first, 0), max(i + 1 - first, 0)
+    with _room(layers - first + 1, len(batches), engine) if states is None else states as here:
+        below = first if states is None else 0  # at [i − below]: what enters block i
+        if states is None:
             for j, batch in enumerate(batches):
-                states[to, j] = engine.submit(work.forward, i, block, near, rope, batch, states[at, j], title=title)
+                here[0, j] = engine.submit(_enter, embedding, batch, title=title)
+            for i in range(layers):
+                block, near = Call(block_of, (model, i, devices), kept=True), beside(i)
+                at, to = max(i - first, 0), max(i + 1 - first, 0)
+                for j, batch in enumerate(batches):
+                    here[to, j] = engine.submit(work.forward, i, block, near, rope, batch, here[at, j], title=title)
         for j, batch in enumerate(batches):
             given = None if at_head is None else at_head[j]
-            found = engine.submit(work.head, top, batch, given, states[layers - first, j], title=title)
-            states[layers - first, j], value = engine.split(found, 2)
+            found = engine.submit(work.head, top, batch, given, here[layers - below, j], title=title)
+            here[layers - below, j], value = engine.split(found, 2)
             yield layers, j, value
         for i in reversed(range(first, layers)):
-            block, near, at = Call(block_of, (model, i, devices), kept=True), beside(i), i - first
+            block, near, at = Call(block_of, (model, i, devices), kept=True), beside(i), i - below
             for j, batch in enumerate(batches):
-                given = block, near, rope, batch, states[at, j], states[at + 1, j]
-                states[at, j], value = engine.split(engine.submit(work.pull_back, i, *given, title=title), 2)
+                given = block, near, rope, batch, here[at, j], here[at + 1, j]
+                here[at, j], value = engine.split(engine.submit(work.pull_back, i, *given, title=title), 2)
                 yield i, j, value
         engine.forget()
 
@@ -220,3 +254,7 @@ class _StateStore:
 
     def _at(self, slot: tuple[int, int]) -> int:
         return (slot[0] * self._batches + slot[1]) * self._size
+
+
+States = _StateStore | _AnyStates
+"""By (block, batch) what enters a block, or what stands for it; after the last block, what leaves it."""

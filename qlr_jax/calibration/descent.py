@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from qlr_jax.calibration.backward import Batch, State, backward, batches_of
+from qlr_jax.calibration.backward import Batch, State, States, backward, batches_of, divided
 from qlr_jax.calibration.finite import Info, checked, finite_on_host, finite_rows, left_out_of, zeroed
 from qlr_jax.calibration.second_moment import second_moment
-from qlr_jax.core.sharding import line, sequence_placement
+from qlr_jax.core.sharding import line
 from qlr_jax.engine import Engine, TreeSum
 from qlr_jax.models.forward import by_parts, through
 from qlr_jax.models.llama import Block, Llama, RMSNorm, Rope, Top
@@ -139,11 +139,19 @@ class DescentRun:
     """
 
     def __init__(
-        self, model: Llama, tokens: np.ndarray, work: Descent, batch: int, devices: int | None, engine: Engine, title: str
+        self,
+        model: Llama,
+        tokens: np.ndarray,
+        work: Descent,
+        batch: int,
+        devices: int | None,
+        engine: Engine,
+        title: str,
+        states: States | None = None,
     ):
-        placed = sequence_placement(len(tokens), devices).count
+        placed, size = divided(len(tokens), batch, devices)
         self._model, self._work, self._engine, self._title = model, replace(work, devices=placed), engine, title
-        self.batches, self._sequences = batches_of(tokens, -(-min(batch, len(tokens)) // placed) * placed), len(tokens)
+        self.batches, self._sequences, self._states = batches_of(tokens, size), len(tokens), states
         self.checked: list[Any] = []
 
     def steps(self, progress: Callable[[int], None] | None = None, ends: "EndSums | None" = None) -> Iterator[tuple[int, int, Any]]:
@@ -152,7 +160,7 @@ class DescentRun:
         With the last batch of a block, `checked` has what is left out there.
         """
         engine, work, infos = self._engine, self._work, list[Any]()
-        first, how = min(work.watched), {"devices": work.devices, "engine": engine, "title": self._title}
+        first, how = min(work.watched), {"states": self._states, "devices": work.devices, "engine": engine, "title": self._title}
         for i, j, value in backward(self._model, self.batches, work, first, **how):
             head = i == self._model.config.num_hidden_layers
             info, *received, at_end = engine.split(value, 2 if head else 3)

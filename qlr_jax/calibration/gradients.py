@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Int
 
+from qlr_jax.calibration.backward import States
 from qlr_jax.calibration.descent import TITLE, Descent, DescentRun, EndSums
 from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.second_moment import added
@@ -95,6 +96,7 @@ def output_hessians(
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
     ends: "EndSums | None" = None,
+    states: States | None = None,
     engine: Engine = HERE,
 ) -> CalibrationResult:
     """For every linear layer y = W x what an error in y does to the model's output distribution, (m, m), on the mean over tokens.
@@ -116,6 +118,7 @@ def output_hessians(
         seed: of the labels.
         keep: (name, G) -> what is returned in its place, e.g. the same on disk, called as soon as G is done.
         ends: gathers what the same pass has at its two ends, for the metrics of embedding and head.
+        states: what `hessians` has left of the same sequences, none of them left out: half of the way is made then.
 
     Raises:
         QLRError: as `squared_gradients`.
@@ -134,7 +137,7 @@ def output_hessians(
     for name in wanted:
         i = layer_of(name)
         watched.setdefault(i, {})[name.removeprefix(f"model.layers.{i}.")] = shape_of(model.config, name)[0]
-    run = DescentRun(model, tokens, Descent(watched, "products", seed, ends is not None), batch, devices, engine, TITLE)
+    run = DescentRun(model, tokens, Descent(watched, "products", seed, ends is not None), batch, devices, engine, TITLE, states)
     out: dict[str, Any] = {}
     sums = TreeSum(engine, added, TITLE)
     for i, j, received in run.steps(progress, ends):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from qlr_jax.calibration.backward import State, States, divided
 from qlr_jax.calibration.finite import CalibrationResult, Info, Tally, checked, finite_rows, left_out_of, zeroed
 from qlr_jax.calibration.second_moment import added, second_moment
-from qlr_jax.core.sharding import line, sequence_placement
+from qlr_jax.core.sharding import line
 from qlr_jax.engine import HERE, Call, Engine, TreeSum
 from qlr_jax.errors import QLRError
 from qlr_jax.models.forward import TOGETHER, block_of, rope_of
@@ -38,6 +39,7 @@ def hessians(
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
     devices: int | None = None,
+    entering: States | None = None,
     engine: Engine = HERE,
 ) -> CalibrationResult:
     """Second moments (n, n) of the inputs of linear layers, keyed by input name ("model.layers.0.self_attn.qkv", ...).
@@ -61,6 +63,7 @@ def hessians(
         progress: called with (blocks done, blocks in all).
         keep: (key, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
         devices: how many of this process's devices to use at most; None: all.
+        entering: where what enters every block is left, for a backward pass of the same sequences (`output_hessians`, states).
         engine: where batches go through blocks.
 
     Raises:
@@ -82,10 +85,10 @@ def hessians(
         weights = dict.fromkeys(input_names(model.config), np.ones(tokens.shape, np.float32) if weights is None else weights)
     inputs = _inputs(model, weights)
     shares, which = _distinct_shares(weights, tokens.shape)
-    placed = sequence_placement(len(tokens), devices).count
-    size, layers = -(-min(batch, len(tokens)) // placed) * placed, model.config.num_hidden_layers
+    (placed, size), layers = divided(len(tokens), batch, devices), model.config.num_hidden_layers
     rope = Call(rope_of, (model, tokens.shape[1], placed), kept=True)
     states = [engine.submit(_enter, model, part, placed, title=TITLE) for part in _batches(tokens, shares, size)]
+    _leave(entering, 0, states, engine)
     out, infos, begun = dict[str, Any](), list[Any](), list[Any]()
     for i in range(layers):
         block, prefix = Call(block_of, (model, i, placed), kept=True), f"model.layers.{i}."
@@ -97,6 +100,7 @@ def hessians(
             states[j], moments, info = engine.split(passed, 3)
             sums.add(moments)
             infos.append(info)
+        _leave(entering, i + 1, states, engine)
         begun.append(engine.submit(checked, infos, len(tokens), title=TITLE))
         total = sums.value
         for name, (x, share) in here.items():
@@ -144,6 +148,17 @@ def _batches(tokens: np.ndarray, shares: Sequence[np.ndarray], size: int) -> Ite
 def _enter(model: Llama, batch: _Batch, devices: int) -> _Batch:
     embedding = line(devices).replicate(model.model.embed_tokens)
     return replace(batch, states=np.asarray(embedded(embedding, line(devices).shard(batch.states))))
+
+
+def _leave(entering: States | None, i: int, states: Sequence[Any], engine: Engine) -> None:
+    """What enters block i, for a pass to come."""
+    if entering is not None:
+        for j, state in enumerate(states):
+            entering[i, j] = engine.submit(_as_state, state, title=TITLE)
+
+
+def _as_state(batch: _Batch) -> State:
+    return State(batch.states, np.zeros(len(batch.states), bool))
 
 
 def _through_block(

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Int
 
+from qlr_jax.calibration.backward import States
 from qlr_jax.calibration.finite import CalibrationResult
 from qlr_jax.calibration.gradients import squared_gradients
 from qlr_jax.calibration.hessians import TITLE, TokenWeights, hessians
@@ -25,6 +26,7 @@ def matrix_hessians(
     weighting: str = "plain",
     progress: Progress | None = None,
     keep: Callable[[str, np.ndarray], np.ndarray] = lambda name, value: value,
+    entering: States | None = None,
     engine: Engine = HERE,
 ) -> CalibrationResult:
     """The Hessian (n, n) in which each linear layer of `names` is compressed, checked; layers that share one share the array.
@@ -40,6 +42,8 @@ def matrix_hessians(
             pay on a model is for its KL to say (`benchmarks/hessians.py` compares the three).
         progress: where stages and messages go.
         keep: (name, H) -> what is returned in its place, e.g. the same on disk, called as soon as H is done.
+        entering: where what enters every block is left, for `output_hessians` of the same tokens; of no use where the result names
+            sequences that are left out.
         engine: where batches go through blocks.
 
     Raises:
@@ -65,6 +69,7 @@ def matrix_hessians(
             weights=weights,
             progress=lambda done, _: stage.advance(note=f"layer {done - 1}"),
             keep=lambda name, h: keep(name, engine.submit(_checked, h, title=TITLE)),
+            entering=None if left_out else entering,
             engine=engine,
         )
     left_out |= {int(rows[row]): place for row, place in moments.left_out.items()}

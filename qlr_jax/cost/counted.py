@@ -137,6 +137,11 @@ class Counted:
         """Sequences on which output Hessians are measured."""
         return max(1, min(self.recipe.sequences, self.recipe.output_tokens // self.length))
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the pass for the inputs' Hessians is the way up of that for the outputs' as well."""
+        return bool(self.outputs) and not self.recipe.hessians_from and self.output_sequences == self.recipe.sequences
+
     def boundaries(self, sequences: int) -> int:
         """Bytes of the hidden states before, between and after all blocks, for a backward pass of so many sequences, its batches
         filled up; gradients take their places."""

@@ -38,7 +38,7 @@ STAGES = (
     "measure: spectra", "measure: probes", "measure: attribution", "solve", "judge", "refine", "evaluate", "save",
 )  # fmt: skip
 RUNTIME = 520_000_000  # bytes of Python, JAX and what loading a model imports
-CODE = 4_600_000  # bytes that one compiled function keeps, on a CPU
+CODE = 3_300_000  # bytes that one compiled function keeps, on a CPU
 # Copies of float32 arrays at once while a batch is solved: of the weights (b, m, n), of H (n, n), of G (b, m, m).
 COPIES = {"weights": 14.0, "hessian": 8.0, "output": 7.5}
 
@@ -84,6 +84,8 @@ def _inputs(job: Counted) -> Iterator[Part]:
         yield from _backward(job, "calibrate: gradients", recipe.sequences)
         yield Part(stage, *squares)
     yield Part(stage, "hidden states of all sequences", host=4 * job.tokens * job.config.hidden_size)
+    if job.one_pass:
+        yield _boundaries(job, stage, job.output_sequences)
     yield Part(stage, "one layer's activations", device=_activations(job, min(TOGETHER, recipe.sequences) * job.length))
     yield Part(stage, "one layer's sums of x xᵀ", device=2 * block)
     if job.streaming and not recipe.hessians_from:
@@ -189,14 +191,18 @@ def _states(job: Counted, stage: str, tokens: int) -> Part:
 def _backward(job: Counted, stage: str, sequences: int, compared: bool = False) -> Iterator[Part]:
     """Memory of `calibration.backward`; where it compares, with the original's log-probabilities of a batch."""
     config, batch = job.config, min(TOGETHER, sequences) * job.length
-    if job.in_file(sequences):
-        yield Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
-    else:
-        yield Part(stage, "hidden states at all blocks", host=job.boundaries(sequences))
+    yield _boundaries(job, stage, sequences)
     attention = config.num_attention_heads * job.length
     layer = 4 * batch * (14 * config.hidden_size + 8 * config.intermediate_size + 5 * attention)
     top = "logits of some positions and their gradient", (20 * AT_ONCE + 8 * batch * compared) * config.vocab_size
     yield _larger(stage, ("one layer's activations and gradients", layer), top)
+
+
+def _boundaries(job: Counted, stage: str, sequences: int) -> Part:
+    """What enters every block, of a pass that goes back."""
+    if job.in_file(sequences):
+        return Part(stage, "hidden states at all blocks, in a temporary file", disk=job.boundaries(sequences))
+    return Part(stage, "hidden states at all blocks", host=job.boundaries(sequences))
 
 
 def _activations(job: Counted, tokens: int) -> int:

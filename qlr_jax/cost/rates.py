@@ -123,11 +123,11 @@ class Rates:
 RATES = {
     "cpu": Rates(
         {
-            "products": 1 / 145e9,
+            "products": 1 / 95e9,
             "factored": 1 / 36e9,
             "checked": 1 / 35e9,
-            "searched": 3.6e-6,
-            "alone": 3.6e-6,
+            "searched": 0.7e-6,
+            "alone": 0.7e-6,
             "placed": 0.15e-6,
             "passed": 0.22e-9,
             "decoded": 8.8e-9,

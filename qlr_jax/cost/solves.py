@@ -21,7 +21,7 @@ CHOICES = {True: 40, False: 20}  # specs that a plan with or without ranks sprea
 KINDS = {True: 4, False: 1}  # the same of kinds of specs (`core.problem.kind_of_spec`), where backbones store their own rates
 RANKED = 0.85  # part of the matrices that get factors where every matrix has a spec of its own, about
 # Functions that are compiled for a batch shape that is solved, small ones as parts of one, and those with factors.
-COMPILED = {"solve": 40, "factors": 33}
+COMPILED = {"solve": 8, "factors": 7}
 LATER = 0.1  # of the functions of solves, the part that is compiled again for another number of state bits
 
 

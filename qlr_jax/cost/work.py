@@ -12,7 +12,7 @@ from qlr_jax.cost.solves import plan_solves, probe_solves, vocabulary_solves
 from qlr_jax.models import parameter_count
 from qlr_jax.models.forward import TOGETHER
 
-COMPILED = {"load": 14, "calibrate": 24, "shape": 10}  # functions: in a stage as such, for a shape that is measured
+COMPILED = {"load": 8, "calibrate": 24, "shape": 3}  # functions: in a stage as such, for a shape that is measured
 
 
 def work(job: Counted) -> dict[str, Work]:
@@ -31,9 +31,12 @@ def work(job: Counted) -> dict[str, Work]:
     if job.recipe.hessians != "plain":
         found["calibrate: gradients"] = Work(products=(3 * body + 2 * head) * tokens, passed=3 * soft * tokens)
     if job.outputs:
+        ways = (
+            2 if job.one_pass else 3
+        )  # through the body: the way up is that of H where the text is the same, and each block once more
         found["calibrate: outputs"] = Work(
-            products=(3 * body + 2 * head + job.outputs / 2) * job.output_sequences * job.length,
-            passed=(3 * soft + 40 * config.vocab_size) * job.output_sequences * job.length + 12 * job.outputs / 4,
+            products=(ways * body + 2 * head + job.outputs / 2) * job.output_sequences * job.length,
+            passed=(ways * soft + 40 * config.vocab_size) * job.output_sequences * job.length + 12 * job.outputs / 4,
             checked=sum(m**3 for m, _ in job.shapes.values()) / 3,
             compiled=COMPILED["calibrate"] / 2,
         )

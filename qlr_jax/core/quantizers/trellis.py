@@ -32,7 +32,7 @@ TILE_ROWS = (64, 32, 16)  # rows of a sequence in a backbone
 FACTOR_ROWS = 4  # at most, in a factor
 _RATE = re.compile(r"[0-9]+\.?[0-9]*|\.[0-9]+")
 # By state bits: time of a search in a solve, over that with 12, and the part of it that all cores work at.
-SEARCH = {6: 0.015, 8: 0.03, 10: 0.14, 12: 1.0, 14: 3.4, 16: 13.0}
+SEARCH = {6: 0.03, 8: 0.07, 10: 0.3, 12: 1.0, 14: 4.0, 16: 18.0}
 SHARED = {6: 0.0, 8: 0.0, 10: 0.3, 12: 0.9, 14: 0.95, 16: 0.95}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -40,26 +41,14 @@ def calibrate(
     Raises:
         QLRError: too little text, more than 1 % of the sequences not finite, or logits that are not.
     """
-    recipe, model, names = source.recipe, source.model, list(source.settings.matrices)
-    here = isinstance(engine, Here)
+    recipe, model, here = source.recipe, source.model, isinstance(engine, Here)
     keep = spill if spill is not None and source.settings.streaming and here else lambda kind: lambda name, array: array
-    tokens = calibration_tokens(source, text, progress.say)
-    if recipe.hessians_from:
-        sizes = {name: shape[1] for name, shape in source.settings.matrices.items()}
-        hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
-    else:
-        hessians = calibration.matrix_hessians(model, tokens, names, recipe.hessians, progress, keep("hessians"), engine)
-        tokens = np.delete(tokens, list(hessians.left_out), axis=0)
-    outputs, sums = {}, calibration.EndSums() if source.settings.vocabulary else None
-    if recipe.outputs == "fisher":
-        if source.settings.outputs_fit or (source.settings.streaming and spill) or not here:
-            outputs = _output_hessians(source, tokens, progress, keep("outputs"), sums, engine)
-        else:
-            needed, room = source.settings.output_bytes, OUTPUTS_SHARE * machine_memory()
-            progress.say(
-                f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
-                "machine's memory): all outputs count alike"
-            )
+    sums = calibration.EndSums() if source.settings.vocabulary else None
+    elsewhere = (source.settings.streaming and spill is not None) or not here
+    with_outputs = recipe.outputs == "fisher" and _outputs_fit(source, elsewhere, progress)
+    tokens, hessians, outputs = _hessians(
+        source, calibration_tokens(source, text, progress.say), with_outputs, progress, keep, sums, engine
+    )
     if sums is not None:
         counts = np.bincount(tokens.reshape(-1), minlength=model.config.vocab_size)
         # the pass of the output Hessians, where there was one, has them too
@@ -88,12 +77,53 @@ def check_texts(source: Source, *texts: Corpus | None) -> None:
             text.ids(source.tokenizer, source.model.config.vocab_size)
 
 
+def _outputs_fit(source: Source, elsewhere: bool, progress: Progress) -> bool:
+    """Whether there is room for output Hessians, in memory or `elsewhere`; if not, that is said."""
+    if source.settings.outputs_fit or elsewhere:
+        return True
+    needed, room = source.settings.output_bytes, OUTPUTS_SHARE * machine_memory()
+    progress.say(
+        f"the output Hessians would take {needed / 1e9:.1f} GB, more than {room / 1e9:.1f} GB ({OUTPUTS_SHARE:g} of this "
+        "machine's memory): all outputs count alike"
+    )
+    return False
+
+
+def _hessians(
+    source: Source,
+    tokens: np.ndarray,
+    with_outputs: bool,
+    progress: Progress,
+    keep: Spill,
+    sums: calibration.EndSums | None,
+    engine: Engine,
+) -> tuple[np.ndarray, Any, Any]:
+    """The tokens that are left, H of all inputs, and G of all outputs or nothing."""
+    recipe, model = source.recipe, source.model
+    # the pass for H leaves to that for G what enters each block, where both are of the same text
+    one = with_outputs and not recipe.hessians_from and recipe.output_tokens >= tokens.size
+    with calibration.forward_states(model, len(tokens), engine=engine) if one else nullcontext() as states:
+        if recipe.hessians_from:
+            sizes = {name: shape[1] for name, shape in source.settings.matrices.items()}
+            hessians = calibration.read_hessians(recipe.hessians_from, sizes, keep("hessians"))
+        else:
+            names = list(source.settings.matrices)
+            hessians = calibration.matrix_hessians(
+                model, tokens, names, recipe.hessians, progress, keep("hessians"), states, engine
+            )
+            if hessians.left_out:
+                tokens, states = np.delete(tokens, list(hessians.left_out), axis=0), None
+        outputs = _output_hessians(source, tokens, progress, keep("outputs"), sums, states, engine) if with_outputs else {}
+    return tokens, hessians, outputs
+
+
 def _output_hessians(
     source: Source,
     tokens: np.ndarray,
     progress: Progress,
     keep: Callable[[str, Any], Any],
     ends: calibration.EndSums | None,
+    states: calibration.States | None,
     engine: Engine,
 ) -> Any:
     recipe = source.recipe
@@ -106,6 +136,7 @@ def _output_hessians(
             progress=stage.advance,
             keep=lambda name, g: keep(name, engine.submit(output_metric, g, recipe.output_shrinkage)),
             ends=ends,
+            states=states,
             engine=engine,
         )
     if outputs.left_out:
