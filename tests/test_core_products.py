@@ -72,7 +72,7 @@ def test_inexact_products_are_within_5e_5(spec):
 def test_xla_is_dense_and_what_is_not_there_is_refused():
     matrix, x = random_matrix("int-4g32", (48, 64)), jnp.ones((3, 64))
     np.testing.assert_allclose(packed_matmul(x, matrix, "xla"), matrix.dense().sum(1)[None].repeat(3, 0), rtol=1e-5, atol=1e-6)
-    with pytest.raises(QLRError, match="implementation 'cuda' is not known; give xla, native"):
+    with pytest.raises(QLRError, match="implementation 'cuda' is not known; give xla, native, pallas, or None"):
         packed_matmul(x, matrix, "cuda")
     odd = random_matrix("e8-2", (48, 64))
     assert not knows(odd) and knows(matrix) == has_native()

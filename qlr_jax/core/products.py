@@ -1,8 +1,8 @@
-"""x Ŵᵀ with a packed matrix: from its codes where the C++ library is built, else by decoding it."""
+"""x Ŵᵀ with a packed matrix: from its codes where the C++ library is built, or in a Pallas kernel, else by decoding it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from qlr_jax.native.product import MOST_TOKENS, Format, Kind
 PARTS = ("backbone", "left", "right")
 ARRAYS = (("codes",), ("scales",), ("zeros", "rates"))  # of a part, or what is passed in its place
 OTHERS = ("component_scale", "scale", "row_scales", "output_signs", "input_signs")
-Implementation = Literal["xla", "native"]
+Implementation = Literal["xla", "native", "pallas"]
 Formats = tuple[tuple[Format, int, int], ...]
 """(format, rows, cols) of backbone, left and right."""
 
@@ -36,7 +36,9 @@ def packed_matmul(
         x: (*b, n).
         matrix: Ŵ (m, n).
         implementation: "xla" decodes Ŵ and multiplies; "native" is one call in C++ for at most `MOST_TOKENS` rows of x, and
-            for more decodes there, on a CPU; None: native on a CPU where it is built and knows the quantizers, else xla.
+            for more decodes there, on a CPU; "pallas" is one kernel for TPUs and NVIDIA GPUs that decodes and multiplies band by
+            band, all quantizers but e8 from their codes: not run or measured on a device so far, and interpreted elsewhere, so
+            slowly that there it is for tests; None: native on a CPU where it is built and knows the quantizers, else xla.
         exact: float32 throughout. Else the native product may round x, in the rotated basis, to 16 bits in blocks of columns for
             at most 8 rows of x: 2e-5 of y's norm more error, and 1.3 to 3 times as fast.
 
@@ -53,8 +55,11 @@ def packed_matmul(
         >>> bool(jnp.allclose(y, matrix.dense().sum(1), atol=1e-5))
         True
     """
-    if implementation not in (None, "xla", "native"):
-        raise QLRError(f"implementation {implementation!r} is not known; give xla, native, or None")
+    if implementation not in (None, "xla", "native", "pallas"):
+        raise QLRError(f"implementation {implementation!r} is not known; give xla, native, pallas, or None")
+    if implementation == "pallas":
+        arrays = {name: jnp.asarray(array) for name, array in matrix.arrays.items()}
+        return _in_pallas(x.astype(jnp.float32), arrays, layout=matrix.layout)
     formats = _formats(matrix) if implementation != "xla" and has_native() else None
     if implementation == "native" and formats is None:
         why = f"does not know {matrix.layout.spec}" if has_native() else "is not built here"
@@ -133,8 +138,6 @@ def _in_cpp(x: Array, matrix: QLRMatrix, formats: Formats, exact: bool) -> Array
 def _by_decoding(x: Array, matrix: QLRMatrix, formats: Formats) -> Array:
     """The same for many rows of x: Q, L and R are decoded, and dense products take them in the rotated basis."""
     spec = matrix.spec
-    (u, u_block), (v, v_block) = matrix.rotations
-    turned = hadamard.rotate(x, v, v_block) if spec.rotated or spec.by_rows else x
 
     def part(index: int) -> Array:
         form, rows, cols = formats[index]
@@ -146,10 +149,33 @@ def _by_decoding(x: Array, matrix: QLRMatrix, formats: Formats) -> Array:
     def times(x: Array, weight: Array) -> Array:
         return jnp.matmul(x, weight, precision="highest")
 
-    y = jnp.zeros((*x.shape[:-1], matrix.shape[0])) if formats[0][0].kind == Kind.NONE else times(turned, part(0).T)
-    if spec.rank:
-        z = times(turned, part(2).T)
-        y = y + times(z * matrix.arrays["component_scale"].astype(jnp.float32) if spec.component_scales else z, part(1))
+    def product(x: Array) -> Array:
+        y = jnp.zeros((*x.shape[:-1], matrix.shape[0])) if formats[0][0].kind == Kind.NONE else times(x, part(0).T)
+        if not spec.rank:
+            return y
+        z = times(x, part(2).T)
+        return y + times(z * matrix.arrays["component_scale"].astype(jnp.float32) if spec.component_scales else z, part(1))
+
+    return _rotated(x, matrix, product)
+
+
+@partial(jax.jit, static_argnames="layout")
+def _in_pallas(x: Array, arrays: dict[str, Array], *, layout: Layout) -> Array:
+    from qlr_jax.core.pallas import rotated_product  # it takes Pallas, which nothing else needs
+
+    matrix = QLRMatrix(arrays, layout)
+
+    def product(x: Array) -> Array:
+        return rotated_product(x.reshape(-1, x.shape[-1]), matrix).reshape(*x.shape[:-1], -1)
+
+    return _rotated(x, matrix, product)
+
+
+def _rotated(x: Array, matrix: QLRMatrix, product: Callable[[Array], Array]) -> Array:
+    """g · Uᵀ product(V x): `product` is with Q + L diag(s) R."""
+    spec = matrix.spec
+    (u, u_block), (v, v_block) = matrix.rotations
+    y = product(hadamard.rotate(x, v, v_block) if spec.rotated or spec.by_rows else x)
     y = y * matrix.arrays["scale"][0] if "scale" in matrix.arrays else y
     y = y * matrix.arrays["row_scales"].astype(jnp.float32) if spec.by_rows else y
     return hadamard.unrotate(y, u, u_block) if spec.rotated else y

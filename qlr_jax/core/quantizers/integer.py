@@ -57,18 +57,18 @@ class Integer(ScalarGrid):
         return grid_name("int", self.width, self.group, self.asymmetric)
 
     @property
-    def _middle(self) -> float:
+    def middle(self) -> float:
         return 0.5 if self.width == 1 else float(2 ** (self.width - 1))
 
     @property
     def top(self) -> float:
-        return max(self._middle - 0.5, 0.5)
+        return max(self.middle - 0.5, 0.5)
 
     @property
     def shrinks(self) -> np.ndarray:
         shrinks = super().shrinks
         if not self.asymmetric and self.width > 1:  # up to where the largest weight is met exactly, though it be positive
-            top = (self._middle - 0.5) / (self._middle - 1.0)
+            top = (self.middle - 0.5) / (self.middle - 1.0)
             shrinks = np.append(shrinks, [(1 + top) / 2, top])
         return shrinks
 
@@ -79,7 +79,7 @@ class Integer(ScalarGrid):
     def candidates(self, parts: Array) -> tuple[QParams, Callable[[Array], QParams]]:
         if not self.asymmetric:
             (full,), scale_at = super().candidates(parts)
-            middle = jnp.full_like(full, self._middle)
+            middle = jnp.full_like(full, self.middle)
             return (full, middle), lambda shrink: (*scale_at(shrink), middle)
         low, high = jnp.minimum(parts.min(-1), 0.0), jnp.maximum(parts.max(-1), 0.0)
         full, last = (high - low) / (2**self.width - 1), 2**self.width - 1
@@ -88,7 +88,7 @@ class Integer(ScalarGrid):
             scale = self.cast_scales(full * shrink).astype(jnp.float32)
             return scale, jnp.clip(jnp.round(divided(-low * shrink, scale)), 0, last)
 
-        return (full, jnp.full_like(full, self._middle)), at
+        return (full, jnp.full_like(full, self.middle)), at
 
     def covering_radius(self, qparams: QParams, cols: int) -> Array:
         """Half a step, (rows, cols): what rounding to nearest can miss inside the grid."""
@@ -101,7 +101,7 @@ class Integer(ScalarGrid):
         return (codes.astype(jnp.float32) - zero) * scale
 
     def native_format(self, rows: int, cols: int) -> Format | None:
-        return self.grouped_format(Kind.INTEGER, cols, zero=self._middle)
+        return self.grouped_format(Kind.INTEGER, cols, zero=self.middle)
 
     def pack(self, codes: np.ndarray, qparams: QParams) -> dict[str, np.ndarray]:
         zeros = {"zeros": np.asarray(qparams[1]).astype(np.uint8)} if self.asymmetric else {}
@@ -109,4 +109,4 @@ class Integer(ScalarGrid):
 
     def stored_qparams(self, arrays: Arrays, shape: tuple[int, int]) -> QParams:
         (scale,) = super().stored_qparams(arrays, shape)
-        return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self._middle)
+        return scale, jnp.asarray(arrays["zeros"]).astype(jnp.float32) if self.asymmetric else jnp.full_like(scale, self.middle)

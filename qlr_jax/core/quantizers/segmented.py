@@ -31,7 +31,7 @@ LEAST, MOST = 16, 16 * MOST_BITS  # rates, in sixteenths of a bit
 _NAME = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+)w")
 _RATES = np.arange(LEAST, MOST + 1)
 _SHIFTS = np.diff(np.arange(LENGTH + 1) * _RATES[:, None] // 16).astype(np.int32)
-_GAINS = np.array([rate_gain(r / 16) for r in _RATES], np.float32)
+GAINS = np.array([rate_gain(r / 16) for r in _RATES], np.float32)
 
 
 def bounds(tiles: int) -> np.ndarray:
@@ -182,7 +182,7 @@ class SegmentedTrellis(Trellis):
         ends = None if warm is None else jnp.broadcast_to(warm, x.shape)[..., ::height, 0].reshape(-1)
         # a block of columns has one rate in each matrix
         codes = jnp.broadcast_to(rates[..., 0, 0], tuple(lead)).reshape(-1).astype(jnp.int32) - LEAST
-        gains = jnp.asarray(_GAINS)
+        gains = jnp.asarray(GAINS)
         states = search(blocks, jnp.asarray(_SHIFTS), self.state_bits, gains, ends, codes)
         values = code_values(states, jnp.repeat(gains[codes], rows // height)[:, None]).reshape(x.shape)
         return values * scale, states.astype(jnp.uint16).reshape(*lead, rows // height, LENGTH)
@@ -228,7 +228,7 @@ class SegmentedTrellis(Trellis):
             at = first[..., None] + (start // 8 + k) % sizes[..., None]
             word = word << 8 | stream[:, at].astype(jnp.int32)
         states = word >> (24 - start % 8 - self.state_bits) & (2**self.state_bits - 1)
-        values = code_values(states, jnp.asarray(_GAINS)[rate - LEAST][..., None])
+        values = code_values(states, jnp.asarray(GAINS)[rate - LEAST][..., None])
         return values.reshape(down, across, height, width).swapaxes(1, 2).reshape(down * height, across * width)
 
 
