@@ -40,10 +40,14 @@ def close(found, x, matrix):
 
 @pytest.mark.parametrize("spec, layout", ALL)
 def test_products_are_those_of_dense(spec, layout):
-    """Of 5 rows with the matrix an argument of a program, whose rates are then not known; of 1 as it lies on the host."""
-    matrix, x = some(spec, (64, 96), (5,), **layout)
+    """Of 5 rows, the matrix an argument of a program, whose rates are then not known; nothing fills whole tiles."""
+    matrix, x = some(spec, (48, 90), (5,), **layout)
     close(jax.jit(lambda x, m: packed_matmul(x, m, "pallas"))(x, jax.tree.map(jnp.asarray, matrix)), x, matrix)
-    matrix, x = some(spec, (48, 40), (1, 1), **layout)
+
+
+@pytest.mark.parametrize("spec", ["trellis-2.5w+r4@trellis-2", "int-4g32", "e8-2/rows"])
+def test_one_row_with_a_matrix_on_the_host(spec):
+    matrix, x = some(spec, (64, 40), (1, 1))
     close(packed_matmul(x, matrix, "pallas"), x, matrix)
 
 
