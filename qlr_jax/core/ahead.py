@@ -78,8 +78,8 @@ def _calls(
         traced = left.traced(), right.traced()
         for given in dict.fromkeys((outputs, outputs and max(shape) <= ONE_PROGRAM)):  # a large start is fitted without G
             output = (metric, root) if given else None
-            judged = hessian, energy, metric
-            yield fit_factors, (weight, weight, hessian, feedback, basis, mask, traced, 2, judged, output, False), static
+            evaluated_in = hessian, energy, metric
+            yield fit_factors, (weight, weight, hessian, feedback, basis, mask, traced, 2, evaluated_in, output, False), static
 
 
 def _array(*shape: int) -> Any:

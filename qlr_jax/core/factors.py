@@ -62,7 +62,7 @@ def fit_factors(
     mask: Array,
     traced: tuple[Traced, Traced],
     steps: int,
-    judged: tuple[Array, Array, Array | None],
+    evaluated_in: tuple[Array, Array, Array | None],
     output: tuple[Array, Array] | None = None,
     plain: Array | bool = False,
     *,
@@ -83,7 +83,7 @@ def fit_factors(
         mask: (b, k), 1 for the components that exist: one compilation serves a bucket of ranks.
         steps: of the subspace iteration.
         traced, statics: of the quantizers of L and R.
-        judged: H, tr(G W H Wᵀ) and G, undamped, that the error of Q + L R is evaluated in.
+        evaluated_in: H, tr(G W H Wᵀ) and G, undamped, in which the error of Q + L R is evaluated.
         output: (G, C), damped, the metric of the outputs; None is the identity.
         plain: round without feedback; traced, so that both ways are one program.
         inner: rounds.
@@ -130,8 +130,8 @@ def fit_factors(
     blank = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     (_, best, _), _ = lax.scan(again, (start, blank, jnp.full(target.shape[:1], jnp.inf)), None, length=inner)
     rest = weight - best.product()
-    evaluated, energy, outputs = judged
-    return best, basis, rest, normalised(quadratic_by_rows(rest - backbone, evaluated, outputs), energy)
+    own, energy, outputs = evaluated_in
+    return best, basis, rest, normalised(quadratic_by_rows(rest - backbone, own, outputs), energy)
 
 
 def round_right(

@@ -31,9 +31,8 @@ def work(job: Counted) -> dict[str, Work]:
     if job.recipe.hessians != "plain":
         found["calibrate: gradients"] = Work(products=(3 * body + 2 * head) * tokens, passed=3 * soft * tokens)
     if job.outputs:
-        ways = (
-            2 if job.one_pass else 3
-        )  # through the body: the way up is that of H where the text is the same, and each block once more
+        # through the body: up, unless the pass for the inputs has been that way, each block once more, and back
+        ways = 2 if job.one_pass else 3
         found["calibrate: outputs"] = Work(
             products=(ways * body + 2 * head + job.outputs / 2) * job.output_sequences * job.length,
             passed=(ways * soft + 40 * config.vocab_size) * job.output_sequences * job.length + 12 * job.outputs / 4,

@@ -87,20 +87,20 @@ def profile(
     """
     weight = np.asarray(weight)
     m, n = weight.shape
-    w, h, *given = jax.device_put([np.asarray(a, np.float32)[None] for a in (weight, hessian, output) if a is not None])
-    g = given[0] if given else None
+    w, h = (np.asarray(a, np.float32)[None] for a in (weight, hessian))
+    g = None if output is None else np.asarray(output, np.float32)[None]
     columns = min(bucket(max(max_rank, 1), min(m, n)), m, n)
     start = start_basis(m, columns, 0)[None]
-    values, captured, energy = _spectra(w, h, g, start, damping)
+    values, captured, energy = _spectra(*jax.device_put((w, h, g)), start, damping)
     height, width = Spec.parse("trellis-2").quantizer(shape=(m, n)).tile
     config = SolverConfig(rotation_block=block, damping=damping)
     # the metrics as a solve makes them, by its programs
-    inputs = Metric.make(np.asarray(h), seed, config, True)
+    inputs = Metric.make(h, seed, config, True)
     noise, gain, spread = _feedback_noise(inputs, width)
     absorbed = np.full(columns, 1 / m)
     if g is not None:
         group = row_group(-(-m // height) * height, height)
-        outputs = Metric.make(np.asarray(g), seed, config, True, hadamard.OUTPUT)
+        outputs = Metric.make(g, seed, config, True, hadamard.OUTPUT)
         noise_out, gain_out, _ = _feedback_noise(outputs, group)
         noise, gain = noise * noise_out, (1 + gain) * (1 + gain_out) - 1
         absorbed = _absorbed(np.asarray(outputs.root(group))[0], group)[:columns]
